@@ -1,0 +1,44 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/installed
+INSTALLED_DEV := $(VENV)/installed-dev
+
+# glibc gives freed memory back to the system, and a training step asks for the same blocks again
+# at once: at miniature size that costs a quarter of the time. `burnish` sets this itself; here it
+# also reaches the processes that tests start.
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
+export MALLOC_MMAP_THRESHOLD_ := 1073741824
+
+.PHONY: demo test check format
+
+demo: $(INSTALLED)  ## run the miniature end to end and leave its report
+	$(BIN)/burnish run miniature
+
+# Two workers with one thread each: torch takes all cores for every process otherwise.
+test: export OMP_NUM_THREADS := 1
+test: export MKL_NUM_THREADS := 1
+test: $(INSTALLED_DEV)  ## all tests that need no GPU
+	$(BIN)/pytest -n 2 $(TESTS)
+
+check: $(INSTALLED_DEV)  ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED_DEV)  ## format the code and repair what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make the installation run again only when the dependencies changed.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt -e .
+	touch $@
+
+$(INSTALLED_DEV): pyproject.toml constraints.txt | $(BIN)/pip
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@ $(INSTALLED)

@@ -1,0 +1,1 @@
+"""One file per algorithm; the file name is its key."""

@@ -1,0 +1,203 @@
+"""What an algorithm must offer. The loop does not know which one runs.
+
+`credit` reads rewards or teachers and never gradients: it turns groups into signals, one per trajectory,
+that say where the policy's velocity is wanted and what to make of it. `loss` is the only method that sees
+gradients. Distillation is an algorithm like any other.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from burnish.advantages import Advantages, group_advantages
+from burnish.config import Config
+from burnish.policies.base import Policy
+from burnish.rewards.base import RewardConfig, scored_values
+from burnish.types import Group, LossOutput, Prompt, Signal
+
+
+LearnsFrom = Literal["transitions", "samples", "path"]
+"""Stochastic steps of the window, finished samples, or the states along an unguided path."""
+
+
+class AlgorithmConfig(Config, ABC):
+    """Base of the one config of each file on the shelf; its `kind` is the file's name."""
+
+    @property
+    @abstractmethod
+    def needs_rewards(self) -> bool:
+        """Whether groups must be scored before `credit`."""
+
+    @property
+    @abstractmethod
+    def learns_from(self) -> LearnsFrom:
+        """What of a rollout it reads, so that a rollout without it can be refused early."""
+
+    @property
+    def one_task_per_step(self) -> bool:
+        """Whether all prompts of a step must share one task."""
+        return False
+
+    @abstractmethod
+    def build(self, setting: "Setting") -> "Algorithm":
+        """The algorithm for one run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What an algorithm is told about the run it works in."""
+
+    policy: Policy[Any, Any]
+    guidance_scale: float
+    """Of the rollouts."""
+    kernel: str
+    noise_level: float
+    num_updates: int
+    """Optimizer steps on the groups of one rollout."""
+    micro_batch: int
+    """States at once."""
+    seed: int
+    rewards: Mapping[str, RewardConfig]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Signals stacked state by state; a state knows its prompt by row."""
+
+    prompts: tuple[Prompt, ...]
+    """The distinct prompts."""
+    rows: tuple[int, ...]
+    """Prompt of each state."""
+    latents: Float[Tensor, "state *latent"]
+    sigmas: Float[Tensor, " state"]
+    fields: Mapping[str, Tensor]
+    advantages: Float[Tensor, " state"]
+
+    def velocity(self, policy: Policy[Any, Any]) -> Float[Tensor, "state *latent"]:
+        """The policy's conditional velocity at every state; the prefix is computed once per prompt."""
+        return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
+
+    def prefix(self, policy: Policy[Any, Any]) -> Any:
+        """One prefix row per state."""
+        return policy.prefix(policy.encode(self.prompts)).take(self.rows)
+
+
+def stack(signals: Sequence[Signal], device: torch.device | str = "cpu") -> Batch:
+    """One batch of all states of all signals, which must share a task."""
+    prompts = {signal.prompt.id: signal.prompt for signal in signals}
+    row = {name: place for place, name in enumerate(prompts)}
+    counts = [len(signal.sigmas) for signal in signals]
+    return Batch(
+        prompts=tuple(prompts.values()),
+        rows=tuple(
+            row[s.prompt.id] for s, count in zip(signals, counts, strict=True) for _ in range(count)
+        ),
+        latents=torch.cat([signal.latents for signal in signals]).to(device),
+        sigmas=torch.cat([signal.sigmas for signal in signals]).to(device),
+        fields={
+            name: torch.cat([signal.fields[name] for signal in signals]).to(device)
+            for name in signals[0].fields
+        },
+        advantages=torch.tensor(
+            [s.advantage for s, count in zip(signals, counts, strict=True) for _ in range(count)]
+        ).to(device),
+    )
+
+
+def chunks(signals: Sequence[Signal], states: int) -> Iterator[Sequence[Signal]]:
+    """Consecutive signals of one task, about `states` states at once."""
+    start = 0
+    for end in range(1, len(signals) + 1):
+        count = sum(len(signal.sigmas) for signal in signals[start:end])
+        is_last = end == len(signals) or signals[end].prompt.task != signals[start].prompt.task
+        if is_last or count >= states:
+            yield signals[start:end]
+            start = end
+
+
+def _split(values: Tensor, signals: Sequence[Signal]) -> list[Tensor]:
+    return list(values.cpu().split([len(signal.sigmas) for signal in signals]))
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int
+) -> list[Float[Tensor, "step *latent"]]:
+    """Conditional velocity at the states of every signal."""
+    found: list[Tensor] = []
+    for chunk in chunks(signals, micro_batch):
+        batch = stack(chunk, policy.device)
+        found += _split(batch.velocity(policy), chunk)
+    return found
+
+
+@torch.no_grad()
+def evaluate_guided(
+    policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int, scale: float
+) -> list[tuple[Float[Tensor, "step *latent"], Float[Tensor, "step *latent"]]]:
+    """(guided, conditional) velocity at the states of every signal."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for chunk in chunks(signals, micro_batch):
+        batch = stack(chunk, policy.device)
+        null = policy.prefix(policy.encode_null(batch.prompts)).take(batch.rows)
+        guided, conditional = policy.guided(
+            batch.latents, batch.sigmas, batch.prefix(policy), null, scale
+        )
+        found += zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
+    return found
+
+
+class Algorithm(ABC):
+    """Turns groups into signals, and signals into a loss."""
+
+    @abstractmethod
+    def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
+        """Signals of all trajectories worth training on, and metrics; without gradient."""
+
+    @abstractmethod
+    def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
+        """Mean loss over the states of one micro-batch."""
+
+
+def reward_advantages(
+    groups: Sequence[Group], configs: Mapping[str, RewardConfig]
+) -> tuple[Advantages, dict[str, float]]:
+    """Group-normalised, category-weighted advantages of scored groups, and what to log.
+
+    Raises:
+        ValueError: groups of different sizes.
+    """
+    names = list(configs)
+    size = len(groups[0].trajectories)
+    if any(len(group.trajectories) != size for group in groups):
+        raise ValueError("need groups of one size, got several; draw them with one group_size")
+    values = torch.zeros(len(names), len(groups), size)
+    present = torch.zeros(len(names), len(groups), size, dtype=torch.bool)
+    for r, name in enumerate(names):
+        for g, group in enumerate(groups):
+            for s, value in enumerate(scored_values(group.scores.get(name, ()))):
+                if value is not None:
+                    values[r, g, s], present[r, g, s] = value, True
+    weights = torch.tensor(
+        [
+            [configs[name].weight(g.prompt) * bool(present[r, i].any()) for i, g in enumerate(groups)]
+            for r, name in enumerate(names)
+        ]
+    )
+    floors = torch.tensor([configs[name].floor for name in names])
+    advantages = group_advantages(values, present, weights, floors)
+    asked = torch.tensor([[name in group.scores for group in groups] for name in names])
+    metrics = {"reward/missing": 1.0 - float(present[asked].float().mean()) if asked.any() else 0.0}
+    for r, name in enumerate(names):
+        if present[r].any():
+            metrics[f"reward/{name}"] = float(values[r][present[r]].mean())
+    total = weights.sum(dim=0, keepdim=True).clamp_min(1e-9)
+    composite = ((weights / total)[..., None] * values).sum(dim=0)
+    metrics["reward/mean"] = float(composite.mean())
+    metrics["reward/group_std"] = float(composite.std(dim=1, correction=0).mean())
+    return advantages, metrics

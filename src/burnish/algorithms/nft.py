@@ -1,0 +1,139 @@
+"""The forward-process loss on guided samples: learn from clean images, without a stochastic sampler.
+
+Each clean sample is noised again at several levels; good samples pull the conditional velocity towards
+the velocity that leads to them, bad ones push it away (DiffusionNFT, arXiv:2509.16117). The samples come
+from the guided ODE, the loss sees the conditional branch alone: the reading of hybrid guidance that fits
+an "ODE rollout" and a "CFG-free objective" (arXiv 2606.27608, section 4.1) without a ratio to go wrong.
+
+The anchor decides what happens to guidance. Around the plain conditional velocity, guided samples teach
+the branch to reproduce them, so some guidance is absorbed. Around the guided velocity the loss sees
+
+    v~ = sg(v_guided,old) + v_c - sg(v_c,old)
+
+and only the difference that reward makes is learnt.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from burnish import runtime
+from burnish.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Batch,
+    LearnsFrom,
+    Setting,
+    evaluate,
+    evaluate_guided,
+    reward_advantages,
+)
+from burnish.flow import add_noise
+from burnish.guidance import residual
+from burnish.objectives import forward_process_loss, velocity_kl
+from burnish.policies.base import Policy
+from burnish.types import Group, LossOutput, Signal
+
+
+class NftConfig(AlgorithmConfig):
+    """Negative-aware fine-tuning on noised samples."""
+
+    kind: Literal["nft"] = "nft"
+    beta: float = Field(default=1.0, gt=0)
+    """Distance between the implied good and bad policies."""
+    max_advantage: float = Field(default=2.0, gt=0)
+    """Advantage at which a sample counts as all good or all bad."""
+    num_levels: int = Field(default=4, ge=1)
+    """Noise levels at which each sample is visited."""
+    noise_range: tuple[float, float] = (0.3, 1.0)
+    """Lowest and highest noise level; the paper trains the high ones."""
+    anchor: Literal["conditional", "guided"] = "conditional"
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> "NftConfig":
+        low, high = self.noise_range
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"need 0 <= low < high <= 1, got noise_range={self.noise_range}")
+        return self
+
+    @property
+    def learns_from(self) -> LearnsFrom:
+        return "samples"
+
+    @property
+    def needs_rewards(self) -> bool:
+        return True
+
+    def build(self, setting: Setting) -> "Nft":
+        return Nft(self, setting)
+
+
+class Nft(Algorithm):
+    """Forward-process fine-tuning; see the module."""
+
+    def __init__(self, config: NftConfig, setting: Setting) -> None:
+        self._config, self._setting = config, setting
+
+    def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
+        advantages, metrics = reward_advantages(groups, self._setting.rewards)
+        signals = []
+        for g, group in enumerate(groups):
+            for t, trajectory in enumerate(group.trajectories):
+                if not bool(advantages.keep[g]):
+                    continue
+                names = (step, group.prompt.id, t)
+                draws = runtime.generator(self._setting.seed, "forward process", *names)
+                signals.append(
+                    self._noised(
+                        group, trajectory.clean, float(advantages.advantages[g, t]), draws
+                    )
+                )
+        policy, chunk = self._setting.policy, self._setting.micro_batch
+        if self._config.anchor == "guided":
+            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance_scale)
+            anchored = [
+                signal.with_fields(guided=guided, old=conditional)
+                for signal, (guided, conditional) in zip(signals, pairs, strict=True)
+            ]
+        else:
+            old = evaluate(policy, signals, chunk)
+            anchored = [s.with_fields(old=v) for s, v in zip(signals, old, strict=True)]
+        return anchored, metrics
+
+    def _noised(
+        self, group: Group, clean: torch.Tensor, advantage: float, draws: torch.Generator
+    ) -> Signal:
+        """One sample at `num_levels` stratified noise levels."""
+        count = self._config.num_levels
+        low, high = self._config.noise_range
+        place = (torch.arange(count) + torch.rand(count, generator=draws)) / count
+        sigmas = low + (high - low) * place
+        noise = torch.randn(count, *clean.shape, generator=draws)
+        repeated = clean.expand(count, *clean.shape)
+        return Signal(
+            prompt=group.prompt,
+            latents=add_noise(repeated, noise, sigmas),
+            sigmas=sigmas,
+            fields={"target": noise - repeated},
+            advantage=advantage,
+        )
+
+    def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
+        conditional, old = batch.velocity(policy), batch.fields["old"]
+        velocity, anchor = conditional, old
+        if "guided" in batch.fields:
+            anchor = batch.fields["guided"]
+            velocity = residual(anchor, conditional, old, 1.0)
+        losses = forward_process_loss(
+            velocity,
+            anchor,
+            batch.fields["target"],
+            batch.advantages,
+            beta=self._config.beta,
+            max_advantage=self._config.max_advantage,
+        )
+        with torch.no_grad():
+            change = float(velocity_kl(conditional, old).mean().sqrt())
+        return LossOutput(loss=losses.mean(), metrics={"policy/change": change})

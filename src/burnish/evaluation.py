@@ -1,0 +1,187 @@
+"""Measure policies on prompts nobody trained on, on the same prompts and seeds for all of them.
+
+Every picture becomes one row per metric in `scores.jsonl`; a mean comes with the 95 % interval of a
+bootstrap over prompts, because prompts, not pictures, are what a claim is meant to hold for. Differences
+between two policies are paired by prompt.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from burnish import images, runtime
+from burnish.config import Config
+from burnish.policies.base import Policy
+from burnish.rewards.base import Reward
+from burnish.rollout import draw
+from burnish.runtime import Runtime
+from burnish.tracking import progress
+from burnish.types import Failed, NotApplicable, Prompt, Scored, ScoreRequest
+
+Row = dict[str, Any]
+"""policy, prompt, task, category, seed, metric, value."""
+
+
+class EvaluationConfig(Config):
+    """How policies are measured."""
+
+    prompts: str = "embedded:prompts/held-out.jsonl"
+    """Held-out prompts: what training is meant to improve."""
+    knowledge: str | None = "embedded:prompts/knowledge.jsonl"
+    """Prompts for what no reward rewards: named people and styles."""
+    num_prompts: int = Field(default=96, ge=2)
+    """Of each task."""
+    num_seeds: int = Field(default=2, ge=1)
+    """Pictures per prompt."""
+    best_of: int = Field(default=16, ge=1)
+    """Pictures per prompt of the base, whose best marks how far re-weighting could go."""
+    best_of_prompts: int = Field(default=48, ge=2)
+    """Prompts of each task for that mark."""
+    num_steps: int = Field(default=10, ge=1)
+    guidance_scale: float = Field(default=3.0, ge=1)
+    """Of the base and the teachers; a distilled student draws at 1."""
+    seed: int = 10_000
+    """Seeds of the pictures; far from those of training."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval over prompts."""
+
+    mean: float
+    low: float
+    high: float
+    num_prompts: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def measure(
+    policy: Policy[Any, Any],
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    rt: Runtime,
+    *,
+    name: str,
+    config: EvaluationConfig,
+    guidance_scale: float,
+    num_seeds: int,
+    pictures: Path | None = None,
+) -> list[Row]:
+    """Draw `num_seeds` pictures of every prompt and score them.
+
+    Args:
+        policy: whose pictures these are.
+        prompts: of any mix of tasks.
+        reward: its score's details are the metrics; a failed score is a row without value.
+        rt: device and precision.
+        name: of the policy, in the rows.
+        config: steps and seeds.
+        guidance_scale: 1 draws without guidance.
+        num_seeds: pictures per prompt; seed k is the same noise for every policy.
+        pictures: folder for the first picture of every prompt, as WebP.
+    """
+    rows: list[Row] = []
+    chunk = max(1, 96 // num_seeds)
+    with progress(f"measure {name}", len(prompts)) as bar:
+        for start in range(0, len(prompts), chunk):
+            block = [p for p in prompts[start : start + chunk] for _ in range(num_seeds)]
+            seeds = list(range(num_seeds)) * (len(block) // num_seeds)
+            noises = [
+                runtime.derived_seed(config.seed, "evaluation", p.id, s)
+                for p, s in zip(block, seeds, strict=True)
+            ]
+            with rt.autocast():
+                drawn = draw(
+                    policy,
+                    block,
+                    num_steps=config.num_steps,
+                    guidance_scale=guidance_scale,
+                    seeds=noises,
+                )
+            requests = [
+                ScoreRequest(prompt=p, image=image) for p, image in zip(block, drawn, strict=True)
+            ]
+            for request, seed, score in zip(requests, seeds, reward.score(requests), strict=True):
+                rows += _rows(name, request.prompt, seed, score)
+                if pictures is not None and seed == 0:
+                    save_picture(pictures / f"{request.prompt.id}.webp", request)
+            bar.advance(len(block) // num_seeds)
+    return rows
+
+
+def save_picture(path: Path, request: ScoreRequest) -> None:
+    """Write one picture, enlarged without smoothing so that it can be seen in a page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(images.encode_webp(images.to_pil(request.image), quality=None))
+
+
+def _rows(name: str, prompt: Prompt, seed: int, score: Scored | NotApplicable | Failed) -> list[Row]:
+    common = {
+        "policy": name,
+        "prompt": prompt.id,
+        "task": prompt.task,
+        "category": prompt.category,
+        "seed": seed,
+    }
+    if isinstance(score, Scored):
+        found = score.detail or {"score": score.value}
+        return [{**common, "metric": k, "value": round(v, 6)} for k, v in found.items()]
+    if isinstance(score, Failed):
+        return [{**common, "metric": "failed", "value": None, "reason": score.reason}]
+    return []
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_scores(path: Path) -> list[Row]:
+    """The rows that `write_rows` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def by_prompt(rows: Iterable[Row], **wanted: str) -> dict[str, list[float]]:
+    """Values of the rows that match, e.g. `policy="base", metric="composite"`, by prompt."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        is_wanted = all(row.get(key) == value for key, value in wanted.items())
+        if is_wanted and row["value"] is not None:
+            found.setdefault(row["prompt"], []).append(row["value"])
+    return found
+
+
+def estimate(values: Mapping[str, Sequence[float]] | Sequence[float], resamples: int = 4000) -> Estimate:
+    """Mean over prompts of each prompt's mean, with the percentile interval over prompts.
+
+    Raises:
+        ValueError: there is no prompt.
+    """
+    groups = list(values.values()) if isinstance(values, Mapping) else [[v] for v in values]
+    if not groups:
+        raise ValueError("need at least one prompt, got none; nothing was measured")
+    means = np.array([float(np.mean(group)) for group in groups])
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(means), size=(resamples, len(means)))
+    low, high = np.quantile(means[picks].mean(axis=1), [0.025, 0.975])
+    return Estimate(float(means.mean()), float(low), float(high), len(means))
+
+
+def gain(rows: Sequence[Row], policy: str, over: str, **wanted: str) -> Estimate:
+    """Mean difference of two policies, paired by prompt."""
+    mine, theirs = (by_prompt(rows, policy=name, **wanted) for name in (policy, over))
+    shared = mine.keys() & theirs.keys()
+    return estimate([float(np.mean(mine[p]) - np.mean(theirs[p])) for p in sorted(shared)])
+
+
+def best_of(rows: Iterable[Row], **wanted: str) -> dict[str, list[float]]:
+    """The best value of every prompt: what perfect re-weighting of the samples would reach."""
+    return {prompt: [max(values)] for prompt, values in by_prompt(rows, **wanted).items()}

@@ -1,0 +1,110 @@
+"""Train the miniature's autoencoder: a tiny `AutoencoderKLQwenImage21`.
+
+Sixteen tokens of 64 channels describe a 64 x 64 picture. The network works on patches of 4 x 4 pixels, so
+that its convolutions are few and wide. The loss is the squared and the absolute error of the pixels: the
+absolute error alone would rather erase a thin letter than risk it. A diffusion model needs smooth
+latents more than a generative prior, so the latents get a little noise and a light pull to the origin
+instead of a KL term.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLQwenImage21
+from torch import Tensor
+
+from burnish.runtime import Runtime
+
+PATCH = 4
+
+SIZES: dict[str, Any] = {
+    "base_dim": 64,
+    "decoder_base_dim": 64,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "z_dim": 64,
+    "patch_size": PATCH,
+    "in_channels": 4 * PATCH**2,
+    "out_channels": 4 * PATCH**2,
+    "temperal_downsample": [True, True],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderPlan:
+    """How long and how fast the autoencoder is trained."""
+
+    steps: int = 2400
+    batch_size: int = 32
+    learning_rate: float = 2e-3
+    latent_noise: float = 0.05
+    latent_pull: float = 1e-4
+
+
+def new_autoencoder(
+    mean: list[float] | None = None, std: list[float] | None = None
+) -> AutoencoderKLQwenImage21:
+    """An untrained autoencoder; `mean` and `std` are the 64 channel statistics of its latents."""
+    z_dim = SIZES["z_dim"]
+    return AutoencoderKLQwenImage21(
+        **SIZES, latents_mean=mean or [0.0] * z_dim, latents_std=std or [1.0] * z_dim
+    )
+
+
+def to_input(pixels: np.ndarray) -> Tensor:
+    """uint8 `batch height width 3` -> float `batch 4 1 height width` in [-1, 1], alpha 1."""
+    rgb = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.cat([rgb, torch.ones_like(rgb[:, :1])], dim=1).unsqueeze(2)
+
+
+def train_autoencoder(
+    draw: Callable[[int], np.ndarray],
+    plan: AutoencoderPlan,
+    runtime: Runtime,
+    *,
+    on_step: Callable[[int, float], None] = lambda step, loss: None,
+) -> AutoencoderKLQwenImage21:
+    """Train on `draw(n)` pictures (uint8 `n 64 64 3`) and store the latents' statistics in the config."""
+    vae = new_autoencoder()
+    parameters = list(vae.parameters())
+    runtime.broadcast(parameters)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, plan.learning_rate, total_steps=plan.steps, pct_start=0.1
+    )
+    for step in range(plan.steps):
+        batch = to_input(draw(plan.batch_size))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mean = vae.encode(batch).latent_dist.mean
+            noisy = mean + plan.latent_noise * torch.randn_like(mean)
+            output = vae.decode(noisy, return_dict=False)[0].float()
+        error = output - batch
+        loss = 4 * error.pow(2).mean() + error.abs().mean()
+        loss = loss + plan.latent_pull * mean.float().pow(2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        runtime.all_reduce_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        on_step(step, float(loss.detach()))
+    mean, std = latent_statistics(vae, draw(512))
+    vae.register_to_config(latents_mean=mean, latents_std=std)
+    return vae.eval()
+
+
+@torch.no_grad()
+def latent_statistics(
+    vae: AutoencoderKLQwenImage21, pixels: np.ndarray
+) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each latent channel over some pictures."""
+    latents = torch.cat(
+        [vae.encode(to_input(chunk)).latent_dist.mode() for chunk in np.array_split(pixels, 8)]
+    )
+    flat = latents.transpose(0, 1).flatten(1)
+    return flat.mean(dim=1).tolist(), flat.std(dim=1).clamp_min(1e-3).tolist()

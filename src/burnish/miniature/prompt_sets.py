@@ -1,0 +1,96 @@
+"""The miniature's prompt sets: what is trained on, what is held out, and what no reward rewards.
+
+* `train`: flat scenes and edits without held-out combinations, without named people and styles;
+* `held-out`: combinations that neither the base model nor any stage has seen;
+* `knowledge`: named people and styles, to see what a stage forgets.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image
+
+from burnish.images import encode_png
+from burnish.miniature.pictures import to_bytes
+from burnish.types import Prompt
+from burnish.world.edits import Edit, sample_edit
+from burnish.world.grammar import say
+from burnish.world.render import render
+from burnish.world.scenes import CATEGORIES, PEOPLE, STYLES, Scene, is_held_out, sample_scene
+
+
+def scene_prompt(name: str, scene: Scene, rng: np.random.Generator, tag: str = "") -> Prompt:
+    """A text-to-image prompt that knows its scene."""
+    tags = (tag,) if tag else ()
+    return Prompt(
+        id=name, text=say(scene, rng), category=scene.category, tags=tags, facts=scene.to_json()
+    )
+
+
+def edit_prompt(name: str, edit: Edit) -> Prompt:
+    """An edit prompt that knows its target; the source is the clean picture."""
+    source = encode_png(Image.fromarray(to_bytes(render(edit.source))))
+    return Prompt(
+        id=name,
+        text=edit.instruction,
+        task="edit",
+        category=edit.source.category,
+        source=source,
+        facts=edit.to_json(),
+    )
+
+
+def _distinct(make: Callable[[int], Prompt], count: int) -> list[Prompt]:
+    found: dict[tuple[str, bytes | None], Prompt] = {}
+    number = 0
+    while len(found) < count:
+        prompt = make(number)
+        number += 1
+        found.setdefault((prompt.text, prompt.source), prompt)
+    return list(found.values())
+
+
+def world_prompts(split: str, count: int, seed: int, *, is_held: bool) -> list[Prompt]:
+    """`count` prompts of each task, categories in turn, all with or all without held-out combinations."""
+    rng = np.random.default_rng(seed)
+
+    def text(number: int) -> Prompt:
+        category = CATEGORIES[number % len(CATEGORIES)]
+        scene = sample_scene(rng, category=category, style="flat")
+        while is_held_out(scene) != is_held:
+            scene = sample_scene(rng, category=category, style="flat")
+        return scene_prompt(f"{split}-t2i-{number}", scene, rng)
+
+    def edit(number: int) -> Prompt:
+        category = CATEGORIES[number % len(CATEGORIES)]
+        while True:
+            drawn = sample_edit(rng, category=category)
+            held = is_held_out(drawn.source) or is_held_out(drawn.target)
+            if held == is_held:
+                return edit_prompt(f"{split}-edit-{number}", drawn)
+
+    return _distinct(text, count) + _distinct(edit, count)
+
+
+def knowledge_prompts(per_kind: int, seed: int) -> list[Prompt]:
+    """Named people (flat) and styles (all categories), `per_kind` of each person and style."""
+    rng = np.random.default_rng(seed)
+    prompts = [
+        scene_prompt(f"person-{name}-{k}", sample_scene(rng, person=name, style="flat"), rng, "person")
+        for name in PEOPLE
+        for k in range(per_kind)
+    ]
+    for style in STYLES[1:]:
+        for k in range(2 * per_kind):
+            scene = sample_scene(rng, category=CATEGORIES[k % len(CATEGORIES)], style=style)
+            prompts.append(scene_prompt(f"style-{style}-{k}", scene, rng, "style"))
+    return prompts
+
+
+def prompt_sets() -> dict[str, list[Prompt]]:
+    """Every set that ships with the package, by file name."""
+    return {
+        "train": world_prompts("train", 480, seed=101, is_held=False),
+        "held-out": world_prompts("held", 128, seed=102, is_held=True),
+        "knowledge": knowledge_prompts(8, seed=103),
+    }

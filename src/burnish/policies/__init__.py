@@ -1,0 +1,1 @@
+"""One file per model family; the file name is its key."""

@@ -1,0 +1,182 @@
+"""What a model family must offer so that sampling, training and teaching can use it.
+
+A policy is single-device code around one diffusers pipeline. It converts at its border: inside
+Burnish a velocity is always `noise - clean` at noise level `sigma`, 1 being pure noise, and latents
+are packed as `batch token channel`. Whatever does not depend on the noisy latents is computed once
+per prompt (`prefix`) and shared by all samples and all steps of that prompt, in sampling and, with
+gradient, in training.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+
+from burnish.types import Prompt, Task
+
+ConditionT = TypeVar("ConditionT")
+PrefixT = TypeVar("PrefixT", bound="Prefix")
+
+
+class Prefix(ABC):
+    """All that a velocity needs besides latents and noise level, one row per prompt."""
+
+    @property
+    @abstractmethod
+    def num_rows(self) -> int:
+        """Number of samples this prefix stands for."""
+
+    @abstractmethod
+    def take(self, rows: Sequence[int]) -> "Prefix":
+        """The prefix of the samples `rows[i]`; rows may repeat, and repeating copies no memory."""
+
+
+class Policy(ABC, Generic[ConditionT, PrefixT]):
+    """One diffusion transformer with its frozen encoder and VAE."""
+
+    family: ClassVar[str]
+    """The file name on the shelf."""
+
+    tasks: ClassVar[tuple[Task, ...]]
+    """What the family can be asked for."""
+
+    transformer: nn.Module
+    """The only part that is trained."""
+
+    resolution: int
+    """Side of the drawn images in pixels."""
+
+    block_class: ClassVar[str]
+    """Class name of the repeated block; the unit of sharding and checkpointing."""
+
+    lora_targets: ClassVar[tuple[str, ...]]
+    """Module name endings that a LoRA adapts by default."""
+
+    @classmethod
+    @abstractmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resolution: int = 1024,
+        cache_folder: Path | None = None,
+    ) -> "Policy[ConditionT, PrefixT]":
+        """Read a diffusers pipeline folder.
+
+        Args:
+            folder: as `save_pretrained` of the pipeline writes it.
+            device: where all modules go.
+            dtype: of all weights; a trainer that wants float32 masters casts the transformer.
+            resolution: side of the drawn images in pixels.
+            cache_folder: where encoded prompts outlive the process; None keeps them in memory.
+
+        Raises:
+            burnish.config.ConfigError: the folder is no pipeline of this family.
+        """
+
+    @classmethod
+    @abstractmethod
+    def tiny(cls, seed: int = 0) -> "Policy[ConditionT, PrefixT]":
+        """A random-weight instance small enough for tests."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write a diffusers pipeline folder that `from_pretrained` reads without Burnish."""
+
+    @abstractmethod
+    def encode(self, prompts: Sequence[Prompt]) -> ConditionT:
+        """Run the frozen encoder: text, and source images of edits. All prompts share one task."""
+
+    @abstractmethod
+    def encode_null(self, prompts: Sequence[Prompt]) -> ConditionT:
+        """The unconditional branch: no instruction, but the source image stays."""
+
+    @abstractmethod
+    def prefix(self, condition: ConditionT) -> PrefixT:
+        """What all samples and steps of these prompts share; has gradient if grad is enabled."""
+
+    @abstractmethod
+    def join(self, prefixes: Sequence[PrefixT]) -> PrefixT:
+        """One prefix with the rows of all, in order; they may come from different tasks.
+
+        Parts taken from one joined prefix join again for free, so whoever calls `guided` at every
+        step joins conditional and null prefix once and takes both from the result.
+        """
+
+    @abstractmethod
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, " batch"],
+        prefix: PrefixT,
+    ) -> Float[Tensor, "batch token channel"]:
+        """Conditional velocity `noise - clean`, float32; row i belongs to row i of the prefix."""
+
+    @abstractmethod
+    def guided(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, " batch"],
+        prefix: PrefixT,
+        null_prefix: PrefixT,
+        scale: float,
+    ) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, "batch token channel"]]:
+        """(guided, conditional) velocity from one batched call."""
+
+    @abstractmethod
+    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
+        """Standard normal latents, one generator per sample: a sample does not know its batch."""
+
+    @abstractmethod
+    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
+        """Noise levels from 1 to 0 as the pipeline's own scheduler would set them."""
+
+    @abstractmethod
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """Images in [0, 1]."""
+
+    @abstractmethod
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token channel"]:
+        """Normalised clean latents (the mode of the VAE's posterior)."""
+
+    @abstractmethod
+    def pipeline_latents(
+        self,
+        prompt: Prompt,
+        noise: Float[Tensor, "1 token channel"],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+    ) -> Float[Tensor, "1 token channel"]:
+        """Clean latents by the pipeline's own call: the truth that a rollout is checked against."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, str]:
+        """Hashes of what teacher and student must share: vae, scheduler, encoder, template."""
+
+    @abstractmethod
+    def sibling(self) -> "Policy[ConditionT, PrefixT]":
+        """Same encoder and VAE around a frozen copy of the transformer: a teacher or reference."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that a run updates."""
+        return (
+            (name, parameter)
+            for name, parameter in self.transformer.named_parameters()
+            if parameter.requires_grad
+        )

@@ -1,0 +1,359 @@
+"""The family of Qwen-Image 2.1: text and a source image in one causal sequence before the target.
+
+Decided here: prompts of one batch may differ in length and edits in their source image, although
+one call of the pipeline shares one set of images; the target is always a square of `resolution`
+pixels, also where the source is not; noise is drawn in float32; a drawn image's alpha is dropped.
+The pipeline object keeps all modules, so what is saved draws without Burnish.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from burnish import runtime
+from burnish.config import ConfigError
+from burnish.guidance import compose
+from burnish.policies.base import Policy
+from burnish.policies.qwen_assembly import assemble, byte_tokenizer
+from burnish.policies.qwen_encoding import (
+    SLOT_TOKENS,
+    EncodedPrompt,
+    PromptEncoder,
+    QwenCondition,
+    encode_pixels,
+    hash_json,
+    latent_statistics,
+    source_image,
+)
+from burnish.policies.qwen_prefix import KeyValueStore, QwenPrefix
+from burnish.types import Prompt, Task
+
+# Before the imports below: they fail where torch and torchvision are unequal builds.
+runtime.ensure_torchvision()
+
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache  # noqa: E402
+from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import (  # noqa: E402
+    QwenImage21Pipeline,
+    calculate_shift,
+)
+
+
+class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
+    """A `diffusers.QwenImage21Pipeline` as a policy."""
+
+    family: ClassVar[str] = "qwen_image21"
+    tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
+    block_class: ClassVar[str] = "QwenImage21TransformerBlock"
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "img_mlp.proj",
+        "img_mlp.gate_layer",
+        "img_mlp.out",
+    )
+
+    def __init__(
+        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
+    ) -> None:
+        """Take over a pipeline; its encoder and VAE are frozen.
+
+        Args:
+            pipeline: a `QwenImage21Pipeline`.
+            resolution: side of the drawn images in pixels, a multiple of 32.
+            cache_folder: where encoded prompts outlive the process; None keeps them in memory only.
+
+        Raises:
+            ConfigError: another resolution, or a transformer whose text depends on the noise level.
+        """
+        if resolution < 32 or resolution % 32:
+            nearest = max(32, round(resolution / 32) * 32)
+            raise ConfigError(
+                f"need a resolution that is a multiple of 32, got {resolution}; take {nearest}"
+            )
+        if not pipeline.transformer.config.causal_condition:
+            raise ConfigError(
+                "need a transformer with causal_condition=true, got false; its text depends on the "
+                "noise level, so no prefix can be shared between steps: take another model"
+            )
+        self.pipeline = pipeline
+        self.transformer: Any = pipeline.transformer
+        self.vae: Any = pipeline.vae
+        self.text_encoder: Any = pipeline.text_encoder
+        self.processor: Any = pipeline.processor
+        self.resolution = resolution
+        self._encoder = PromptEncoder(pipeline, resolution=resolution, folder=cache_folder)
+        self._side = resolution // pipeline.vae_scale_factor
+        self._channels = pipeline.transformer.config.in_channels
+        self.text_encoder.requires_grad_(False).eval()
+        self.vae.requires_grad_(False).eval()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resolution: int = 1024,
+        cache_folder: Path | None = None,
+    ) -> "QwenImage21Policy":
+        index = Path(folder) / "model_index.json"
+        if not index.is_file():
+            raise ConfigError(
+                f"need a diffusers pipeline folder with model_index.json, got {folder}; "
+                "check the path"
+            )
+        name = json.loads(index.read_text()).get("_class_name")
+        if name != QwenImage21Pipeline.__name__:
+            raise ConfigError(
+                f"need a {QwenImage21Pipeline.__name__} in {folder}, got {name}; "
+                "choose the family of that pipeline"
+            )
+        pipeline = QwenImage21Pipeline.from_pretrained(folder, dtype=dtype).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> "QwenImage21Policy":
+        with runtime.seeded(seed, "tiny", cls.family):
+            pipeline = assemble(
+                byte_tokenizer(),
+                transformer={"num_layers": 2, "num_attention_heads": 2},
+                vae={
+                    "base_dim": 8,
+                    "decoder_base_dim": 8,
+                    "dim_mult": [1, 1, 2, 2, 2],
+                    "latents_mean": torch.randn(64).mul(0.3).tolist(),
+                    "latents_std": torch.rand(64).add(0.5).tolist(),
+                },
+                encoder={"hidden_size": 64},
+            )
+            # Fresh norms are identities, and would hide a state taken before or after one.
+            with torch.no_grad():
+                for module in (pipeline.transformer, pipeline.text_encoder):
+                    for parameter in module.parameters():
+                        if parameter.ndim == 1:
+                            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+        return cls(pipeline, resolution=64)
+
+    def save(self, folder: Path) -> None:
+        adapters = getattr(self.transformer, "peft_config", None)
+        if adapters:
+            raise ValueError(
+                "need a transformer without adapters to write a pipeline folder, got "
+                f"{', '.join(adapters)}; merge or unload them first"
+            )
+        self.pipeline.save_pretrained(folder)
+
+    def sibling(self) -> "QwenImage21Policy":
+        other = copy.copy(self)
+        other.transformer = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+        # With a pipeline of its own, or it would draw and save with our transformer.
+        parts = {**self.pipeline.components, "transformer": other.transformer}
+        sigmas = self.pipeline.config.sample_sigmas
+        other.pipeline = QwenImage21Pipeline(**parts, sample_sigmas=sigmas)
+        other.pipeline.set_progress_bar_config(disable=True)
+        return other
+
+    # --- Prompts -----------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[Prompt]) -> QwenCondition:
+        return self._encoder.encode(prompts)
+
+    def encode_null(self, prompts: Sequence[Prompt]) -> QwenCondition:
+        # A blank is what the pipeline makes of an empty prompt; the source image stays.
+        return self.encode([dataclasses.replace(prompt, text=" ") for prompt in prompts])
+
+    def embed(
+        self, prompts: Sequence[Prompt], *, sources: Sequence[Tensor] | None = None
+    ) -> QwenCondition:
+        """`encode` without its cache, and with gradient where the encoder's weights ask for it.
+
+        `sources` are the source images' latents (`token channel`) where they are already known.
+        """
+        return self._encoder.embed(prompts, sources=sources)
+
+    # --- Velocity ----------------------------------------------------------------------------
+
+    def prefix(self, condition: QwenCondition) -> QwenPrefix:
+        layouts: dict[Any, dict[str, EncodedPrompt]] = {}
+        for prompt in condition.prompts:
+            # By key, so that equal prompts are read once, e.g. all null prompts of text-to-image.
+            layouts.setdefault(prompt.layout, {})[prompt.key] = prompt
+        stores = [self._extract(tuple(prompts.values())) for prompts in layouts.values()]
+        keys = [key for prompts in layouts.values() for key in prompts]
+        rows = {key: row for row, key in enumerate(keys)}
+        return QwenPrefix(
+            KeyValueStore.stack(stores), tuple(rows[prompt.key] for prompt in condition.prompts)
+        )
+
+    def join(self, prefixes: Sequence[QwenPrefix]) -> QwenPrefix:
+        return QwenPrefix.join(prefixes)
+
+    def _extract(self, prompts: Sequence[EncodedPrompt]) -> KeyValueStore:
+        """One pass over prompts of one layout, padded on the right."""
+        count = len(prompts)
+        longest = max(prompts, key=lambda prompt: len(prompt.is_image))
+        lengths = torch.tensor([len(prompt.is_image) for prompt in prompts], device=self.device)
+        slots = torch.arange(len(longest.is_image), device=self.device)
+        is_padded = any(len(prompt.is_image) < len(slots) for prompt in prompts)
+        sources = torch.stack([prompt.source for prompt in prompts])
+        # The transformer wants a target; the smallest one fills a single slot.
+        target = sources.new_zeros(count, SLOT_TOKENS, self._channels)
+        is_image = torch.cat([longest.is_image, longest.is_image.new_ones(1)]).to(self.device)
+        cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
+        self.transformer(
+            hidden_states=torch.cat([sources, target], dim=1).to(self.device, self._dtype),
+            timestep=torch.zeros(count, device=self.device),
+            encoder_hidden_states=pad_sequence(
+                [prompt.embedding for prompt in prompts], batch_first=True
+            ).to(self.device, self._dtype),
+            encoder_hidden_states_mask=slots < lengths[:, None] if is_padded else None,
+            img_shapes=[[*longest.shapes, (1, 2, 2)]] * count,
+            img_mask=is_image.expand(count, -1),
+            kv_cache=cache,
+            kv_cache_mode="extract",
+            return_dict=False,
+        )
+        layers = [layer.get() for layer in cache.layer_caches]
+        return KeyValueStore.aligned(
+            keys=tuple(keys for keys, _ in layers),
+            values=tuple(values for _, values in layers),
+            prompts=prompts,
+            frequencies=self._frame_frequencies(),
+        )
+
+    def _frame_frequencies(self) -> Float[Tensor, "pair"]:
+        rope = self.transformer.pos_embed
+        num_channels = rope.axes_dim[0]
+        exponents = torch.arange(0, num_channels, 2, device=self.device).float() / num_channels
+        return 1.0 / torch.pow(rope.theta, exponents)
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, "batch"],
+        prefix: QwenPrefix,
+    ) -> Float[Tensor, "batch token channel"]:
+        batch, num_tokens, _ = latents.shape
+        if batch != prefix.num_rows:
+            raise ValueError(
+                f"need one prefix row per sample, got {batch} samples and {prefix.num_rows} rows; "
+                "take the rows of the samples first"
+            )
+        # The text itself is in the cache. What is passed here only stands for its length: it puts
+        # the target where the cached keys expect it and gives the padding mask its columns.
+        width, context = prefix.store.width, self.transformer.config.context_in_dim
+        blank = torch.zeros(1, 1, context, device=self.device, dtype=self._dtype)
+        is_image = torch.arange(width + num_tokens // SLOT_TOKENS, device=self.device) >= width
+        (velocity,) = self.transformer(
+            hidden_states=latents.to(self.device, self._dtype),
+            timestep=sigmas.to(self.device),
+            encoder_hidden_states=blank.expand(batch, width, context),
+            encoder_hidden_states_mask=prefix.valid(),
+            img_shapes=[[(1, self._side, self._side)]] * batch,
+            img_mask=is_image.expand(batch, -1),
+            kv_cache=prefix.cache(),
+            kv_cache_mode="cached",
+            return_dict=False,
+        )
+        return velocity.float()
+
+    def guided(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, "batch"],
+        prefix: QwenPrefix,
+        null_prefix: QwenPrefix,
+        scale: float,
+    ) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, "batch token channel"]]:
+        if scale == 1:
+            conditional = self.velocity(latents, sigmas, prefix)
+            return conditional, conditional
+        both = QwenPrefix.join([prefix, null_prefix])
+        velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
+        conditional, unconditional = velocities.chunk(2)
+        return compose(conditional, unconditional, scale), conditional
+
+    # --- Latents and images ------------------------------------------------------------------
+
+    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
+        shape = (1, self._channels, self._side * self._side)
+        drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
+        return torch.cat(drawn).to(self.device).transpose(1, 2).contiguous()
+
+    def schedule(self, num_steps: int) -> Float[Tensor, "steps_plus_one"]:
+        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        sigmas = self.pipeline.config.sample_sigmas
+        if sigmas is None or len(sigmas) != num_steps:
+            sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        shift = calculate_shift(
+            self._side**2,
+            scheduler.config.get("base_image_seq_len", 256),
+            scheduler.config.get("max_image_seq_len", 4096),
+            scheduler.config.get("base_shift", 0.5),
+            scheduler.config.get("max_shift", 1.15),
+        )
+        scheduler.set_timesteps(sigmas=sigmas, mu=shift)
+        return scheduler.sigmas.float().cpu()
+
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        mean, std = latent_statistics(self.vae)
+        grid = latents.transpose(1, 2).unflatten(-1, (1, self._side, self._side))
+        grid = grid.to(self.vae.device, self.vae.dtype) * std + mean
+        pixels = self.vae.decode(grid, return_dict=False)[0][:, :3, 0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token channel"]:
+        return encode_pixels(self.vae, 2 * images - 1)
+
+    def pipeline_latents(
+        self,
+        prompt: Prompt,
+        noise: Float[Tensor, "1 token channel"],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+    ) -> Float[Tensor, "1 token channel"]:
+        return self.pipeline(
+            prompt.text,
+            image=source_image(prompt) if prompt.task == "edit" else None,
+            negative_prompt=None if guidance_scale == 1 else "",
+            true_cfg_scale=guidance_scale,
+            num_inference_steps=num_steps,
+            latents=noise,
+            height=self.resolution,
+            width=self.resolution,
+            output_resolution=self.resolution,
+            output_type="latent",
+        ).images
+
+    def fingerprint(self) -> dict[str, str]:
+        config = self.pipeline.scheduler.config
+        # Names with an underscore tell how the object was made, not what it does.
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        return {**self._encoder.fingerprint(), "scheduler": hash_json(settings)}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype

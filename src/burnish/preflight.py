@@ -1,0 +1,174 @@
+"""What can be known before a run: whether its inputs can be read, and whether the machine works.
+
+A run takes minutes to days, so whatever would stop it later is looked for first. Bad input is refused
+before a file is written; a finding about the machine comes with what to do about it.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish import __version__, images, rollout, runtime, stages
+from burnish.config import EMBEDDED, ConfigError, located
+from burnish.prompts import GroupSampler, read_prompts
+from burnish.stages import PolicyConfig, RunConfig
+from burnish.training import StageConfig
+from burnish.types import Prompt
+
+_GIBIBYTE = 1 << 30
+_LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
+_PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
+
+
+def check_inputs(config: RunConfig) -> None:
+    """Read what the jobs of a run will read.
+
+    Raises:
+        ConfigError: a missing model, a broken prompt set, too few prompts for a step.
+        burnish.images.ImageError: a source image that cannot be used.
+    """
+    for key, path in _models(config).items():
+        if not (located(path) / "model_index.json").is_file():
+            advice = f"pass {key}=DIR"
+            if path.startswith(EMBEDDED):
+                advice = f"make it with `burnish miniature build`, then {advice}"
+            raise ConfigError(
+                f"{key}: need a folder that a diffusers pipeline was saved in, got {path!r};"
+                f" {advice}"
+            )
+    plan = config.evaluation
+    paths = [plan.prompts, plan.knowledge, *(s.prompts.path for s in config.stages.values())]
+    sets = {path: read_prompts(located(path)) for path in dict.fromkeys(paths) if path is not None}
+    for name, stage in config.stages.items():
+        _check_prompts(name, stage, sets[stage.prompts.path])
+
+
+def _models(config: RunConfig) -> dict[str, str]:
+    """Every model of a run that the run does not make itself, by the key that names it."""
+    found = {"policy.path": config.policy.path}
+    for name, stage in config.stages.items():
+        teachers: Mapping[str, Any] = getattr(stage.algorithm, "teachers", {})
+        for task, teacher in teachers.items():
+            found[f"stages.{name}.algorithm.teachers.{task}.path"] = teacher.path
+    return {key: path for key, path in found.items() if not path.startswith(stages.STAGE)}
+
+
+def _check_prompts(name: str, stage: StageConfig, prompts: list[Prompt]) -> None:
+    """Raise unless there are prompts for every task and enough for a step."""
+    chosen: list[Prompt] = []
+    for task in stage.prompts.tasks:
+        of_task = [prompt for prompt in prompts if prompt.task == task][: stage.prompts.limit]
+        if not of_task:
+            raise ConfigError(
+                f"stages.{name}.prompts: need prompts for the task {task!r}, got none in"
+                f" {stage.prompts.path}; change stages.{name}.prompts.tasks"
+            )
+        chosen += of_task
+    mixing = "alternate" if stage.algorithm.one_task_per_step else "together"
+    try:
+        GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, mixing=mixing)
+    except ConfigError as error:
+        raise ConfigError(f"stages.{name}.prompts_per_step: {error}") from None
+
+
+# --- The machine -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    name: str
+    is_fine: bool
+    found: str
+    advice: str = ""
+    """What to do if it is not fine."""
+
+
+def examine(model: str = PolicyConfig().path) -> list[Finding]:
+    """Look at versions, device, cores, memory, disk, and whether a model loads and draws."""
+    return [*_versions(), *_machine(), _drawing(model)]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding(name="burnish", is_fine=True, found=__version__)
+    yield Finding(
+        name="python",
+        is_fine=sys.version_info >= (3, 11),
+        found=platform.python_version(),
+        advice="use Python 3.11 or newer",
+    )
+    yield Finding(name="torch", is_fine=True, found=torch.__version__)
+    yield _torchvision()
+    for package in _PACKAGES:
+        version, is_fine = "not installed", False
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            version, is_fine = importlib.metadata.version(package), True
+        advice = "install Burnish again with its dependencies"
+        yield Finding(name=package, is_fine=is_fine, found=version, advice=advice)
+
+
+def _torchvision() -> Finding:
+    try:
+        was_helped = runtime.ensure_torchvision()
+        version = importlib.metadata.version("torchvision")
+    except Exception as error:
+        # Whatever an import stumbles on is what the user wants to know here.
+        return Finding(
+            name="torchvision",
+            is_fine=False,
+            found=_one_line(error),
+            advice="install the torchvision that belongs to the torch above",
+        )
+    note = ", built for another torch, made usable" if was_helped else ", fits torch"
+    return Finding(name="torchvision", is_fine=True, found=version + note)
+
+
+def _machine() -> Iterator[Finding]:
+    device = runtime.choose_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    yield Finding(name="device", is_fine=True, found=f"{device} ({name})")
+    yield Finding(name="cores", is_fine=True, found=str(runtime.usable_cores()))
+    if hasattr(os, "sysconf"):
+        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
+        yield Finding(name="memory", is_fine=True, found=f"{size:.1f} GiB")
+    free = shutil.disk_usage(Path.cwd()).free / _GIBIBYTE
+    yield Finding(
+        name="free disk",
+        is_fine=free >= _LEAST_DISK,
+        found=f"{free:.1f} GiB in {Path.cwd()}",
+        advice=f"free {_LEAST_DISK:g} GiB at least, or work in another folder",
+    )
+
+
+def _drawing(model: str) -> Finding:
+    """Load a model and draw one picture in two steps."""
+    name = f"model {model}"
+    if not (located(model) / "model_index.json").is_file():
+        advice = "make it with `burnish miniature build`, or install Burnish again"
+        return Finding(name=name, is_fine=False, found="missing", advice=advice)
+    try:
+        rt = runtime.start()
+        policy = stages.load_policy(PolicyConfig(resolution=64), located(model), rt)
+        prompt = Prompt(id="doctor", text="a large red circle")
+        with rt.autocast():
+            drawn = rollout.draw(policy, [prompt], num_steps=2, guidance_scale=3.0, seeds=[0])
+        images.to_pil(drawn[0])
+    except Exception as error:
+        # Whatever a library stumbles on is what the user wants to know here.
+        advice = "install Burnish again; BURNISH_TRACEBACK=1 burnish sample x shows where"
+        return Finding(name=name, is_fine=False, found=_one_line(error), advice=advice)
+    return Finding(name=name, is_fine=True, found="loads and draws")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -1,0 +1,149 @@
+"""Prompt sets: read them, split them by task, and draw the prompts of each step.
+
+A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`; `source` is the path of an image
+relative to the file, or a `data:` URL. Which prompts a step sees is a pure function of seed and step, so
+resuming needs no state and ranks agree without talking.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from burnish import images, runtime
+from burnish.config import Config, ConfigError, nearest
+from burnish.types import Prompt, Task
+
+_KEYS = ("id", "text", "task", "category", "source", "tags", "facts")
+
+
+class PromptsConfig(Config):
+    """Which prompts a stage trains on."""
+
+    path: str
+    tasks: tuple[Task, ...] = ("t2i", "edit")
+    limit: int | None = None
+    """Take only the first so many of each task."""
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read a JSONL prompt set.
+
+    Raises:
+        ConfigError: no such file, a broken line (named by file and line), a bad or missing source image,
+            or two prompts with the same id.
+    """
+    if not path.is_file():
+        raise ConfigError(f"need a JSONL file of prompts, got {path}, which is no file; check the path")
+    prompts: list[Prompt] = []
+    seen: set[str] = set()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        prompt = _prompt(line, where, path.parent, default_id=str(number))
+        if prompt.id in seen:
+            raise ConfigError(f"{where}: need distinct ids, got {prompt.id!r} twice; rename one")
+        seen.add(prompt.id)
+        prompts.append(prompt)
+    if not prompts:
+        raise ConfigError(f"{path}: need at least one prompt, got an empty file; write some")
+    return prompts
+
+
+def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"{where}: need one JSON object a line, got {error}; mend the line") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ConfigError(f'{where}: need an object with a "text", got {line[:60]!r}; mend the line')
+    for key in row.keys() - set(_KEYS):
+        raise ConfigError(
+            f"{where}: need keys of {', '.join(_KEYS)}, got {key!r}; "
+            f"did you mean {nearest(key, _KEYS) or _KEYS[1]!r}?"
+        )
+    task = row.get("task", "edit" if row.get("source") else "t2i")
+    if task not in ("t2i", "edit"):
+        raise ConfigError(f"{where}: need task t2i or edit, got {task!r}; mend the line")
+    source = _source(row.get("source"), where, folder)
+    if (source is None) != (task == "t2i"):
+        given = "a source image" if source else "no source image"
+        raise ConfigError(f"{where}: need a source image for an edit only, got {given} for {task}")
+    return Prompt(
+        id=str(row.get("id", default_id)),
+        text=row["text"],
+        task=task,
+        category=str(row.get("category", "general")),
+        source=source,
+        tags=tuple(row.get("tags", ())),
+        facts=row.get("facts", {}),
+    )
+
+
+def _source(given: Any, where: str, folder: Path) -> bytes | None:
+    if given is None:
+        return None
+    if str(given).startswith("data:"):
+        try:
+            data = base64.b64decode(str(given).partition(",")[2], validate=True)
+        except binascii.Error:
+            raise ConfigError(f"{where}: need base64 after 'data:', got other text; mend the line") from None
+        images.decode(data, where=where)
+        return data
+    try:
+        return images.encode_png(images.read(folder / str(given)))
+    except images.ImageError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write a set that `read_prompts` reads, source images inside."""
+    lines = []
+    for prompt in prompts:
+        row: dict[str, Any] = {"id": prompt.id, "text": prompt.text, "task": prompt.task}
+        row["category"] = prompt.category
+        if prompt.source is not None:
+            row["source"] = images.data_url(prompt.source)
+        if prompt.tags:
+            row["tags"] = list(prompt.tags)
+        if prompt.facts:
+            row["facts"] = dict(prompt.facts)
+        lines.append(json.dumps(row))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+Mixing = Literal["together", "alternate"]
+"""`together` draws from all prompts at once; `alternate` gives each step prompts of one task."""
+
+
+class GroupSampler:
+    """Which prompts a step draws: every prompt once before any comes again."""
+
+    def __init__(
+        self, prompts: Sequence[Prompt], *, per_step: int, seed: int, mixing: Mixing = "together"
+    ) -> None:
+        self._per_step, self._seed = per_step, seed
+        tasks = sorted({prompt.task for prompt in prompts})
+        pools = [[p for p in prompts if p.task == task] for task in tasks]
+        self._pools = pools if mixing == "alternate" else [list(prompts)]
+        smallest = min(len(pool) for pool in self._pools)
+        if smallest < per_step:
+            raise ConfigError(
+                f"need at least {per_step} prompts for a step, got {smallest}; give more prompts or "
+                "fewer per step"
+            )
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The prompts of one step, all different."""
+        turn, pool = step // len(self._pools), self._pools[step % len(self._pools)]
+        epoch, place = divmod(turn, len(pool) // self._per_step)
+        names = (self._seed, "prompts", step % len(self._pools), epoch)
+        order = torch.randperm(len(pool), generator=runtime.generator(names[0], *names[1:]))
+        rows = order[place * self._per_step : (place + 1) * self._per_step]
+        return [pool[int(row)] for row in rows]

@@ -1,0 +1,365 @@
+"""The page of a run: one `report.html` that holds everything it shows and opens without a network.
+
+The page is written from what the run folder holds, so it can be made of an unfinished run, and says
+what is missing. Prompts, names and notes are other people's text: the template escapes all of it, and
+the page forbids itself scripts and anything that would be fetched.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+
+from burnish import images
+from burnish.config import dump_yaml, located
+from burnish.evaluation import Row
+from burnish.prompts import read_prompts
+from burnish.stages import BASE, UNGUIDED, RunConfig, all_scores
+from burnish.summary import (
+    HEADLINE,
+    KNOWLEDGE,
+    Number,
+    knowledge_ids,
+    read_run,
+    shown,
+    teachers,
+    write_summary,
+)
+from burnish.tracking import Run, read_rows, write_atomic, writing
+from burnish.types import Prompt
+
+MAX_BYTES = 4_000_000
+"""Largest page; one with more shows fewer pictures."""
+
+TASKS = {"t2i": "Text to image", "edit": "Editing"}
+"""Tasks in the words of the page."""
+
+_PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
+_MAX_SIDE = 192  # Pixels of a picture in the page; smaller ones are kept as they are.
+_ENLARGED = 128  # Pictures of fewer pixels are enlarged without smoothing.
+_WIDTH, _HEIGHT = 300.0, 120.0  # Of the plot inside a chart, in the chart's own units.
+_COLUMNS = {"base": "base", "teacher": "teacher", "stage": "teacher", "student": "student"}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` of the run in a folder, and its `summary.json`; returns the page's path."""
+    config, summary = read_run(folder), write_summary(folder)
+    rows = all_scores(config, folder)
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": shown, "percent": _percent, "plain": _plain}
+    template = environment.get_template("report.html.j2")
+    context = {
+        "summary": summary,
+        "facts": _facts(folder),
+        "lede": _lede(config, summary),
+        "oracle": _oracle(summary),
+        "stages": [_stage(config, name) for name in config.stages],
+        "panels": [_panel(summary, task) for task in config.tasks(BASE)],
+        "charts": [c for name in config.stages for c in _charts(config, folder, name)],
+        "config": dump_yaml(config),
+        "tasks": TASKS,
+        "base": BASE,
+        "columns": {policy["policy"]: _COLUMNS[policy["role"]] for policy in summary["policies"]},
+    }
+    page = ""
+    for count in _PICTURES:
+        page = template.render(**context, galleries=_galleries(config, folder, rows, count))
+        if len(page.encode()) <= MAX_BYTES:
+            break
+    path = folder / "report.html"
+    with writing(path):
+        write_atomic(path, page)
+    return path
+
+
+def _percent(number: Number) -> str:
+    """A share with its interval, e.g. `96 % [91, 101]`."""
+    if number is None:
+        return "missing"
+    mean, low, high = (_plain(100 * number[key], 0) for key in ("mean", "low", "high"))
+    return f"{mean} % [{low}, {high}]"
+
+
+def _plain(value: float | None, digits: int = 3, sign: str = "") -> str:
+    """A number without interval, with a minus that is as wide as a plus."""
+    if value is None:
+        return "missing"
+    return format(value, f"{sign},.{digits}f").replace("-", "\N{MINUS SIGN}")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What the run folder says of itself: command, versions, machine."""
+    path = folder / "environment.json"
+    run = {key: value for key, value in Run.open(folder).facts.items() if key != "format"}
+    machine = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {"run": run, "machine": machine}
+
+
+def _and(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _lede(config: RunConfig, summary: Mapping[str, Any]) -> str:
+    """What was trained from what, and how it was measured."""
+    students = [name for name in config.stages if teachers(config, name)]
+    trained = [name for name in config.stages if name not in students]
+    parts = [f"This run starts from the model {config.policy.path}."]
+    if trained:
+        parts.append(f"Reinforcement learning turns it into {_and(trained)}.")
+    for name in students:
+        taught = list(dict.fromkeys(teachers(config, name).values()))
+        is_cheap = config.deployed_scale(name) == 1
+        cost = ", which draws without guidance, so with half the network evaluations" * is_cheap
+        parts.append(f"On-policy distillation folds {_and(taught)} into {name}{cost}.")
+    counts = [
+        f"{result['score']['num_prompts']} prompts ({TASKS[result['task']].lower()})"
+        for result in summary["results"]
+        if result["policy"] == BASE and result["score"]
+    ]
+    if counts:
+        parts.append(
+            f"Every policy draws the same held-out prompts from the same seeds: {_and(counts)}, "
+            f"{config.evaluation.num_seeds} pictures each. Brackets are 95 % intervals over prompts."
+        )
+    return " ".join(parts)
+
+
+def _oracle(summary: Mapping[str, Any]) -> str:
+    """Who the truth of the embedded world is in this run: reward, judge, both, or nobody."""
+    trained, is_judge = summary["oracle_stages"], summary["judge"] == "oracle"
+    truth = "the truth of the embedded world itself, measured from pixels"
+    if trained:
+        also = " The same oracle is the judge of every number on this page." if is_judge else ""
+        return (
+            f"The training reward of {_and(trained)} is the oracle: {truth}, and not a learned "
+            f"reward model.{also} The numbers show how well the optimisation works; they say nothing "
+            "of how a learned reward would hold up."
+        )
+    return f"The judge is the oracle: {truth}. No stage was trained on it." if is_judge else ""
+
+
+def _stage(config: RunConfig, name: str) -> dict[str, Any]:
+    stage = config.stages[name]
+    rewards = [
+        f"{key} ({kind})" if (kind := reward.kind) != key else key
+        for key, reward in stage.rewards.items()
+    ]
+    taught = [
+        f"{teacher} ({TASKS[task].lower()})" for task, teacher in teachers(config, name).items()
+    ]
+    return {
+        "name": name,
+        "algorithm": stage.algorithm.kind,
+        "steps": stage.steps,
+        "start": stage.start,
+        "tasks": _and([TASKS[task].lower() for task in stage.prompts.tasks]),
+        "learns_from": f"taught by {_and(taught)}" if taught else f"rewarded by {_and(rewards)}",
+    }
+
+
+def _panel(summary: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """The numbers of one task: tiles, and rows with the places of their interval marks."""
+    results = [result for result in summary["results"] if result["task"] == task]
+    headroom = next(space for space in summary["headroom"] if space["task"] == task)
+    policies = {policy["policy"]: policy for policy in summary["policies"]}
+    kept = {k["student"]: k for k in summary["distillation"] if k["task"] == task}
+    measured = [n for n in [*(r["score"] for r in results), headroom["best"]] if n is not None]
+    # An axis that ends on round numbers and leaves no mark on its edge.
+    step = 0.05
+    low = math.floor(min((n["low"] for n in measured), default=0.0) / step - 0.1) * step
+    high = math.ceil(max((n["high"] for n in measured), default=1.0) / step + 0.1) * step
+
+    def place(number: Number) -> dict[str, float] | None:
+        if number is None:
+            return None
+        ends = ("low", "mean", "high")
+        return {end: round(100 * (number[end] - low) / (high - low), 2) for end in ends}
+
+    base = next((r["score"] for r in results if r["policy"] == BASE), None)
+    rows = [
+        {**r, **policies[r["policy"]], "place": place(r["score"]), "kept": kept.get(r["policy"])}
+        for r in results
+    ]
+    return {
+        "task": task,
+        "name": TASKS[task],
+        "rows": rows,
+        "headroom": headroom,
+        "best_place": place(headroom["best"]),
+        "base_place": place(base),
+        "axis": (low, high),
+        "tiles": [row for row in rows if row["policy"] not in (BASE, UNGUIDED)],
+    }
+
+
+def _galleries(
+    config: RunConfig, folder: Path, rows: Sequence[Row], count: int
+) -> list[dict[str, Any]]:
+    """Pictures side by side: a gallery for each task, and one of the knowledge prompts."""
+    plan, known = config.evaluation, knowledge_ids(config)
+    scores = {
+        (row["policy"], row["prompt"], row["metric"]): row["value"]
+        for row in rows
+        if row["seed"] == 0
+    }
+    held_out = [p for p in read_prompts(located(plan.prompts)) if p.id not in known]
+    sets = [
+        (task, TASKS[task], False, [p for p in held_out if p.task == task])
+        for task in config.tasks(BASE)
+    ]
+    if plan.knowledge is not None:
+        sets.append(("", "Knowledge", True, read_prompts(located(plan.knowledge))))
+    galleries = []
+    for task, name, is_knowledge, prompts in sets:
+        shown_tasks = {prompt.task for prompt in prompts}
+        policies = [
+            policy
+            for policy in (BASE, *config.stages)
+            if policy == BASE or shown_tasks & set(config.tasks(policy))
+        ]
+        drawn = [p for p in prompts if any(_picture(folder, policy, p) for policy in policies)]
+        metrics = (*KNOWLEDGE, HEADLINE) if is_knowledge else (HEADLINE,)
+        kinds: dict[str, list[Prompt]] = {}
+        for prompt in drawn:
+            kind = prompt.tags[0] if is_knowledge and prompt.tags else prompt.category
+            kinds.setdefault(kind, []).append(prompt)
+        groups = [
+            (kind, [_row(folder, p, policies, scores, metrics) for p in _spread(found, count)])
+            for kind, found in kinds.items()
+        ]
+        galleries.append(
+            {"task": task, "name": name, "is_knowledge": is_knowledge, "groups": groups}
+        )
+    return galleries
+
+
+def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Prompts at even distances, so that nobody chose them and neighbours are not alike."""
+    count = min(count, len(prompts))
+    return [prompts[place * len(prompts) // count] for place in range(count)]
+
+
+def _row(
+    folder: Path,
+    prompt: Prompt,
+    policies: Sequence[str],
+    scores: Mapping[tuple[str, str, str], float | None],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """One prompt and what every policy drew for it."""
+    told = [m for m in metrics if any((p, prompt.id, m) in scores for p in policies)]
+    metric = told[0] if told else HEADLINE
+    shots = []
+    for policy in policies:
+        path = _picture(folder, policy, prompt)
+        picture = _embedded(images.read(path)) if path else None
+        score = scores.get((policy, prompt.id, metric))
+        shots.append({"policy": policy, "picture": picture, "score": score})
+    source = prompt.source and _embedded(images.decode(prompt.source, where=prompt.id))
+    return {"text": prompt.text, "source": source, "shots": shots, "metric": metric}
+
+
+def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:
+    path = folder / "evaluation" / policy / "pictures" / f"{prompt.id}.webp"
+    return path if path.is_file() else None
+
+
+def _embedded(picture: Image.Image) -> dict[str, Any]:
+    """A picture as a URL that carries it, and whether its pixels are so few that they are shown."""
+    is_small = max(picture.size) <= _MAX_SIDE
+    if not is_small:
+        picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
+    url = images.data_url(images.encode_webp(picture, quality=None if is_small else 78))
+    return {"url": url, "is_enlarged": max(picture.size) < _ENLARGED}
+
+
+def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """The curves of one stage: its reward, or how far the student is from its teachers."""
+    rows = read_rows(folder / "stages" / name / "metrics.jsonl")
+    stage = config.stages[name]
+
+    def series(label: str, colour: str, metric: str, **wanted: Any) -> dict[str, Any]:
+        found = [row for row in rows if all(row.get(key) == v for key, v in wanted.items())]
+        points = [(row["step"], row[metric]) for row in found if row.get(metric) is not None]
+        return {"label": label, "colour": colour, "points": points}
+
+    if taught := teachers(config, name):
+        for metric, words in (
+            ("distill/gap_share", "gap to the teacher, as a share of its velocity"),
+            ("loss", "loss"),
+        ):
+            lines = [
+                series(TASKS[task].lower(), colour, metric, **{f"teacher/is_{task}": 1.0})
+                for task, colour in zip(taught, ("student", "teacher"), strict=False)
+            ]
+            yield _chart(name, words, stage.steps, lines, has_zero=True)
+        return
+    yield _chart(name, "mean reward", stage.steps, [series("mean", "teacher", "reward/mean")])
+    if len(stage.rewards) > 1:
+        for reward in stage.rewards:
+            line = series(reward, "teacher", f"reward/{reward}")
+            yield _chart(name, f"reward: {reward}", stage.steps, [line])
+
+
+def _chart(
+    stage: str, words: str, steps: int, lines: list[dict[str, Any]], *, has_zero: bool = False
+) -> dict[str, Any]:
+    """A chart with its lines in the units of the plot: every point, and a moving average."""
+    lines = [line for line in lines if line["points"]]
+    values = [value for line in lines for _, value in line["points"]]
+    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low = 0.0 if has_zero else low
+    if high <= low:
+        high = low + max(abs(low), 1.0) * 0.1
+    # Steps of 1, 2 or 5 times a power of ten, three to six of them.
+    rough = (high - low) / 3
+    tick = max(
+        base * 10.0**power
+        for power in (math.floor(math.log10(rough)) - 1, math.floor(math.log10(rough)))
+        for base in (1, 2, 5)
+        if base * 10.0**power <= rough
+    )
+    low, high = math.floor(low / tick + 1e-9) * tick, math.ceil(high / tick - 1e-9) * tick
+
+    def path(points: Sequence[tuple[float, float]]) -> str:
+        width, height = _WIDTH / max(steps - 1, 1), _HEIGHT / (high - low)
+        return " ".join(f"{x * width:.1f},{_HEIGHT - (y - low) * height:.1f}" for x, y in points)
+
+    drawn = []
+    for line in lines:
+        smooth = _smoothed(line["points"])
+        drawn.append(
+            {**line, "raw": path(line["points"]), "smooth": path(smooth), "last": smooth[-1][1]}
+        )
+    digits = max(0, -math.floor(math.log10(tick)))
+    ticks = [low + tick * n for n in range(round((high - low) / tick) + 1)]
+    return {
+        "stage": stage,
+        "words": words,
+        "lines": drawn,
+        "ticks": [
+            (round(_HEIGHT - (t - low) / (high - low) * _HEIGHT, 1), t, digits) for t in ticks
+        ],
+        "digits": digits + 1,
+        "steps": steps,
+    }
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Centred moving average over about a tenth of the points."""
+    reach = len(points) // 20
+    found = []
+    for place, (step, _) in enumerate(points):
+        near = points[max(0, place - reach) : place + reach + 1]
+        found.append((step, sum(value for _, value in near) / len(near)))
+    return found

@@ -1,0 +1,1 @@
+"""One file per reward; the file name is its key."""

@@ -1,0 +1,124 @@
+"""What a reward must offer, and how several become one opinion per image.
+
+Local and remote rewards, pointwise and group-wide ones, are the same method. A failure is a value with a
+name, never a number; not-applicable is decided per prompt. A rubric is a set of named rewards with a
+weight vector per category of prompts, as in the paper (arXiv 2606.27608, section 4.2).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from pydantic import model_validator
+
+from burnish.config import Config
+from burnish.types import Group, Prompt, Score, Scored, ScoreRequest
+
+EVERY_CATEGORY = "default"
+"""Key of the weights for categories that have none of their own."""
+
+
+class Reward(ABC):
+    """One opinion about images."""
+
+    @abstractmethod
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """One score per request, in order; never raises for a bad image, but returns `Failed`."""
+
+
+class RewardConfig(Config, ABC):
+    """Base of the one config of each file on the shelf; its `kind` is the file's name."""
+
+    weights: Mapping[str, float] = {EVERY_CATEGORY: 1.0}
+    """Weight by category of the prompt; `default` for the others, 0 where the reward has no say."""
+    floor: float = 1e-3
+    """Standard deviation of scoring one image again: spread below it is noise, not preference."""
+
+    @model_validator(mode="after")
+    def _weights_are_usable(self) -> "RewardConfig":
+        wrong = [name for name, weight in self.weights.items() if weight < 0]
+        if wrong or not self.floor > 0:
+            raise ValueError(
+                f"need weights of at least 0 and a floor above 0, got {dict(self.weights)} and "
+                f"{self.floor}; a reward that should be lowered is another reward"
+            )
+        return self
+
+    def weight(self, prompt: Prompt) -> float:
+        """Weight of this reward for a prompt, before the weights are made to sum to 1."""
+        return self.weights.get(prompt.category, self.weights.get(EVERY_CATEGORY, 0.0))
+
+    @abstractmethod
+    def build(self) -> Reward:
+        """The reward itself; heavy imports belong here."""
+
+
+@dataclass(frozen=True)
+class Rubric:
+    """Named rewards with their weights."""
+
+    configs: Mapping[str, RewardConfig]
+    rewards: Mapping[str, Reward]
+
+    @classmethod
+    def build(cls, configs: Mapping[str, RewardConfig]) -> "Rubric":
+        """Build every reward of a recipe."""
+        return cls(configs, {name: config.build() for name, config in configs.items()})
+
+    def score(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the scores of all rewards that have weight for their prompts."""
+        requests = [
+            ScoreRequest(prompt=group.prompt, image=trajectory.image)
+            for group in groups
+            for trajectory in group.trajectories
+        ]
+        scores: list[dict[str, tuple[Score, ...]]] = [{} for _ in groups]
+        for name, reward in self.rewards.items():
+            asked = [i for i, g in enumerate(groups) if self.configs[name].weight(g.prompt) > 0]
+            wanted = {groups[i].prompt.id for i in asked}
+            answers = iter(reward.score([r for r in requests if r.prompt.id in wanted]))
+            for i in asked:
+                scores[i][name] = tuple(next(answers) for _ in groups[i].trajectories)
+        return [replace(g, scores={**g.scores, **s}) for g, s in zip(groups, scores, strict=True)]
+
+
+class AsyncRubric:
+    """Scores micro-batches on other threads while the next ones are sampled.
+
+    Submit as images appear, then `collect` at the barrier before advantages; the result is the same as
+    scoring everything at once, in the order of submission.
+    """
+
+    def __init__(self, rubric: Rubric, workers: int = 1) -> None:
+        self._rubric = rubric
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+        self._pending: list[Future[list[Group]]] = []
+
+    def submit(self, groups: list[Group]) -> None:
+        """Start scoring complete groups; returns at once."""
+        self._pending.append(self._pool.submit(self._rubric.score, groups))
+
+    def collect(self) -> dict[str, Group]:
+        """Wait for everything submitted; scored groups by prompt id."""
+        pending, self._pending = self._pending, []
+        return {group.prompt.id: group for future in pending for group in future.result()}
+
+    def __enter__(self) -> "AsyncRubric":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+
+def scored_values(scores: Sequence[Score]) -> list[float | None]:
+    """Values of the scored ones, None for the others."""
+    return [score.value if isinstance(score, Scored) else None for score in scores]
+
+

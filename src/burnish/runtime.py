@@ -1,0 +1,327 @@
+"""Where the numbers are computed: device, dtype, threads, seeds, processes.
+
+The only file that knows ranks; all other code is written for one device. Every random draw of the
+project comes from `generator(seed, *names)`, so it is a pure function of the seed and the names: a
+resumed run, or one with other batch sizes or another order of work, draws the same numbers.
+"""
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from burnish.config import Config, ConfigError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_GIBIBYTE = 1 << 30
+_PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "safetensors", "numpy")
+
+
+class RuntimeConfig(Config):
+    """Device, precision and threads of a run."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of the matrix products; `auto` is bfloat16 on a GPU, float32 elsewhere."""
+
+    threads: int | None = None
+    """Threads of torch on the CPU; None keeps OMP_NUM_THREADS, or else takes the usable cores."""
+
+    def build(self) -> "Runtime":
+        """Set up this process, and join the others if torchrun started it."""
+        return start(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """The device of this process and its place among the processes of the run."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files of the run."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Run the networks inside in `dtype`; does nothing where `dtype` is float32."""
+        with contextlib.ExitStack() as stack:
+            if self.dtype != torch.float32:
+                stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
+                if self.device.type == "cpu":
+                    # The backward of the CPU's fused attention is several times slower in bfloat16.
+                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    def all_reduce_sum(self, value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """The sum of `value` over all processes; the same tensor where there is one process."""
+        if self.world_size == 1:
+            return value
+        total = value.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    def all_reduce_mean(self, value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """The mean of `value` over all processes; the same tensor where there is one process."""
+        return value if self.world_size == 1 else self.all_reduce_sum(value) / self.world_size
+
+    def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Average the gradients over all ranks in one message; a missing one counts as zero."""
+        if self.world_size == 1:
+            return
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        mean = self.all_reduce_mean(torch.cat([grad.flatten() for grad in grads]))
+        parts = mean.split([parameter.numel() for parameter in parameters])
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    def broadcast(self, parameters: Sequence[Tensor]) -> None:
+        """Give every rank the values of the first one, in place; ranks must start alike."""
+        if self.world_size == 1:
+            return
+        with torch.no_grad():
+            for parameter in parameters:
+                torch.distributed.broadcast(parameter, 0)
+
+    def barrier(self) -> None:
+        """Wait until every process is here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
+
+    def close(self) -> None:
+        """Leave the other processes; nothing to do where there is one process."""
+        if self.world_size > 1 and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    def describe(self) -> dict[str, str | int]:
+        """What `environment.json` says: hardware and versions that can change the numbers."""
+        facts: dict[str, str | int] = {
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "processes": self.world_size,
+            "cores": usable_cores(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "platform": platform.platform(),
+        }
+        if self.device.type == "cuda":
+            facts["gpu"] = torch.cuda.get_device_name(self.device)
+            facts["cuda"] = str(torch.version.cuda)
+        for package in _PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                facts[package] = importlib.metadata.version(package)
+        return facts
+
+
+def start(config: RuntimeConfig | None = None) -> Runtime:
+    """Set up threads, allocator, device and processes, once at the start of a program."""
+    config = config or RuntimeConfig()
+    set_threads(config.threads)
+    keep_freed_memory()
+    rank, world_size = _torchrun_place()
+    local_rank = _from_environment("LOCAL_RANK", 0)
+    device = choose_device(config.device, local_rank)
+    runtime = Runtime(
+        device=device, dtype=choose_dtype(config.dtype, device), rank=rank, world_size=world_size
+    )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if _has_cuda() else "gloo")
+    return runtime
+
+
+def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """The torch device of a name in `auto`, `cpu`, `cuda`; each local process has its own GPU."""
+    if name == "cpu" or (name == "auto" and not _has_cuda()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if _has_cuda() else 0
+    if local_rank >= count:
+        raise ConfigError(
+            f"need {local_rank + 1} CUDA devices for device={name}, found {count};"
+            " use device=cpu or start fewer processes"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The torch dtype of a name in `auto`, `float32`, `bfloat16`."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return _DTYPES[name]
+
+
+# --- Seeds -----------------------------------------------------------------------------------
+
+
+def derived_seed(seed: int, *names: int | str) -> int:
+    """A 63-bit seed that depends on every name and on their order, the same on every machine.
+
+    >>> derived_seed(0, "rollout", 3) == derived_seed(0, "rollout", 3)
+    True
+    >>> derived_seed(0, "rollout", 3) == derived_seed(0, "rollout", "3")
+    False
+    """
+    # JSON keeps 3 apart from "3" and ("ab", "c") apart from ("a", "bc").
+    text = json.dumps([seed, *names])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generator(seed: int, *names: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A fresh random generator for the draw that the names describe.
+
+    Draw on the CPU and move the result, unless speed forbids it: the streams of GPUs differ from
+    those of CPUs, and with them the images of a run.
+    """
+    return torch.Generator(device=device).manual_seed(derived_seed(seed, *names))
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *names: int | str) -> Iterator[None]:
+    """Seed the global generators inside, for libraries that take none, and put them back after."""
+    value = derived_seed(seed, *names)
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = list(range(torch.cuda.device_count())) if _has_cuda() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(value)
+        random.seed(value)
+        np.random.seed(value % (1 << 32))
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+# --- Threads and memory ----------------------------------------------------------------------
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity mask, cut by the quota of its container."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores)
+
+
+def set_threads(count: int | None = None) -> int:
+    """Set the threads of torch; more than there are free cores make everything much slower."""
+    if count is None and "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    if count is not None and count < 1:
+        raise ConfigError(f"need threads >= 1, got {count}; leave it out to use all cores")
+    torch.set_num_threads(count or usable_cores())
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep the memory it frees; whether that could be done.
+
+    A training step frees and takes the same large blocks again and again. Returned to the system
+    each time and then cleared page by page, they cost a quarter of the time at miniature size.
+    """
+    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+    libc = ctypes.CDLL(None)
+    # Some versions of glibc take at most 32 MiB for the second; a refused call changes nothing.
+    for size in (_GIBIBYTE, 32 << 20):
+        if libc.mallopt(mmap_threshold, size):
+            return bool(libc.mallopt(trim_threshold, _GIBIBYTE))
+    return False
+
+
+# --- Processes -------------------------------------------------------------------------------
+
+
+def _torchrun_place() -> tuple[int, int]:
+    """Rank and number of processes, as torchrun puts them into the environment."""
+    world_size = _from_environment("WORLD_SIZE", 1)
+    rank = _from_environment("RANK", 0)
+    if not 0 <= rank < world_size:
+        raise ConfigError(
+            f"need 0 <= RANK < WORLD_SIZE, got RANK={rank} and WORLD_SIZE={world_size};"
+            " start the processes with torchrun"
+        )
+    return rank, world_size
+
+
+def _from_environment(name: str, default: int, environment: Mapping[str, str] = os.environ) -> int:
+    text = environment.get(name, str(default))
+    if not text.isdecimal():
+        raise ConfigError(f"need a whole number in {name}, got {text!r}; start with torchrun")
+    return int(text)
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+# --- torchvision -----------------------------------------------------------------------------
+
+_MISSING_OPERATOR = "operator torchvision::nms does not exist"
+_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+@functools.cache
+def ensure_torchvision() -> bool:
+    """Make `import torchvision` work beside a torch it was not built for; whether help was needed.
+
+    The image processors of transformers import torchvision. Its wheels from the package index are
+    CUDA builds: beside a CPU torch their operators cannot be loaded, and the import fails because
+    it describes two operators that were never declared. Declaring these schemas is enough, as
+    nothing here calls box operators. Where the builds match, the plain import works and no more is
+    done. Call it before the first import from transformers or diffusers.
+    """
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if _MISSING_OPERATOR not in str(error):
+            raise
+    else:
+        return False
+    _declare_operators()
+    importlib.import_module("torchvision")
+    return True
+
+
+@functools.cache
+def _declare_operators() -> torch.library.Library:
+    # Cached, because the declarations vanish with the library object.
+    library = torch.library.Library("torchvision", "DEF")
+    for schema in _SCHEMAS:
+        library.define(schema)
+    return library

@@ -1,0 +1,199 @@
+"""A whole run: which stages there are, what each needs, and running them.
+
+Stages and measurements are jobs. A job that has its inputs runs in a process of its own, as many at a time
+as there are cores (or GPUs); a job that is complete is not run again. Everything a job leaves is in the
+run folder:
+
+    stages/<stage>/       run folder of the stage, its pipeline in model/
+    evaluation/<policy>/  scores.jsonl and pictures/
+    summary.json          the table of the report
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from burnish.algorithms.distill import DistillConfig
+from burnish.config import Config, ConfigError, located, nearest
+from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, write_rows
+from burnish.policies.base import Policy
+from burnish.prompts import read_prompts
+from burnish.runtime import Runtime, RuntimeConfig
+from burnish.tracking import Run, write_atomic
+from burnish.training import AnyReward, StageConfig, train
+from burnish.types import Prompt
+
+BASE = "base"
+UNGUIDED = "base-unguided"
+BEST_OF = "base-best-of"
+STAGE = "stage:"
+"""Prefix of a path that means the result of a stage of the same run."""
+
+
+class PolicyConfig(Config):
+    """The model that everything starts from."""
+
+    family: Literal["qwen_image21"] = "qwen_image21"
+    path: str = "embedded:weights/base"
+    resolution: int = Field(default=1024, ge=32)
+
+
+class RunConfig(Config):
+    """One complete run; recipes are files of this."""
+
+    name: str
+    seed: int = 0
+    evidence: Literal["measured", "runs", "untested"] = "untested"
+    """What is known of this recipe: numbers in the repository, that it runs, or nothing."""
+    policy: PolicyConfig = PolicyConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    stages: Mapping[str, StageConfig]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    judge: AnyReward  # pyright: ignore[reportInvalidTypeForm]
+    """Scores the held-out pictures."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> "RunConfig":
+        for place, (name, stage) in enumerate(self.stages.items()):
+            known = [BASE, *list(self.stages)[:place]]
+            for wanted in (stage.start, *_referred(stage)):
+                if wanted not in known:
+                    raise ValueError(
+                        f"need stages that come before {name!r}, got {wanted!r}; did you mean "
+                        f"{nearest(wanted, known)!r}?"
+                    )
+            if name in (BASE, UNGUIDED, BEST_OF):
+                raise ValueError(f"need another name for the stage {name!r}; it is taken")
+        return self
+
+    def deployed_scale(self, policy: str) -> float:
+        """Guidance at which a policy of the run is deployed and measured."""
+        if policy in self.stages:
+            return self.stages[policy].rollout.guidance_scale
+        return 1.0 if policy == UNGUIDED else self.evaluation.guidance_scale
+
+    def tasks(self, policy: str) -> tuple[str, ...]:
+        """What a policy is measured on: a stage's own tasks, everything for the base."""
+        every = tuple(dict.fromkeys(t for stage in self.stages.values() for t in stage.prompts.tasks))
+        return self.stages[policy].prompts.tasks if policy in self.stages else every
+
+    def jobs(self) -> dict[str, tuple[str, ...]]:
+        """Every job of the run with the jobs it waits for, in a good order to start them."""
+        jobs: dict[str, tuple[str, ...]] = {}
+        for name, stage in self.stages.items():
+            needs = (stage.start, *_referred(stage))
+            jobs[f"train/{name}"] = tuple(f"train/{n}" for n in dict.fromkeys(needs) if n != BASE)
+        for name in (BASE, BEST_OF, UNGUIDED):
+            jobs[f"measure/{name}"] = ()
+        for name in self.stages:
+            jobs[f"measure/{name}"] = (f"train/{name}",)
+        return jobs
+
+
+def _referred(stage: StageConfig) -> tuple[str, ...]:
+    """Stages that a stage names by path: its teachers."""
+    if not isinstance(stage.algorithm, DistillConfig):
+        return ()
+    paths = [teacher.path for teacher in stage.algorithm.teachers.values()]
+    return tuple(path.removeprefix(STAGE) for path in paths if path.startswith(STAGE))
+
+
+def with_folders(stage: StageConfig, folder: Path) -> StageConfig:
+    """The stage with `stage:` paths resolved into a run folder."""
+    if not isinstance(stage.algorithm, DistillConfig):
+        return stage
+    teachers = {
+        task: teacher.model_copy(update={"path": str(model_folder(folder, teacher.path))})
+        for task, teacher in stage.algorithm.teachers.items()
+    }
+    algorithm = stage.algorithm.model_copy(update={"teachers": teachers})
+    return stage.model_copy(update={"algorithm": algorithm})
+
+
+def model_folder(folder: Path, path: str) -> Path:
+    """Where the pipeline of a path is: a stage's result, an embedded model, or a plain folder."""
+    if path.startswith(STAGE):
+        return folder / "stages" / path.removeprefix(STAGE) / "model"
+    return located(path)
+
+
+def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
+    """A policy of the run's family from a pipeline folder."""
+    module = importlib.import_module(f"burnish.policies.{config.family}")
+    for member in vars(module).values():
+        if isinstance(member, type) and getattr(member, "family", None) == config.family:
+            return member.load(folder, resolution=config.resolution, device=rt.device)
+    raise ConfigError(f"need a policy class in {module.__name__}, got none of family {config.family}")
+
+
+def is_complete(folder: Path, job: str) -> bool:
+    """Whether a job has left its result."""
+    return (_job_folder(folder, job) / "DONE").is_file()
+
+
+def _job_folder(folder: Path, job: str) -> Path:
+    kind, name = job.split("/", 1)
+    return folder / ("stages" if kind == "train" else "evaluation") / name
+
+
+def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
+    """Do one job in this process and mark it complete."""
+    kind, name = job.split("/", 1)
+    (_run_stage if kind == "train" else _measure)(config, folder, name, rt)
+    write_atomic(_job_folder(folder, job) / "DONE", "")
+
+
+def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
+    stage = with_folders(config.stages[name], folder)
+    start = config.policy.path if stage.start == BASE else STAGE + stage.start
+    policy = load_policy(config.policy, model_folder(folder, start), rt)
+    run = Run.create(_job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
+    train(stage, policy, run, rt, seed=config.seed, label=name)
+
+
+def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
+    plan = config.evaluation
+    path = STAGE + name if name in config.stages else config.policy.path
+    policy = load_policy(config.policy, model_folder(folder, path), rt)
+    judge = config.judge.build()
+    wanted = plan.best_of_prompts if name == BEST_OF else plan.num_prompts
+    tasks = config.tasks(name)
+    sets: list[tuple[list[Prompt], int]] = [
+        (
+            _some(read_prompts(located(plan.prompts)), tasks, wanted),
+            plan.best_of if name == BEST_OF else plan.num_seeds,
+        )
+    ]
+    if plan.knowledge is not None and name != BEST_OF:
+        sets.append((_some(read_prompts(located(plan.knowledge)), tasks, plan.num_prompts), 1))
+    target = _job_folder(folder, f"measure/{name}")
+    rows: list[Row] = []
+    for prompts, num_seeds in sets:
+        if prompts:
+            rows += measure(
+                policy,
+                prompts,
+                judge,
+                rt,
+                name=name,
+                config=plan,
+                guidance_scale=config.deployed_scale(name),
+                num_seeds=num_seeds,
+                pictures=None if name == BEST_OF else target / "pictures",
+            )
+    write_rows(target / "scores.jsonl", rows)
+
+
+def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Prompt]:
+    return [p for task in tasks for p in [p for p in prompts if p.task == task][:count]]
+
+
+def all_scores(config: RunConfig, folder: Path) -> list[Row]:
+    """The rows of every policy measured so far."""
+    names = [job.split("/", 1)[1] for job in config.jobs() if job.startswith("measure/")]
+    files = [folder / "evaluation" / name / "scores.jsonl" for name in names]
+    return [row for file in files if file.is_file() for row in read_scores(file)]
+

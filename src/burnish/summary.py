@@ -1,0 +1,398 @@
+"""The numbers of a run, from its scores and its logs: `summary.json` and the tables at its end.
+
+Every number is a mean over prompts with the 95 % interval of a bootstrap over prompts; two policies
+are compared on the prompts both have, paired. What was not measured is `None` and named under
+`missing`: nothing is ever filled in. Prompts of the knowledge set are kept out of the headline,
+because no reward asks for what they show; they say what a stage forgot.
+"""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from burnish.algorithms.distill import DistillConfig
+from burnish.config import located, parse
+from burnish.evaluation import Estimate, Row, best_of, by_prompt, estimate, gain
+from burnish.prompts import read_prompts
+from burnish.stages import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig, all_scores, is_complete
+from burnish.tracking import Run, read_rows, write_json
+
+HEADLINE = "composite"
+"""The metric that a run is judged by."""
+
+KNOWLEDGE = ("likeness", "style")
+"""Metrics of what no reward asks for, read on the knowledge prompts."""
+
+PARTS = ("rollout", "credit", "update")
+"""Parts of a training step that are timed."""
+
+_MIN_COVERAGE = 0.99  # Share of pictures with a score; below it a result is marked invalid.
+
+Number = dict[str, Any] | None
+"""An `Estimate` as plain data, or None where it was not measured."""
+
+
+class Cells:
+    """Scores by policy, task and metric; held-out and knowledge prompts apart."""
+
+    def __init__(self, rows: Sequence[Row], knowledge: frozenset[str]) -> None:
+        self._rows: dict[tuple[str, str, str, bool], list[Row]] = defaultdict(list)
+        for row in rows:
+            key = (row["policy"], row["task"], row["metric"], row["prompt"] in knowledge)
+            self._rows[key].append(row)
+
+    def rows(self, policy: str, task: str, metric: str, *, knowledge: bool = False) -> list[Row]:
+        """The rows of one cell; none where nothing was measured."""
+        return self._rows.get((policy, task, metric, knowledge), [])
+
+    def metrics(self, policy: str, task: str) -> list[str]:
+        """Names of the metrics on held-out prompts, in the order of their rows."""
+        return [m for p, t, m, is_known in self._rows if (p, t) == (policy, task) and not is_known]
+
+    def score(self, policy: str, task: str, metric: str, **options: Any) -> Number:
+        """Mean over prompts; `category` and `knowledge` narrow the rows."""
+        values = by_prompt(self._narrowed(policy, task, metric, **options))
+        return asdict(estimate(values)) if values else None
+
+    def gain(self, policy: str, over: str, task: str, metric: str, **options: Any) -> Number:
+        """Mean difference over the prompts both policies have."""
+        mine = self._narrowed(policy, task, metric, **options)
+        theirs = self._narrowed(over, task, metric, **options)
+        if policy == over or not by_prompt(mine).keys() & by_prompt(theirs).keys():
+            return None
+        return asdict(gain([*mine, *theirs], policy, over))
+
+    def means(self, policy: str, task: str) -> dict[str, float]:
+        """Mean headline score of every held-out prompt."""
+        values = by_prompt(self.rows(policy, task, HEADLINE))
+        return {prompt: statistics.fmean(found) for prompt, found in values.items()}
+
+    def best(self, task: str) -> dict[str, float]:
+        """Best of the base's pictures of every prompt it drew many of."""
+        return {p: v[0] for p, v in best_of(self.rows(BEST_OF, task, HEADLINE)).items()}
+
+    def _narrowed(
+        self, policy: str, task: str, metric: str, category: str = "", knowledge: bool = False
+    ) -> list[Row]:
+        rows = self.rows(policy, task, metric, knowledge=knowledge)
+        return [row for row in rows if row["category"] == category] if category else rows
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The resolved configuration of the run in a folder."""
+    return parse(RunConfig, Run.open(folder).config(), where=str(folder / "config.yaml"))
+
+
+def write_summary(folder: Path) -> dict[str, Any]:
+    """Compute the numbers of a run and write them to `summary.json`, whole or not at all."""
+    config = read_run(folder)
+    summary = summarise(config, folder, all_scores(config, folder))
+    write_json(folder / "summary.json", summary)
+    return summary
+
+
+def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
+    """What `summary.json` holds: every measured number has `mean`, `low`, `high`, `num_prompts`."""
+    cells = Cells(rows, knowledge_ids(config))
+    policies = [_policy(config, name) for name in (BASE, UNGUIDED, *config.stages)]
+    results = [
+        _result(cells, policy["policy"], task) for policy in policies for task in policy["tasks"]
+    ]
+    summary: dict[str, Any] = {
+        "format": 1,
+        "name": config.name,
+        "evidence": config.evidence,
+        "headline": HEADLINE,
+        "judge": config.judge.kind,
+        "oracle_stages": oracle_stages(config),
+        "best_of": config.evaluation.best_of,
+        "policies": policies,
+        "results": results,
+        "headroom": [_headroom(cells, task) for task in config.tasks(BASE)],
+        "distillation": list(_distillation(config, cells)),
+        "metrics": list(_secondary(cells, results)),
+        "categories": list(_by_category(cells, results)),
+        "knowledge": list(_knowledge(cells, results)),
+        "cost": [_cost(config, folder, cells, name) for name in config.stages],
+    }
+    summary["missing"] = list(_missing(config, summary))
+    return summary
+
+
+def oracle_stages(config: RunConfig) -> list[str]:
+    """The stages that were rewarded by the truth of the embedded world itself."""
+    rewarded = {name: stage.rewards.values() for name, stage in config.stages.items()}
+    return [name for name, rewards in rewarded.items() if any(r.kind == "oracle" for r in rewards)]
+
+
+def knowledge_ids(config: RunConfig) -> frozenset[str]:
+    """The prompts that show what no reward asks for."""
+    path = config.evaluation.knowledge
+    return frozenset(p.id for p in read_prompts(located(path))) if path is not None else frozenset()
+
+
+def teachers(config: RunConfig, student: str) -> dict[str, str]:
+    """Teacher of each task of a distilling stage; a teacher from outside the run keeps its path."""
+    algorithm = config.stages[student].algorithm
+    if not isinstance(algorithm, DistillConfig):
+        return {}
+    return {task: t.path.removeprefix(STAGE) for task, t in algorithm.teachers.items()}
+
+
+def ratio(top: Sequence[float], bottom: Sequence[float], resamples: int = 4000) -> Estimate | None:
+    """Ratio of two means over the same prompts, with the percentile interval over prompts.
+
+    None where the 95 % interval of the lower mean reaches 0: a share of nothing has no size.
+
+    >>> ratio([0.9, 1.8, 2.7], [1.0, 2.0, 3.0])
+    Estimate(mean=0.9, low=0.9, high=0.9, num_prompts=3)
+    """
+    if not bottom:
+        return None
+    above, below = np.array(top, dtype=float), np.array(bottom, dtype=float)
+    picks = np.random.default_rng(0).integers(len(below), size=(resamples, len(below)))
+    divisors = below[picks].mean(axis=1)
+    if np.quantile(divisors, 0.025) <= 0:
+        return None
+    # Divisors below 0 are rarer than 1 in 40 here; as infinite shares they widen the interval.
+    shares = np.full(resamples, np.inf)
+    np.divide(above[picks].mean(axis=1), divisors, out=shares, where=divisors > 0)
+    low, high = np.quantile(shares, [0.025, 0.975], method="nearest").round(12)
+    mean = round(float(above.mean() / below.mean()), 12)
+    return Estimate(mean, float(low), float(high), len(below))
+
+
+def _policy(config: RunConfig, name: str) -> dict[str, Any]:
+    taught = {teacher for stage in config.stages for teacher in teachers(config, stage).values()}
+    role = "base"
+    if name in config.stages:
+        is_student = isinstance(config.stages[name].algorithm, DistillConfig)
+        role = "student" if is_student else "teacher" if name in taught else "stage"
+    scale = config.deployed_scale(name)
+    return {
+        "policy": name,
+        "role": role,
+        "tasks": list(config.tasks(name)),
+        "guidance_scale": scale,
+        # Guidance asks the network twice, with the prompt and without.
+        "evaluations_per_step": 1 if scale == 1 else 2,
+    }
+
+
+def _result(cells: Cells, policy: str, task: str) -> dict[str, Any]:
+    """Headline numbers of one policy on one task, held-out prompts only."""
+    pictures, failed = (cells.rows(policy, task, metric) for metric in (HEADLINE, "failed"))
+    total = len(pictures) + len(failed)
+    return {
+        "policy": policy,
+        "task": task,
+        "score": cells.score(policy, task, HEADLINE),
+        "gain": cells.gain(policy, BASE, task, HEADLINE),
+        "share_of_best": _share_of_best(cells, policy, task),
+        "num_pictures": len(pictures),
+        "num_failed": len(failed),
+        "is_valid": len(pictures) >= _MIN_COVERAGE * total if total else None,
+    }
+
+
+def _share_of_best(cells: Cells, policy: str, task: str) -> Number:
+    """Gain as a share of the way from the base's mean to its best picture, on the same prompts."""
+    mine, base, best = cells.means(policy, task), cells.means(BASE, task), cells.best(task)
+    # The mean of the many pictures is the same quantity as the base's own, with less noise.
+    many = cells.means(BEST_OF, task)
+    shared = sorted(mine.keys() & base.keys() & best.keys()) if policy != BASE else []
+    found = ratio([mine[p] - base[p] for p in shared], [best[p] - many[p] for p in shared])
+    return asdict(found) if found else None
+
+
+def _headroom(cells: Cells, task: str) -> dict[str, Any]:
+    best, many = cells.best(task), cells.means(BEST_OF, task)
+    sets = {"mean": many, "best": best, "distance": {p: best[p] - many[p] for p in best}}
+    values = {name: list(found.values()) for name, found in sets.items()}
+    return {"task": task} | {k: asdict(estimate(v)) if v else None for k, v in values.items()}
+
+
+def _distillation(config: RunConfig, cells: Cells) -> Iterator[dict[str, Any]]:
+    """What every student keeps of the gain of each of its teachers."""
+    for student in config.stages:
+        for task, teacher in teachers(config, student).items():
+            mine, theirs, base = (cells.means(p, task) for p in (student, teacher, BASE))
+            shared = sorted(mine.keys() & theirs.keys() & base.keys())
+            above, below = ([one[p] - base[p] for p in shared] for one in (mine, theirs))
+            found = ratio(above, below)
+            reason = "" if found else "the teacher has no gain that is clear of zero"
+            yield {
+                "student": student,
+                "teacher": teacher,
+                "task": task,
+                "kept": asdict(found) if found else None,
+                "reason": reason if shared else "student, teacher and base are not all measured",
+            }
+
+
+def _compared(cells: Cells, result: Row, metric: str, **options: Any) -> dict[str, Any]:
+    """One metric of the policy and task of a result, and its gain over the base."""
+    policy, task = result["policy"], result["task"]
+    return {
+        "policy": policy,
+        "task": task,
+        "metric": metric,
+        "score": cells.score(policy, task, metric, **options),
+        "gain": cells.gain(policy, BASE, task, metric, **options),
+    }
+
+
+def _secondary(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """Every metric but the headline, on held-out prompts."""
+    for result in results:
+        for metric in cells.metrics(result["policy"], result["task"]):
+            if metric not in (HEADLINE, "failed"):
+                yield _compared(cells, result, metric)
+
+
+def _by_category(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    for result in results:
+        rows = cells.rows(result["policy"], result["task"], HEADLINE)
+        for category in dict.fromkeys(row["category"] for row in rows):
+            yield {"category": category, **_compared(cells, result, HEADLINE, category=category)}
+
+
+def _knowledge(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """What is left of what no reward asks for; `points` of 100 are its difference to the base."""
+    for result in results:
+        for metric in KNOWLEDGE:
+            if cells.rows(result["policy"], result["task"], metric, knowledge=True):
+                found = _compared(cells, result, metric, knowledge=True)
+                yield {**found, "points": _scaled(found["gain"], 100)}
+
+
+def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str, Any]:
+    """Pictures and minutes of one stage, and what it gained for them over where it started."""
+    stage, place = config.stages[name], folder / "stages" / name
+    steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")
+    drawn = [row["data/images"] for row in steps if row.get("data/images") is not None]
+    images = sum(drawn) if drawn else None
+    spent = {p: sum(row.get(f"time/{p}") or 0.0 for row in times) / 60 for p in PARTS}
+    total = sum(spent.values()) if times else None
+    gains = {t: cells.gain(name, stage.start, t, HEADLINE) for t in stage.prompts.tasks}
+    return {
+        "stage": name,
+        "algorithm": stage.algorithm.kind,
+        "steps": len(steps),
+        "planned_steps": stage.steps,
+        "is_complete": is_complete(folder, f"train/{name}"),
+        "images": images,
+        "minutes": {p: spent[p] if times else None for p in PARTS} | {"total": total},
+        "over": stage.start,
+        "rates": [
+            {
+                "task": task,
+                "gain": change,
+                "per_1000_images": _scaled(change, 1000 / images) if images else None,
+                "per_minute": _scaled(change, 1 / total) if total else None,
+            }
+            for task, change in gains.items()
+        ],
+    }
+
+
+def _scaled(number: Number, factor: float) -> Number:
+    if number is None:
+        return None
+    return {key: v if key == "num_prompts" else v * factor for key, v in number.items()}
+
+
+def _missing(config: RunConfig, summary: Mapping[str, Any]) -> Iterator[str]:
+    """One sentence for every thing a complete run would have."""
+    for stage in summary["cost"]:
+        if not stage["is_complete"]:
+            done = f"{stage['steps']} of {stage['planned_steps']} steps"
+            yield f"The stage {stage['stage']} is not trained to its end ({done})."
+    for result in summary["results"]:
+        where = f"{result['policy']} on {result['task']}"
+        if result["score"] is None:
+            yield f"There are no scores of {where}."
+        elif not result["is_valid"]:
+            count = result["num_failed"]
+            yield f"The scores of {where} are invalid: {count} pictures could not be scored."
+    for space in summary["headroom"]:
+        if space["best"] is None:
+            yield f"There is no best-of-{summary['best_of']} of the base on {space['task']}."
+    for kept in summary["distillation"]:
+        if kept["kept"] is None:
+            names = f"{kept['student']} keeps of {kept['teacher']} on {kept['task']}"
+            yield f"What {names} cannot be said: {kept['reason']}."
+    if not any(policy["role"] == "student" for policy in summary["policies"]):
+        yield "There is no student: the recipe has no stage that distills."
+    if config.evaluation.knowledge is None:
+        yield "Nothing is known of forgetting: the recipe has no knowledge prompts."
+    elif not summary["knowledge"]:
+        yield "There are no scores on the knowledge prompts."
+
+
+def shown(number: Number, *, signed: bool = False, digits: int = 3) -> str:
+    """A number with its interval for readers, e.g. `+0.120 [+0.101, +0.139]`."""
+    if number is None:
+        return "missing"
+    form = f"{'+' if signed else ''}.{digits}f"
+    mean, low, high = (format(number[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
+
+
+def table(summary: Mapping[str, Any]) -> Table:
+    """The table a run prints at its end: scores, gains and shares with their intervals."""
+    found = Table(
+        title=f"{summary['name']}: {summary['headline']} on held-out prompts, 95 % intervals",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    best = f"to best of {summary['best_of']}"
+    for name in ("task", "policy", "passes", "score", "gain over base", best, "of teacher"):
+        found.add_column(name, justify="left" if name in ("task", "policy") else "right")
+    policies = {policy["policy"]: policy for policy in summary["policies"]}
+    kept = {(k["student"], k["task"]): k["kept"] for k in summary["distillation"]}
+    order = policies[BASE]["tasks"].index
+    for result in sorted(summary["results"], key=lambda found: order(found["task"])):
+        name, task, is_base = result["policy"], result["task"], result["policy"] == BASE
+        found.add_row(
+            task,
+            name,
+            str(policies[name]["evaluations_per_step"]),
+            shown(result["score"]) + ("" if result["is_valid"] in (True, None) else " invalid"),
+            "" if is_base else shown(result["gain"], signed=True),
+            "" if is_base else shown(_scaled(result["share_of_best"], 100), digits=0),
+            shown(_scaled(kept[name, task], 100), digits=0) if (name, task) in kept else "",
+        )
+    found.add_section()
+    for row in summary["knowledge"]:
+        if row["policy"] != BASE:
+            points = shown(row["points"], signed=True, digits=1) + " pt"
+            found.add_row(row["metric"], row["policy"], "", shown(row["score"]), points)
+    found.caption = "passes: network evaluations per step; shares in percent; pt: points of 100"
+    return found
+
+
+def cost_table(summary: Mapping[str, Any]) -> Table:
+    """What every stage cost, and its gain over its start per 1,000 pictures and per minute."""
+    found = Table(title="cost of the stages", box=box.SIMPLE_HEAD, pad_edge=False)
+    words = ("stage", "algorithm", "task")
+    for name in (*words, "pictures", "minutes", "gain per 1,000", "gain per minute"):
+        found.add_column(name, justify="left" if name in words else "right")
+    for stage in summary["cost"]:
+        images, minutes = stage["images"], stage["minutes"]["total"]
+        drawn = "missing" if images is None else f"{images:,.0f}"
+        spent = "missing" if minutes is None else f"{minutes:.1f}"
+        for rate in stage["rates"]:
+            cheap = shown(rate["per_1000_images"], signed=True)
+            fast = shown(rate["per_minute"], signed=True, digits=4)
+            found.add_row(
+                stage["stage"], stage["algorithm"], rate["task"], drawn, spent, cheap, fast
+            )
+    return found

@@ -1,0 +1,400 @@
+"""What a run leaves: its folder, its metrics, its samples, its timings, and progress on the screen.
+
+`metrics.jsonl` holds what the seed decides and `timings.jsonl` what the machine decides, so the
+first file of a run that was killed and resumed is byte-equal to that of a run that was not. A
+folder belongs to one configuration: another one is refused, never mixed in. What must not be
+half-written goes to a temporary file that is renamed; a full disk is one clear `RunError`.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from pathlib import Path
+from typing import Any, TypeVar
+
+import rich.progress
+from PIL import Image
+from rich.console import Console
+
+from burnish import __version__
+from burnish.config import Config, config_hash, dump_yaml, parse_yaml
+from burnish.images import encode_webp
+
+if sys.platform != "win32":
+    import fcntl
+
+ItemT = TypeVar("ItemT")
+
+Value = int | float | str | bool | None
+"""What a metric may be; NaN and infinities are written as null, which JSON has."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TIME = "time/"
+# Locks of this process by folder: opening a folder twice in one process is no conflict.
+_locks: dict[Path, int] = {}
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used or written; the message is one line."""
+
+
+class Run:
+    """One run folder: configuration, environment, metrics, samples. Made by `create` or `open`."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.facts = facts
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @classmethod
+    def create(
+        cls,
+        folder: str | Path,
+        config: Config,
+        *,
+        command: str = "",
+        environment: Mapping[str, Value] | None = None,
+    ) -> "Run":
+        """Start a run in `folder`, or take up the run of the same configuration that is there.
+
+        Args:
+            folder: made if missing; it may be empty.
+            config: the resolved configuration; its hash decides whom the folder belongs to.
+            command: the command line, for the reader of `run.json`.
+            environment: facts for `environment.json`, from `runtime.describe()`.
+
+        Raises:
+            RunError: the folder is another run's, in use, not a run, or cannot be written.
+        """
+        folder = Path(folder)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            known = _read_facts(folder)
+            _refuse_foreign(folder, config, known)
+            _lock(folder)
+            facts = known or {
+                "format": 1,
+                "burnish": __version__,
+                "config_hash": config_hash(config),
+                "command": command,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            }
+            write_atomic(folder / "config.yaml", dump_yaml(config))
+            if not (folder / "environment.json").exists():
+                here = {"burnish": __version__, "python": platform.python_version()}
+                write_json(folder / "environment.json", here | dict(environment or {}))
+            if known is None:
+                # Last: it is what makes the folder a run.
+                write_json(folder / "run.json", facts)
+        return cls(folder, facts)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Open the run that is in `folder`, to read it."""
+        facts = _read_facts(Path(folder))
+        if facts is None:
+            raise RunError(f"need a run folder, got {folder} without run.json; check the path")
+        return cls(Path(folder), facts)
+
+    @property
+    def config_hash(self) -> str:
+        """The hash of the configuration the folder belongs to."""
+        return str(self.facts["config_hash"])
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.folder / "checkpoints"
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as plain data; `config.parse` makes the class of it."""
+        path = self.folder / "config.yaml"
+        try:
+            return parse_yaml(path.read_text(encoding="utf-8"), where=str(path))
+        except OSError as error:
+            raise RunError(f"need {path}, got {error.strerror}; restore or rerun it") from None
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append one row: `time/*` to `timings.jsonl`, the rest to `metrics.jsonl`.
+
+        What `timer` measured since the last row joins the timings. Log all of a step before its
+        checkpoint is saved: a resumed run keeps the rows up to the step of its checkpoint.
+        """
+        row = {name: _plain(value) for name, value in metrics.items()}
+        values = {name: value for name, value in row.items() if not name.startswith(_TIME)}
+        times = {name: value for name, value in row.items() if name.startswith(_TIME)}
+        times |= {_TIME + name: round(seconds, 6) for name, seconds in self._seconds.items()}
+        self._seconds.clear()
+        if values:
+            self._append("metrics.jsonl", {"step": step, **values})
+        if times:
+            self._append("timings.jsonl", {"step": step, **times})
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after `step`, or cut short, before resuming; -1 drops all."""
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line, step + 1) <= step]
+            if len(kept) < len(lines):
+                with writing(path):
+                    write_atomic(path, b"".join(kept))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of `metrics.jsonl` in order; a last row that was cut short is left out."""
+        return read_rows(self.folder / "metrics.jsonl")
+
+    def timings(self) -> list[dict[str, Any]]:
+        """The rows of `timings.jsonl` in order."""
+        return read_rows(self.folder / "timings.jsonl")
+
+    @contextlib.contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the seconds spent inside to `time/<name>` of the next row."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def save_sample(
+        self, step: int, name: str, image: Image.Image, record: Mapping[str, Any] | None = None
+    ) -> Path:
+        """Write `samples/step-<step>/<name>.webp`, with its scores and judge text beside it."""
+        if not name or name != Path(name).name or name.startswith("."):
+            raise RunError(f"need a plain file name for a sample, got {name!r}; drop the slashes")
+        path = self.folder / "samples" / f"step-{step:06d}" / f"{name}.webp"
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, encode_webp(image))
+            if record is not None:
+                write_json(path.with_suffix(".json"), record)
+        return path
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        path, line = self.folder / name, json.dumps(row, allow_nan=False) + "\n"
+        # Opened for each row: rows are rare, and what is closed survives a kill.
+        with writing(path), path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn the failures of writing inside into a `RunError` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = "check its place and its permissions"
+        if error.errno in _DISK_FULL:
+            advice = "free some disk space and start the same command again"
+        raise RunError(f"need to write {path}, got {error.strerror or error}; {advice}") from error
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write a file so that it is there whole or not at all, even after a power cut."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically, indented for readers."""
+    write_atomic(path, json.dumps(data, indent=2, default=str) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a missing file has none, a last row cut short is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    rows = []
+    # After the last line break stands nothing, or what a killed process left of a row.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise RunError(
+                f"{path}, line {number}: need a JSON object, got {line[:40]!r}; restore the file"
+            ) from None
+    return rows
+
+
+class Progress:
+    """Progress of one task: a bar on a terminal, elsewhere a line every ten seconds at most."""
+
+    LINE_SECONDS = 10.0
+    """Least time between two lines where there is no terminal."""
+
+    # Shared by nested tasks: one screen and one clock.
+    _screen: rich.progress.Progress | None = None
+    _depth = 0
+    _last_line = 0.0
+
+    def __init__(self, label: str, total: int | None, done: int) -> None:
+        self.label, self.total, self.done = label, total, done
+        self._first, self._start = done, time.monotonic()
+        if Progress._depth == 0:
+            Progress._last_line = self._start
+            Progress._screen = _screen() if sys.stderr.isatty() else None
+        Progress._depth += 1
+        screen = Progress._screen
+        self._task = screen and screen.add_task(label, total=total, completed=done, note="")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count work done; `note` is shown behind the bar."""
+        self.done += count
+        if Progress._screen is not None and self._task is not None:
+            Progress._screen.update(self._task, completed=self.done, note=note)
+        elif time.monotonic() - Progress._last_line >= self.LINE_SECONDS:
+            self._print(note)
+
+    def close(self) -> None:
+        """End the task; the outermost one leaves its last state on the screen."""
+        Progress._depth -= 1
+        if Progress._screen is not None and self._task is not None:
+            if Progress._depth == 0:
+                Progress._screen.stop()
+                Progress._screen = None
+            else:
+                Progress._screen.remove_task(self._task)
+        elif Progress._depth == 0 and time.monotonic() - self._start > 2:
+            self._print("")
+
+    def _print(self, note: str) -> None:
+        now = time.monotonic()
+        Progress._last_line, elapsed, moved = now, now - self._start, self.done - self._first
+        total = "" if self.total is None else f"/{self.total}"
+        parts = [f"{self.label}: {self.done}{total}", f"{elapsed:.0f} s"]
+        if self.total is not None and moved > 0 and self.done < self.total:
+            parts.append(f"{elapsed / moved * (self.total - self.done):.0f} s left")
+        print(", ".join([*parts, note] if note else parts), file=sys.stderr, flush=True)
+
+
+def _screen() -> rich.progress.Progress:
+    columns = rich.progress.Progress.get_default_columns()[:-1]
+    screen = rich.progress.Progress(
+        *columns,
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+        rich.progress.TextColumn("{task.fields[note]}"),
+        console=Console(stderr=True),
+        # What is printed for another program must reach it while a bar is shown.
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    screen.start()
+    return screen
+
+
+@contextlib.contextmanager
+def progress(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Progress]:
+    """Show progress on stderr while inside; `done` is what a resumed task had done before."""
+    bar = Progress(label, total, done)
+    try:
+        yield bar
+    finally:
+        bar.close()
+
+
+def track(items: Iterable[ItemT], label: str, total: int | None = None) -> Iterator[ItemT]:
+    """Yield the items and show how many have been worked on."""
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with progress(label, total) as bar:
+        for item in items:
+            yield item
+            bar.advance()
+
+
+def _plain(value: Any) -> Value:
+    """A metric as JSON has it; 0-dimensional tensors and arrays become numbers."""
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: bytes, if_broken: int) -> int:
+    """The step of a row; `if_broken` for a row that was cut short."""
+    if not line.endswith(b"\n"):
+        return if_broken
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return if_broken
+
+
+def _read_facts(folder: Path) -> dict[str, Any] | None:
+    path = folder / "run.json"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        str(facts["config_hash"])
+        return facts
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"need a readable {path}, got {type(error).__name__}; choose another folder with --out"
+        ) from None
+
+
+def _refuse_foreign(folder: Path, config: Config, facts: Mapping[str, Any] | None) -> None:
+    """Raise unless the folder is new or belongs to the run of this configuration."""
+    given = config_hash(config)
+    if facts is None:
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        # A process killed while it made the folder leaves these two and nothing else.
+        if foreign := sorted(names - {"config.yaml", "environment.json"}):
+            raise RunError(
+                f"need an empty or new folder, {folder} is no run and holds {foreign[0]};"
+                " choose another folder with --out"
+            )
+    elif facts["config_hash"] != given:
+        differences = _differences(Run(folder, facts).config(), config.model_dump(mode="json"))
+        raise RunError(
+            f"need the run of this configuration, {folder} belongs to another run"
+            f" ({next(differences, 'its settings differ')}); choose another folder with --out,"
+            " or give the same settings to resume"
+        )
+
+
+def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*here, *(key for key in there if key not in here)]:
+            below = f"{path}.{key}" if path else str(key)
+            yield from _differences(there.get(key), here.get(key), below)
+    elif there != here:
+        yield f"{path}: {json.dumps(there)} there, {json.dumps(here)} here"
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes out of the folder while this one lives; a kill releases it."""
+    key = folder.resolve()
+    if sys.platform == "win32":
+        return
+    if key in _locks and (folder / ".lock").exists():
+        return
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RunError(
+            f"need {folder} for this process alone, another process is running in it; wait for it,"
+            " stop it, or choose another folder with --out"
+        ) from None
+    _locks[key] = lock

@@ -1,0 +1,330 @@
+"""The training loop: prompts, rollout, scores, credit, update, checkpoint.
+
+One loop for every algorithm; it never asks which one runs. All random draws are functions of seed and
+step, so a resumed run repeats an uninterrupted one bit for bit. Each rank draws its own prompts and the
+gradients are averaged. Before it spends anything the loop proves on its first step that the ratio is 1
+and that weights move; before it calls a result done it proves that the written weights draw differently.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from burnish import checkpoint, runtime
+from burnish.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    LearnsFrom,
+    Setting,
+    chunks,
+    stack,
+)
+from burnish.config import Config, ConfigError, located, shelf
+from burnish.policies.base import Policy
+from burnish.prompts import GroupSampler, PromptsConfig, read_prompts
+from burnish.rewards.base import AsyncRubric, RewardConfig, Rubric
+from burnish.rollout import RolloutConfig, sample
+from burnish.runtime import Runtime
+from burnish.tracking import Run, RunError, progress
+from burnish.types import Group, Signal, Task
+
+AnyAlgorithm = Annotated[
+    reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
+]
+AnyReward = Annotated[
+    reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")
+] if len(shelf("burnish.rewards", RewardConfig)) > 1 else shelf("burnish.rewards", RewardConfig)[0]
+
+
+class OptimizerConfig(Config):
+    """AdamW, its schedule, and how often it steps."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    warmup_steps: int = Field(default=3, ge=0)
+    """Optimizer steps over which the rate rises."""
+    decay: bool = True
+    """Fall to a tenth of the rate along a cosine by the end of the stage."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    num_updates: int = Field(default=4, ge=1)
+    """Optimizer steps on the groups of one rollout; each sees a part of every group."""
+    micro_batch: int = Field(default=192, ge=1)
+    """States in one forward pass; gradients are accumulated over the others."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Average of the weights per optimizer step; what the stage writes at its end. 0 writes the last."""
+
+
+class StageConfig(Config):
+    """One training stage: a policy becomes a teacher, or a student."""
+
+    steps: int = Field(default=40, ge=1)
+    """Rollouts."""
+    prompts_per_step: int = Field(default=12, ge=1)
+    start: str = "base"
+    """Whose weights to start from: `base`, or the name of an earlier stage."""
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: Mapping[str, AnyReward] = {}  # pyright: ignore[reportInvalidTypeForm]
+    algorithm: AnyAlgorithm  # pyright: ignore[reportInvalidTypeForm]
+    optimizer: OptimizerConfig = OptimizerConfig()
+    save_every: int = Field(default=20, ge=1)
+    """Steps between checkpoints."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "StageConfig":
+        name = self.algorithm.kind
+        if self.algorithm.needs_rewards and not self.rewards:
+            raise ValueError(f"need at least one reward for {name}, got none; add one under rewards")
+        if self.algorithm.needs_rewards and self.rollout.group_size < 2:
+            raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
+        self._check_rollout(name, self.algorithm.learns_from)
+        return self
+
+    def _check_rollout(self, name: str, learns_from: LearnsFrom) -> None:
+        draws = self.rollout
+        is_stochastic = draws.window > 0 and draws.noise_level > 0 and draws.kernel != "ode"
+        if learns_from == "transitions" and not (is_stochastic and draws.keep == "window"):
+            raise ValueError(
+                f"need a stochastic window that is kept for {name}, got window={draws.window}, "
+                f"kernel={draws.kernel}, noise_level={draws.noise_level}, keep={draws.keep}; set "
+                "rollout.window=2 rollout.kernel=precise rollout.keep=window"
+            )
+        if learns_from == "samples" and is_stochastic:
+            raise ValueError(
+                f"need samples of the ODE for {name}, got a stochastic window of {draws.window} "
+                "steps; set rollout.window=0"
+            )
+        if learns_from == "path" and (is_stochastic or draws.guidance_scale != 1):
+            raise ValueError(
+                f"need the unguided ODE path of the student for {name}, got window={draws.window} "
+                f"and guidance_scale={draws.guidance_scale:g}; set rollout.window=0 "
+                "rollout.guidance_scale=1, the teachers keep their own scale"
+            )
+        if learns_from == "path" and draws.keep in ("none", "window"):
+            raise ValueError(
+                f"need kept states for {name}, got keep={draws.keep}; set rollout.keep=4 or all"
+            )
+
+
+@dataclass
+class _State:
+    """All that changes while a stage runs."""
+
+    policy: Policy[Any, Any]
+    optimizer: torch.optim.AdamW
+    average: list[Tensor]
+    step: int = 0
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        names = [name for name, _ in self.policy.trainable()]
+        return {
+            "policy": {name: p.detach() for name, p in self.policy.trainable()},
+            "average": dict(zip(names, self.average, strict=True)) if self.average else {},
+            "optimizer": checkpoint.optimizer_state(self.optimizer)[0],
+        }
+
+    def save(self, run: Run) -> None:
+        state = {"optimizer": checkpoint.optimizer_state(self.optimizer)[1]}
+        checkpoint.save(run.checkpoints, self.step, self.tensors(), state, keep=2)
+
+    def restore(self, run: Run) -> None:
+        """Continue where the newest whole checkpoint was written, if there is one."""
+        found = checkpoint.latest(run.checkpoints)
+        if found is not None:
+            with torch.no_grad():
+                for name, parameter in self.policy.trainable():
+                    parameter.copy_(found.tensors["policy"][name])
+                for (name, _), mean in zip(self.policy.trainable(), self.average, strict=False):
+                    mean.copy_(found.tensors["average"][name])
+            checkpoint.load_optimizer_state(
+                self.optimizer, found.tensors["optimizer"], found.state["optimizer"]
+            )
+            self.step = found.step
+        run.rewind(self.step - 1)
+
+
+def train(
+    config: StageConfig, policy: Policy[Any, Any], run: Run, rt: Runtime, *, seed: int, label: str
+) -> Path:
+    """Run a stage to its end, from its newest checkpoint, and write the trained pipeline.
+
+    Args:
+        config: what to do.
+        policy: the start; changed in place.
+        run: the stage's own run folder.
+        rt: device and ranks.
+        seed: with the step it decides every random draw.
+        label: shown with the progress.
+
+    Returns:
+        The folder of the trained diffusers pipeline.
+
+    Raises:
+        RunError: a self-check failed.
+    """
+    policy.transformer.requires_grad_(True)
+    parameters = [parameter for _, parameter in policy.trainable()]
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+    )
+    keeps_average = config.optimizer.ema_decay > 0
+    state = _State(policy, optimizer, [p.clone() for p in before] if keeps_average else [])
+    state.restore(run)
+    prompts = [
+        prompt
+        for task in config.prompts.tasks
+        for prompt in _of_task(read_prompts(located(config.prompts.path)), task, config.prompts.limit)
+    ]
+    sampler = GroupSampler(
+        prompts,
+        per_step=config.prompts_per_step * rt.world_size,
+        seed=seed,
+        mixing="alternate" if config.algorithm.one_task_per_step else "together",
+    )
+    algorithm = config.algorithm.build(_setting(config, policy, seed))
+    with progress(label, config.steps, done=state.step) as bar:
+        while state.step < config.steps:
+            metrics = _step(config, algorithm, sampler, state, run, rt, seed)
+            run.log(state.step, metrics)
+            state.step += 1
+            if state.step % config.save_every == 0 or state.step == config.steps:
+                state.save(run)
+            bar.advance(note=f"reward {metrics['reward/mean']:.3f}" if config.rewards else "")
+    if state.average:
+        with torch.no_grad():
+            for parameter, mean in zip(parameters, state.average, strict=True):
+                parameter.copy_(mean)
+    return _export(policy, before, run.folder / "model")
+
+
+def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Setting:
+    return Setting(
+        policy=policy,
+        guidance_scale=config.rollout.guidance_scale,
+        kernel=config.rollout.kernel,
+        noise_level=config.rollout.noise_level,
+        num_updates=config.optimizer.num_updates,
+        micro_batch=config.optimizer.micro_batch,
+        seed=seed,
+        rewards=config.rewards,
+    )
+
+
+def _of_task(prompts: Sequence[Any], task: Task, limit: int | None) -> list[Any]:
+    found = [prompt for prompt in prompts if prompt.task == task][:limit]
+    if not found:
+        raise ConfigError(f"need prompts for the task {task!r}, got none; change prompts.tasks")
+    return found
+
+
+def _step(
+    config: StageConfig,
+    algorithm: Algorithm,
+    sampler: GroupSampler,
+    state: _State,
+    run: Run,
+    rt: Runtime,
+    seed: int,
+) -> dict[str, float]:
+    """One rollout and its updates; returns metrics."""
+    mine = sampler.prompts(state.step)[rt.rank :: rt.world_size]
+    with run.timer("rollout"), rt.autocast():
+        if config.rewards:
+            with AsyncRubric(Rubric.build(config.rewards)) as scorer:
+                drawn = sample(
+                    state.policy, mine, config.rollout, seed=seed, step=state.step, on_batch=scorer.submit
+                )
+                scored = scorer.collect()
+            groups: list[Group] = [scored[group.prompt.id] for group in drawn]
+        else:
+            groups = sample(state.policy, mine, config.rollout, seed=seed, step=state.step)
+    with run.timer("credit"), rt.autocast():
+        signals, metrics = algorithm.credit(groups, state.step)
+    metrics["data/images"] = float(sum(len(group.trajectories) for group in groups))
+    metrics["data/trained"] = float(len(signals))
+    with run.timer("update"):
+        metrics |= _update(config, algorithm, state, rt, signals, seed)
+    return {name: float(rt.all_reduce_mean(torch.tensor(value))) for name, value in metrics.items()}
+
+
+def _update(
+    config: StageConfig,
+    algorithm: Algorithm,
+    state: _State,
+    rt: Runtime,
+    signals: list[Signal],
+    seed: int,
+) -> dict[str, float]:
+    """All optimizer steps on the signals of one rollout."""
+    plan, parameters = config.optimizer, [p for _, p in state.policy.trainable()]
+    order = torch.randperm(len(signals), generator=runtime.generator(seed, "order", state.step))
+    totals: dict[str, list[float]] = {}
+    for update in range(plan.num_updates):
+        part = [signals[int(row)] for row in sorted(order[update :: plan.num_updates].tolist())]
+        states = sum(len(signal.sigmas) for signal in part)
+        for chunk in chunks(part, plan.micro_batch):
+            batch = stack(chunk, state.policy.device)
+            with rt.autocast():
+                output = algorithm.loss(state.policy, batch)
+            (output.loss * len(batch.sigmas) / states).backward()
+            for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
+                totals.setdefault(name, []).append(value)
+            if state.step == update == 0 and abs(output.metrics.get("policy/ratio_max", 1.0) - 1) > 0:
+                raise RunError(
+                    "self-check: need a ratio of exactly 1 before the first update, got "
+                    f"{output.metrics['policy/ratio_max']:.8g}; old and new policy differ"
+                )
+        rt.all_reduce_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+        totals.setdefault("policy/grad_norm", []).append(float(norm))
+        _set_rate(config, state, state.step * plan.num_updates + update)
+        witness = _moved(parameters) if state.step == update == 0 else None
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        if witness is not None and signals and not witness():
+            raise RunError("self-check: need weights that move, got none changed after the first step")
+        if state.average:
+            torch._foreach_lerp_(state.average, [p.detach() for p in parameters], 1 - plan.ema_decay)
+    return {name: sum(values) / len(values) for name, values in totals.items()}
+
+
+def _moved(parameters: Sequence[Tensor]) -> Any:
+    """Remember the weights; the answer tells whether any has changed since."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    return lambda: any(
+        not torch.equal(a, b.detach()) for a, b in zip(before, parameters, strict=True)
+    )
+
+
+def _set_rate(config: StageConfig, state: _State, update: int) -> None:
+    plan = config.optimizer
+    total = config.steps * plan.num_updates
+    rate = min(1.0, (update + 1) / max(plan.warmup_steps, 1))
+    if plan.decay:
+        half_turn = torch.pi * min(update / max(total - 1, 1), 1.0)
+        rate *= 0.55 + 0.45 * float(torch.cos(torch.tensor(half_turn)))
+    for group in state.optimizer.param_groups:
+        group["lr"] = plan.learning_rate * rate
+
+
+def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) -> Path:
+    """Write the pipeline, read it again, and check that it is ours and not the start."""
+    policy.transformer.requires_grad_(False)
+    policy.save(folder)
+    fresh = type(policy).load(folder, resolution=policy.resolution, device=policy.device)
+    ours = dict(policy.transformer.named_parameters())
+    for name, parameter in fresh.transformer.named_parameters():
+        if not torch.equal(parameter, ours[name]):
+            raise RunError(f"self-check: need the written weights to be the trained ones, got other {name}")
+    if all(torch.equal(a, b) for a, b in zip(before, ours.values(), strict=True)):
+        raise RunError("self-check: need trained weights that differ from the start, got the same")
+    return folder
+

@@ -1,0 +1,162 @@
+"""The loop: exact resume after a kill, one loop for all algorithms, self-checks, refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from burnish import checkpoint, runtime
+from burnish.config import ConfigError, parse
+from burnish.policies.base import Policy
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.tracking import Run, RunError
+from burnish.training import StageConfig, train
+
+REWARDS = {
+    "content": {"kind": "oracle", "dimension": "composite"},
+    "quality": {"kind": "oracle", "dimension": "quality"},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    QwenImage21Policy.tiny().save(folder)
+    return folder
+
+
+def settings(kind: str, model: Path, **changes: Any) -> dict[str, Any]:
+    """A stage of a few seconds."""
+    data: dict[str, Any] = {
+        "steps": 3,
+        "save_every": 1,
+        "prompts_per_step": 2,
+        "prompts": {"path": "embedded:prompts/train.jsonl", "tasks": ["t2i"], "limit": 8},
+        "rollout": {"num_steps": 3, "group_size": 4, "window": 0, "keep": "none"},
+        "algorithm": {"kind": kind},
+        "optimizer": {"num_updates": 2, "micro_batch": 16, "ema_decay": 0.5},
+    }
+    if kind == "grpo":
+        data["rollout"] |= {"num_steps": 4, "window": 1, "keep": "window"}
+        data["optimizer"]["num_updates"] = 1
+    if kind == "distill":
+        data["rollout"] |= {"guidance_scale": 1.0, "keep": 2}
+        data["algorithm"]["teachers"] = {"t2i": {"path": str(model), "guidance_scale": 2.0}}
+    else:
+        data["rewards"] = REWARDS
+    return data | changes
+
+
+def start(folder: Path, model: Path, data: dict[str, Any]) -> tuple[Run, Policy[Any, Any]]:
+    config = parse(StageConfig, data)
+    run = Run.create(folder, config)
+    policy = QwenImage21Policy.load(model, resolution=64)
+    train(config, policy, run, runtime.start(), seed=0, label="test")
+    return run, policy
+
+
+@pytest.mark.parametrize("kind", ["nft", "grpo", "distill"])
+def test_one_loop_runs_every_algorithm_and_leaves_a_pipeline(
+    kind: str, model: Path, tmp_path: Path
+) -> None:
+    run, policy = start(tmp_path, model, settings(kind, model))
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    fresh = QwenImage21Policy.load(tmp_path / "model", resolution=64)
+    for name, tensor in fresh.transformer.state_dict().items():
+        assert torch.equal(tensor, policy.transformer.state_dict()[name])
+
+
+_CHILD = """
+import sys, json
+from pathlib import Path
+from tests.programs.test_training import start
+start(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["nft", "distill"])
+def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
+    kind: str, model: Path, tmp_path: Path
+) -> None:
+    data = settings(kind, model, steps=5)
+    whole, _ = start(tmp_path / "whole", model, data)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "cut"), str(model), json.dumps(data)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen(command, cwd=root, env=environment)
+    deadline = time.monotonic() + 120
+    while not checkpoint.steps(tmp_path / "cut" / "checkpoints"):
+        assert child.poll() is None and time.monotonic() < deadline, "the child should be training"
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    cut, _ = start(tmp_path / "cut", model, data)
+    assert (cut.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+    name = "model/transformer/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(cut.folder / name), load_file(whole.folder / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    model: Path, tmp_path: Path
+) -> None:
+    data = settings("nft", model)
+    run, _ = start(tmp_path, model, data)
+    before = (run.folder / "metrics.jsonl").read_bytes()
+    newest = run.checkpoints / "step-000003" / "policy.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-7] + b"garbage")
+    with pytest.warns(checkpoint.CheckpointWarning, match="falling back to the checkpoint of step 2"):
+        start(tmp_path, model, data)
+    assert (run.folder / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("grpo", {"rollout": {"window": 0}}, "need a stochastic window"),
+        ("nft", {"rollout": {"window": 2}}, "need samples of the ODE"),
+        ("distill", {"rollout": {"guidance_scale": 3.0, "window": 0, "keep": 2}}, "unguided ODE path"),
+        ("distill", {"rollout": {"guidance_scale": 1.0, "window": 0, "keep": "none"}}, "need kept states"),
+        ("nft", {"rewards": {}}, "need at least one reward"),
+        ("nft", {"rollout": {"window": 0, "group_size": 1}}, "need group_size of at least 2"),
+        ("nft", {"prompts_per_stp": 3}, "prompts_per_step"),
+    ],
+)
+def test_impossible_combinations_are_refused_with_a_remedy(
+    kind: str, changes: dict[str, Any], message: str, model: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse(StageConfig, settings(kind, model, **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_of_another_encoder_is_refused(model: Path, tmp_path: Path) -> None:
+    QwenImage21Policy.tiny(seed=1).save(tmp_path / "stranger")
+    data = settings("distill", model)
+    data["algorithm"]["teachers"]["t2i"]["path"] = str(tmp_path / "stranger")
+    with pytest.raises(ConfigError, match="share the student's"):
+        start(tmp_path / "run", model, data)
+
+
+def test_a_task_without_a_teacher_is_refused(model: Path, tmp_path: Path) -> None:
+    data = settings("distill", model)
+    data["prompts"]["tasks"] = ["edit"]
+    with pytest.raises(ConfigError, match="need a teacher for task 'edit'"):
+        start(tmp_path, model, data)
+
+
+def test_weights_that_do_not_move_stop_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
+    with pytest.raises(RunError, match="self-check: need weights that move"):
+        start(tmp_path, model, settings("distill", model))

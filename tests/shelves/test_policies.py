@@ -1,0 +1,507 @@
+"""One contract for every model family: whatever file lies on the shelf is held to it."""
+
+import importlib
+import io
+import itertools
+import pkgutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import burnish.policies
+from burnish.config import ConfigError
+from burnish.flow import shift_sigmas
+from burnish.policies.base import Policy
+from burnish.types import Prompt
+
+torch.set_num_threads(1)
+STEPS = 4
+
+
+def shelf() -> list[type[Policy]]:
+    """The policy of every file that holds one; the file name is the key."""
+    found = []
+    for module in pkgutil.iter_modules(burnish.policies.__path__):
+        contents = vars(importlib.import_module(f"burnish.policies.{module.name}")).values()
+        found += [
+            item
+            for item in contents
+            if isinstance(item, type)
+            and issubclass(item, Policy)
+            and vars(item).get("family") == module.name
+        ]
+    return found
+
+
+def png(seed: int, size: tuple[int, int] = (64, 64)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+T2I = [
+    Prompt(id="short", text="a cat"),
+    Prompt(id="long", text="two red squares to the left of a small blue circle, at night"),
+    Prompt(id="empty", text=""),
+]
+EDIT = [
+    Prompt(id="edit-long", text="turn the circle into a large star", task="edit", source=png(1)),
+    Prompt(id="edit-short", text="no hat", task="edit", source=png(2)),
+    Prompt(id="edit-wide", text="make it blue", task="edit", source=png(3, (96, 48))),
+]
+
+
+@pytest.fixture(params=shelf(), ids=lambda policy: policy.family)
+def policy(request) -> Policy:
+    return request.param.tiny()
+
+
+@pytest.fixture(params=["t2i", "edit"])
+def prompts(request, policy) -> list[Prompt]:
+    if request.param not in policy.tasks:
+        pytest.skip(f"{policy.family} does no {request.param}")
+    return T2I if request.param == "t2i" else EDIT
+
+
+def start(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
+    return policy.noise([torch.Generator().manual_seed(seed + row) for row in range(count)])
+
+
+def levels(count: int) -> torch.Tensor:
+    return torch.linspace(0.9, 0.3, count)
+
+
+def rows_per_call(policy: Policy) -> list[int]:
+    """Filled with the batch size of every call of the transformer."""
+    rows: list[int] = []
+    policy.transformer.register_forward_hook(
+        lambda _module, _args, output: rows.append(len(output[0]))
+    )
+    return rows
+
+
+def gradient(policy: Policy, loss: torch.Tensor) -> torch.Tensor:
+    parameters = [parameter for _, parameter in policy.trainable()]
+    parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_every_family_is_found():
+    assert "qwen_image21" in {policy.family for policy in shelf()}
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@pytest.mark.parametrize("seed", [0, 100])
+@torch.no_grad()
+def test_one_batch_draws_what_single_pipeline_calls_draw(policy, prompts, scale, seed):
+    # Lengths and sources differ within the batch; a pipeline call knows only its own prompt.
+    noise = latents = start(policy, len(prompts), seed)
+    prefix = policy.prefix(policy.encode(prompts))
+    null = policy.prefix(policy.encode_null(prompts))
+    schedule = policy.schedule(STEPS)
+    for sigma, sigma_next in itertools.pairwise(schedule):
+        velocity, _ = policy.guided(latents, sigma.expand(len(prompts)), prefix, null, scale)
+        latents = latents + (sigma_next - sigma) * velocity
+    for row, prompt in enumerate(prompts):
+        wanted = policy.pipeline_latents(
+            prompt, noise[row : row + 1], num_steps=STEPS, guidance_scale=scale
+        )
+        assert (latents[row] - wanted[0]).abs().max() <= 1e-4
+        # Were the prompt ignored, all this would pass too.
+        other = policy.pipeline_latents(
+            replace(prompt, text="something else"),
+            noise[row : row + 1],
+            num_steps=STEPS,
+            guidance_scale=scale,
+        )
+        assert (other - wanted).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_tasks_share_a_batch_after_joining(policy):
+    if "edit" not in policy.tasks:
+        pytest.skip("one task only")
+    mixed = policy.join([policy.prefix(policy.encode(group)) for group in (T2I, EDIT)])
+    latents, sigmas = start(policy, 6), levels(6)
+    together = policy.velocity(latents, sigmas, mixed)
+    for row, prompt in enumerate([*T2I, *EDIT]):
+        alone = policy.prefix(policy.encode([prompt]))
+        single = policy.velocity(latents[row : row + 1], sigmas[row : row + 1], alone)
+        torch.testing.assert_close(together[row : row + 1], single, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_repeated_prefix_is_that_of_each_sample(policy, prompts):
+    rows = [2, 0, 0, 1, 2, 0]
+    shared = policy.prefix(policy.encode(prompts)).take(rows)
+    assert shared.num_rows == len(rows)
+    repeated = policy.prefix(policy.encode([prompts[row] for row in rows]))
+    latents, sigmas = start(policy, 6), levels(6)
+    own = torch.cat(
+        [
+            policy.velocity(
+                latents[place : place + 1],
+                sigmas[place : place + 1],
+                policy.prefix(policy.encode([prompts[row]])),
+            )
+            for place, row in enumerate(rows)
+        ]
+    )
+    for prefix in (shared, repeated):
+        velocity = policy.velocity(latents, sigmas, prefix)
+        torch.testing.assert_close(velocity, own, rtol=0, atol=1e-5)
+    assert (own[1] - own[2]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_row_does_not_know_its_batch(policy, prompts):
+    prefix = policy.prefix(policy.encode(prompts))
+    latents, sigmas = start(policy, 3), levels(3)
+    whole = policy.velocity(latents, sigmas, prefix)
+    for row in range(3):
+        part = policy.velocity(latents[row : row + 1], sigmas[row : row + 1], prefix.take([row]))
+        torch.testing.assert_close(part, whole[row : row + 1], rtol=0, atol=1e-5)
+    assert whole.shape == latents.shape and whole.dtype == torch.float32
+
+
+def test_gradient_through_a_shared_prefix_is_that_of_separate_ones(policy, prompts):
+    rows = [0, 1, 0, 2, 1, 0]
+    latents, sigmas = start(policy, 6), levels(6)
+    condition = policy.encode(prompts)
+    shared = policy.prefix(condition).take(rows)
+    together = gradient(policy, policy.velocity(latents, sigmas, shared).square().sum())
+    losses = [
+        policy.velocity(
+            latents[place : place + 1],
+            sigmas[place : place + 1],
+            policy.prefix(policy.encode([prompts[row]])),
+        )
+        .square()
+        .sum()
+        for place, row in enumerate(rows)
+    ]
+    apart = gradient(policy, torch.stack(losses).sum())
+    assert (together - apart).norm() <= 1e-5 * apart.norm()
+    # The prefix has a share in it: a detached one would change the gradient.
+    with torch.no_grad():
+        constant = policy.prefix(condition).take(rows)
+    without = gradient(policy, policy.velocity(latents, sigmas, constant).square().sum())
+    assert (without - apart).norm() > 1e-3 * apart.norm()
+
+
+def test_the_unconditional_branch_runs_only_where_guidance_asks_for_it(policy, prompts):
+    prefix = policy.prefix(policy.encode(prompts))
+    null = policy.prefix(policy.encode_null(prompts))
+    latents, sigmas = start(policy, 3), levels(3)
+    rows = rows_per_call(policy)
+    conditional = policy.velocity(latents, sigmas, prefix)
+    assert rows == [3]
+    unguided, alone = policy.guided(latents, sigmas, prefix, null, 1.0)
+    assert rows == [3, 3]
+    assert torch.equal(unguided, conditional) and torch.equal(alone, conditional)
+    guided, beside = policy.guided(latents, sigmas, prefix, null, 3.0)
+    assert rows == [3, 3, 6]
+    torch.testing.assert_close(beside, conditional, rtol=0, atol=1e-5)
+    unconditional = policy.velocity(latents, sigmas, null)
+    wanted = unconditional + 3 * (conditional - unconditional)
+    torch.testing.assert_close(guided, wanted, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_null_prompt_keeps_the_source(policy):
+    if "edit" not in policy.tasks:
+        pytest.skip("no sources")
+    same_words = [replace(prompt, text="no hat") for prompt in EDIT]
+    latents, sigmas = start(policy, 1).repeat(3, 1, 1), torch.full((3,), 0.5)
+    null = policy.velocity(latents, sigmas, policy.prefix(policy.encode_null(EDIT)))
+    again = policy.velocity(latents, sigmas, policy.prefix(policy.encode_null(same_words)))
+    assert torch.equal(null, again)
+    assert (null[0] - null[1]).abs().max() > 1e-4
+
+
+def test_noise_and_schedule_are_the_pipelines(policy):
+    seeds = [3, 4]
+    # The pipeline's own preparation, watched at its first step.
+    seen = []
+
+    def watch(pipeline, step, time, states):
+        seen.append(states["latents"])
+        pipeline._interrupt = True
+        return states
+
+    policy.pipeline(
+        ["a", "b"],
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        num_inference_steps=STEPS,
+        height=policy.resolution,
+        width=policy.resolution,
+        output_type="latent",
+        callback_on_step_end=watch,
+    )
+    schedule = policy.schedule(STEPS)
+    torch.testing.assert_close(schedule, policy.pipeline.scheduler.sigmas)
+    assert schedule[0] == 1 and schedule[-1] == 0 and len(schedule) == STEPS + 1
+    prompts = [Prompt(id="a", text="a"), Prompt(id="b", text="b")]
+    noise = policy.noise([torch.Generator().manual_seed(seed) for seed in seeds])
+    with torch.no_grad():
+        velocity = policy.velocity(
+            noise, schedule[:1].expand(2), policy.prefix(policy.encode(prompts))
+        )
+    wanted = noise + (schedule[1] - schedule[0]) * velocity
+    torch.testing.assert_close(seen[0], wanted, rtol=0, atol=1e-5)
+
+
+def test_asking_for_a_schedule_leaves_the_pipeline_alone(policy):
+    policy.schedule(STEPS)
+    before = policy.pipeline.scheduler.sigmas.clone()
+    policy.schedule(STEPS + 3)
+    assert torch.equal(policy.pipeline.scheduler.sigmas, before)
+
+
+def test_the_schedule_follows_the_schedulers_settings(policy):
+    plain = policy.schedule(STEPS)
+    scheduler = type(policy.pipeline.scheduler)
+    policy.pipeline.scheduler = scheduler.from_config(
+        policy.pipeline.scheduler.config, shift_terminal=0.2, base_shift=1.0
+    )
+    changed = policy.schedule(STEPS)
+    assert changed[-2] == pytest.approx(0.2, abs=1e-6)
+    assert changed[1] != plain[1]
+
+
+def test_images_round_trip_in_shape_and_statistics(policy):
+    images = torch.rand(2, 3, policy.resolution, policy.resolution)
+    latents = policy.encode_images(images)
+    assert latents.shape == start(policy, 2).shape
+    decoded = policy.decode(latents)
+    assert decoded.shape == images.shape
+    assert decoded.min() >= 0 and decoded.max() <= 1
+    # Two images are two rows.
+    torch.testing.assert_close(policy.encode_images(images[1:]), latents[1:], rtol=0, atol=1e-5)
+
+
+def test_the_image_of_the_pipeline_is_the_image_of_decode(policy):
+    latents = start(policy, 1)
+    with torch.no_grad():
+        clean = policy.pipeline_latents(T2I[0], latents, num_steps=STEPS, guidance_scale=1.0)
+        image = policy.decode(clean)
+    wanted = policy.pipeline(
+        T2I[0].text,
+        latents=latents,
+        num_inference_steps=STEPS,
+        height=policy.resolution,
+        width=policy.resolution,
+        output_type="pt",
+    ).images[:, :3]
+    torch.testing.assert_close(image, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_prompt_read_before_is_not_read_again(policy, prompts):
+    calls = []
+    policy.text_encoder.model.register_forward_hook(lambda *_: calls.append(1))
+    first = policy.encode(prompts)
+    again = policy.encode(prompts[::-1])
+    assert len(calls) == 1
+    assert not any(row.embedding.requires_grad for row in first.prompts)
+    for row, other in zip(first.prompts, reversed(again.prompts), strict=True):
+        assert torch.equal(row.embedding, other.embedding) and torch.equal(row.source, other.source)
+    with torch.no_grad():
+        next(policy.text_encoder.parameters()).mul_(1.5)
+    policy.encode(prompts)
+    assert len(calls) == 2, "the encoder's weights changed, so what it read before is stale"
+
+
+def test_the_disk_cache_outlives_the_policy(policy, prompts, tmp_path):
+    def fresh() -> tuple[Policy, list[int]]:
+        cached = type(policy)(policy.pipeline, resolution=64, cache_folder=tmp_path)
+        calls: list[int] = []
+        handle = policy.text_encoder.model.register_forward_hook(lambda *_: calls.append(1))
+        handles.append(handle)
+        return cached, calls
+
+    handles: list = []
+    cached, calls = fresh()
+    missed = cached.encode(prompts)
+    assert calls == [1]
+    other, calls = fresh()
+    hit = other.encode(prompts)
+    assert calls == []
+    for row, same in zip(missed.prompts, hit.prompts, strict=True):
+        assert torch.equal(row.embedding, same.embedding) and torch.equal(row.source, same.source)
+        assert torch.equal(row.is_image, same.is_image) and row.shapes == same.shapes
+    # A damaged file is a miss; so is one of another encoder.
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:40])
+    damaged, calls = fresh()
+    torch.testing.assert_close(
+        damaged.encode(prompts).prompts[0].embedding, hit.prompts[0].embedding
+    )
+    assert calls == [1]
+    with torch.no_grad():
+        next(policy.text_encoder.parameters()).add_(0.1)
+    changed, calls = fresh()
+    changed.encode(prompts)
+    assert calls == [1]
+
+
+@torch.no_grad()
+def test_what_is_saved_draws_the_same_without_burnish(policy, prompts, tmp_path):
+    policy.save(tmp_path)
+    noise = start(policy, 1)
+    wanted = policy.pipeline_latents(prompts[0], noise, num_steps=STEPS, guidance_scale=3.0)
+    loaded = type(policy).load(tmp_path, resolution=64)
+    assert loaded.fingerprint() == policy.fingerprint()
+    again = loaded.pipeline_latents(prompts[0], noise, num_steps=STEPS, guidance_scale=3.0)
+    assert torch.equal(again, wanted)
+    pipeline = type(policy.pipeline).from_pretrained(tmp_path)
+    drawn = pipeline(
+        T2I[0].text, latents=noise, num_inference_steps=2, height=64, width=64, output_type="latent"
+    ).images
+    wanted = policy.pipeline_latents(T2I[0], noise, num_steps=2, guidance_scale=1.0)
+    assert torch.equal(drawn, wanted)
+
+
+@torch.no_grad()
+def test_bfloat16_weights_give_float32_velocities(policy, prompts, tmp_path):
+    policy.save(tmp_path)
+    half = type(policy).load(tmp_path, dtype=torch.bfloat16, resolution=64)
+    latents, sigmas = start(policy, 3), levels(3)
+    velocity = half.velocity(latents, sigmas, half.prefix(half.encode(prompts)))
+    wanted = policy.velocity(latents, sigmas, policy.prefix(policy.encode(prompts)))
+    assert velocity.dtype == torch.float32
+    assert half.decode(latents).dtype == torch.float32
+    assert (velocity - wanted).norm() < 0.05 * wanted.norm()
+
+
+def test_fingerprint_tells_what_changed(policy):
+    before = policy.fingerprint()
+    assert before == type(policy).tiny().fingerprint()
+    with torch.no_grad():
+        next(policy.vae.parameters()).add_(1)
+    after = policy.fingerprint()
+    assert {name for name in before if before[name] != after[name]} == {"vae"}
+
+
+def test_a_sibling_keeps_the_weights_that_the_policy_leaves(policy, tmp_path):
+    latents = start(policy, 1)
+    plain = {"num_steps": 2, "guidance_scale": 1.0}
+    before = policy.pipeline_latents(T2I[0], latents, **plain)
+    sibling = policy.sibling()
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            parameter.mul_(1.1)
+    assert not list(sibling.trainable())
+    assert torch.equal(sibling.pipeline_latents(T2I[0], latents, **plain), before)
+    assert not torch.equal(policy.pipeline_latents(T2I[0], latents, **plain), before)
+    sibling.save(tmp_path)
+    loaded = type(policy).load(tmp_path, resolution=64)
+    assert torch.equal(loaded.pipeline_latents(T2I[0], latents, **plain), before)
+    assert sibling.fingerprint() == policy.fingerprint()
+
+
+def test_tiny_depends_on_its_seed_and_names_real_modules(policy):
+    other = type(policy).tiny(1)
+    same = type(policy).tiny(0)
+    mine, theirs, again = (dict(p.trainable()) for p in (policy, other, same))
+    assert mine and all(torch.equal(mine[name], again[name]) for name in mine)
+    assert any(not torch.equal(mine[name], theirs[name]) for name in mine)
+    blocks = {type(module).__name__ for module in policy.transformer.modules()}
+    assert policy.block_class in blocks
+    names = [name for name, _ in policy.transformer.named_modules()]
+    for target in policy.lora_targets:
+        assert any(name.endswith(target) for name in names), target
+
+
+def test_wrong_input_gets_a_clear_line(policy, tmp_path):
+    with pytest.raises(ConfigError, match=r"model_index\.json"):
+        type(policy).load(tmp_path)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "OtherPipeline"}')
+    with pytest.raises(ConfigError, match="OtherPipeline"):
+        type(policy).load(tmp_path)
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        type(policy)(policy.pipeline, resolution=50)
+    with pytest.raises(ValueError, match="one task"):
+        policy.encode([T2I[0], EDIT[0]])
+    with pytest.raises(ValueError, match="source image"):
+        policy.encode([Prompt(id="bare", text="x", task="edit")])
+    prefix = policy.prefix(policy.encode(T2I))
+    with pytest.raises(ValueError, match="one prefix row per sample"):
+        policy.velocity(start(policy, 2), levels(2), prefix)
+
+
+def test_adapters_are_not_written_as_a_pipeline(policy, tmp_path):
+    from peft import LoraConfig
+
+    policy.transformer.add_adapter(LoraConfig(r=2, target_modules=list(policy.lora_targets)))
+    with pytest.raises(ValueError, match="merge"):
+        policy.save(tmp_path / "pipeline")
+    assert not (tmp_path / "pipeline").exists()
+    assert all("lora_" in name for name, _ in policy.trainable())
+    # An adapter starts as the identity and has gradient, through the prefix too.
+    prefix = policy.prefix(policy.encode(T2I))
+    loss = policy.velocity(start(policy, 3), levels(3), prefix).square().sum()
+    assert gradient(policy, loss).abs().max() > 0
+
+
+# --- What only Qwen-Image 2.1 promises ---------------------------------------------------------
+
+
+def test_qwen_gradient_is_that_of_full_calls_without_cache():
+    policy = importlib.import_module("burnish.policies.qwen_image21").QwenImage21Policy.tiny()
+    rows, prompts = [0, 1, 0, 2], EDIT
+    latents, sigmas = start(policy, 4), levels(4)
+    condition = policy.encode(prompts)
+    shared = policy.velocity(latents, sigmas, policy.prefix(condition).take(rows))
+    together = gradient(policy, shared.square().sum())
+    losses = []
+    for place, row in enumerate(rows):
+        prompt = condition.prompts[row]
+        target = prompt.is_image.new_ones(latents.shape[1] // 4)
+        (output,) = policy.transformer(
+            hidden_states=torch.cat([prompt.source, latents[place]])[None],
+            timestep=sigmas[place : place + 1],
+            encoder_hidden_states=prompt.embedding[None],
+            img_shapes=[[*prompt.shapes, (1, 4, 4)]],
+            img_mask=torch.cat([prompt.is_image, target])[None],
+            return_dict=False,
+        )
+        losses.append(output[:, -latents.shape[1] :].square().sum())
+        torch.testing.assert_close(output[0, -latents.shape[1] :], shared[place], rtol=0, atol=1e-5)
+    apart = gradient(policy, torch.stack(losses).sum())
+    assert (together - apart).norm() <= 1e-5 * apart.norm()
+
+
+def test_qwen_embedding_carries_gradient_to_a_trained_encoder():
+    policy = importlib.import_module("burnish.policies.qwen_image21").QwenImage21Policy.tiny()
+    policy.text_encoder.requires_grad_(True)
+    velocity = policy.velocity(start(policy, 3), levels(3), policy.prefix(policy.embed(EDIT)))
+    velocity.square().sum().backward()
+    language = policy.text_encoder.model.language_model.layers[0].mlp.up_proj.weight.grad
+    vision = policy.text_encoder.model.visual.patch_embed.proj.weight.grad
+    assert language.abs().max() > 0 and vision.abs().max() > 0
+    # The final norm is behind the states that the transformer reads.
+    assert policy.text_encoder.model.language_model.norm.weight.grad is None
+
+
+def test_qwen_default_schedule_is_the_shift_for_its_number_of_tokens():
+    policy = importlib.import_module("burnish.policies.qwen_image21").QwenImage21Policy.tiny()
+    config = policy.pipeline.scheduler.config
+    slope = (config.max_shift - config.base_shift) / (4096 - 256)
+    wanted = shift_sigmas(torch.linspace(1, 0, STEPS + 1), config.base_shift + slope * (16 - 256))
+    torch.testing.assert_close(policy.schedule(STEPS), wanted)
+
+
+def test_qwen_source_alpha_is_not_lost_in_translation():
+    policy = importlib.import_module("burnish.policies.qwen_image21").QwenImage21Policy.tiny()
+    images = torch.rand(1, 3, 64, 64)
+    opaque = torch.cat([2 * images - 1, torch.ones(1, 1, 64, 64)], dim=1)[:, :, None]
+    config = policy.vae.config
+    mean = torch.tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+    std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
+    wanted = (policy.vae.encode(opaque).latent_dist.mode() - mean) / std
+    latents = policy.encode_images(images)
+    torch.testing.assert_close(latents, wanted[:, :, 0].flatten(2).transpose(1, 2))

@@ -1,0 +1,146 @@
+"""Laws of the embedded world: drawing, words, edits, flaws, and the oracle that measures them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from burnish.world.edits import EDITABLE, Edit, sample_edit
+from burnish.world.flaws import PIXEL_FLAWS, misspellings, spoil
+from burnish.world.grammar import say
+from burnish.world.oracle import measure_edit, measure_scene
+from burnish.world.render import render
+from burnish.world.scenes import (
+    CATEGORIES,
+    LOOK,
+    PEOPLE,
+    STYLES,
+    WORDS,
+    Scene,
+    domain,
+    is_held_out,
+    sample_scene,
+)
+
+few = settings(max_examples=20, deadline=None)
+seeds = st.integers(0, 10_000)
+categories = st.sampled_from(CATEGORIES)
+
+
+@few
+@given(seeds, categories)
+def test_every_scene_renders_and_survives_json(seed: int, category: str) -> None:
+    scene = sample_scene(np.random.default_rng(seed), category=category)
+    picture = render(scene)
+    assert picture.shape == (64, 64, 3) and picture.dtype == np.float32
+    assert 0 <= picture.min() and picture.max() <= 1
+    assert Scene.from_json(scene.to_json()) == scene
+    assert all(value in domain(key) for key, value in scene.values.items())
+
+
+@few
+@given(seeds, categories)
+def test_the_right_picture_is_perfect(seed: int, category: str) -> None:
+    scene = sample_scene(np.random.default_rng(seed), category=category)
+    measures = measure_scene(render(scene), scene)
+    assert all(value == pytest.approx(1.0) for value in measures.values()), measures
+
+
+@few
+@given(seeds, categories)
+def test_any_value_of_what_is_left_open_is_right(seed: int, category: str) -> None:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, category=category, style="flat")
+    other = scene.changed({key: domain(key)[int(rng.integers(len(domain(key))))] for key in scene.free})
+    assert measure_scene(render(other), scene)["composite"] == pytest.approx(1.0)
+
+
+@few
+@given(seeds, categories)
+def test_a_flaw_of_content_is_seen_as_such(seed: int, category: str) -> None:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, category=category, style="flat")
+    flawed = spoil(scene, rng)
+    measures = measure_scene(render(flawed), scene)
+    worst = min(measures["alignment"], measures.get("portrait", 1.0))
+    assert worst < 0.6, (scene.values, flawed.values)
+
+
+@few
+@given(seeds, categories, st.sampled_from(sorted(PIXEL_FLAWS)))
+def test_a_flaw_of_the_picture_lowers_quality_and_not_alignment(
+    seed: int, category: str, flaw: str
+) -> None:
+    scene = sample_scene(np.random.default_rng(seed), category=category, style="flat")
+    measures = measure_scene(PIXEL_FLAWS[flaw](render(scene)), scene)
+    assert measures["quality"] < 0.35
+    assert measures["alignment"] > 0.3
+
+
+@few
+@given(seeds, categories)
+def test_a_perfect_edit_is_perfect_and_the_source_earns_only_quality(
+    seed: int, category: str
+) -> None:
+    edit = sample_edit(np.random.default_rng(seed), category=category)
+    assert Edit.from_json(edit.to_json()) == edit
+    assert measure_edit(render(edit.target), edit)["composite"] == pytest.approx(1.0)
+    untouched = measure_edit(render(edit.source), edit)
+    assert untouched["instruction"] == pytest.approx(0.0, abs=1e-6)
+    assert untouched["preservation"] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_every_kind_of_edit_occurs(category: str) -> None:
+    rng = np.random.default_rng(0)
+    changed = {
+        next(iter(sample_edit(rng, category=category).changes)).rsplit(".", 1)[-1]
+        for _ in range(400)
+    }
+    assert changed >= set(EDITABLE[category]) - {"remove"}
+
+
+@pytest.mark.parametrize("person", PEOPLE)
+def test_a_stranger_is_not_the_named_person(person: str) -> None:
+    rng = np.random.default_rng(1)
+    scene = sample_scene(rng, person=person, style="flat")
+    assert measure_scene(render(scene), scene)["likeness"] == pytest.approx(1.0)
+    other = next(name for name in PEOPLE if name != person)
+    stranger = scene.changed({key: PEOPLE[other][key] for key in LOOK})
+    assert measure_scene(render(stranger), scene)["likeness"] < 0.6
+
+
+@pytest.mark.parametrize("style", STYLES[1:])
+def test_a_flat_picture_misses_a_style(style: str) -> None:
+    scene = sample_scene(np.random.default_rng(2), category="general", style=style)
+    flat = scene.changed({"style": "flat"})
+    assert measure_scene(render(flat), scene)["style"] < 0.1
+
+
+@few
+@given(seeds, categories)
+def test_a_prompt_says_what_is_not_left_open(seed: int, category: str) -> None:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, category=category, style="flat")
+    texts = {say(scene, rng) for _ in range(12)}
+    assert len(texts) > 1, "paraphrases"
+    for text in texts:
+        if "background" in scene.values and "background" not in scene.free:
+            assert str(scene.values["background"]) in text
+        if "word" in scene.values:
+            assert f'"{scene.values["word"]}"' in text
+
+
+def test_held_out_combinations_are_a_minority_of_every_category() -> None:
+    rng = np.random.default_rng(3)
+    for category in CATEGORIES:
+        share = np.mean([is_held_out(sample_scene(rng, category=category)) for _ in range(400)])
+        assert 0.02 < share < 0.3, (category, share)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_misspellings_differ_from_the_word_and_can_be_drawn(word: str) -> None:
+    scene = sample_scene(np.random.default_rng(4), category="typography", style="flat")
+    for wrong in misspellings(word):
+        assert wrong != word
+        assert render(scene.changed({"word": wrong})).shape == (64, 64, 3)
