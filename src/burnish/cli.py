@@ -14,7 +14,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +46,7 @@ app.add_typer(miniature, name="miniature")
 
 _Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change, e.g. seed=1."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, e.g. seed=1."),
 ]
 _Out = Annotated[
     Path | None, typer.Option("--out", help="Run folder; runs/NAME if left out.", metavar="DIR")
@@ -89,7 +89,9 @@ def _explained(error: Exception) -> int:
         traceback.print_exc()
     if hasattr(error, "format_message"):
         # Of click, or of the copy of click in newer versions of typer.
-        return _say(f"{error.format_message()}; see burnish --help", 2)  # pyright: ignore
+        place = getattr(getattr(error, "ctx", None), "command_path", "burnish")
+        text = error.format_message().rstrip(".?")  # pyright: ignore[reportAttributeAccessIssue]
+        return _say(f"{text}; see {place} --help", 2)
     if isinstance(error, JobError):
         return _say(str(error), error.exit_code)
     if _USER_ERRORS & {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}:
@@ -105,17 +107,17 @@ def _say(text: str, exit_code: int) -> int:
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """Warnings of our own are for the user: one line; those of libraries look as ever."""
-    if category.__module__.startswith("burnish."):
-        print(f"{launcher.NOTE}{message}", file=sys.stderr, flush=True)
-    else:
-        print(warnings.formatwarning(message, category, *place[:2]), file=sys.stderr, end="")
+    """Our own warnings are for the user, in one line; those of libraries look as ever."""
+    is_ours = category.__module__.startswith("burnish.")
+    text = f"{launcher.NOTE}{message}\n" if is_ours else None
+    sys.stderr.write(text or warnings.formatwarning(message, category, *place[:2]))
 
 
-def _version(is_wanted: bool) -> None:
+def _version(is_wanted: bool) -> bool:
     if is_wanted:
         print(f"burnish {__version__}")
         raise typer.Exit
+    return is_wanted
 
 
 @app.callback(epilog="Start with: burnish run smoke")
@@ -138,7 +140,7 @@ def run(
     force: _Force = False,
     as_json: _Json = False,
 ) -> None:
-    """Run a recipe: train its stages, measure every policy, write the report.
+    """Run a recipe: train, measure, report.
 
     Start the same command again to resume a run that was stopped. `burnish recipes` lists the
     recipes, and KEY=VALUE changes any setting of theirs.
@@ -150,7 +152,7 @@ def run(
 def grpo(
     overrides: _Overrides = None, out: _Out = None, force: _Force = False, as_json: _Json = False
 ) -> None:
-    """Train one teacher by GRPO; the same as `burnish run grpo`."""
+    """Train by GRPO: `burnish run grpo`."""
     _run("grpo", overrides, out, force, as_json)
 
 
@@ -158,18 +160,15 @@ def grpo(
 def nft(
     overrides: _Overrides = None, out: _Out = None, force: _Force = False, as_json: _Json = False
 ) -> None:
-    """Train one teacher by the forward-process loss; the same as `burnish run nft`."""
+    """Train by the forward process: `burnish run nft`."""
     _run("nft", overrides, out, force, as_json)
 
 
-@app.command(
-    epilog="Example: burnish distill stages.student.algorithm.teachers.t2i.path=DIR"
-    " stages.student.algorithm.teachers.edit.path=DIR"
-)
+@app.command(epilog="Example: burnish distill stages.student.algorithm.teachers.t2i.path=DIR ...")
 def distill(
     overrides: _Overrides = None, out: _Out = None, force: _Force = False, as_json: _Json = False
 ) -> None:
-    """Distill your teachers into one student; the same as `burnish run distill`."""
+    """Distill your teachers: `burnish run distill`."""
     _run("distill", overrides, out, force, as_json)
 
 
@@ -177,7 +176,7 @@ def _run(
     recipe: str, overrides: Sequence[str] | None, out: Path | None, force: bool, as_json: bool
 ) -> None:
     path = _recipe_path(recipe)
-    from burnish import preflight, report, runtime, summary
+    from burnish import preflight, runtime
     from burnish.stages import RunConfig
     from burnish.tracking import Run
 
@@ -198,9 +197,7 @@ def _run(
             # Or else the corrected command would find the folder of another run.
             shutil.rmtree(folder)
         raise
-    found = summary.write_summary(folder)
-    report.write_report(folder)
-    _show(found, folder, as_json)
+    _finish(folder, as_json)
 
 
 def _has_results(folder: Path) -> bool:
@@ -208,12 +205,14 @@ def _has_results(folder: Path) -> bool:
     return any(folder.glob("*/*/DONE")) or any(folder.glob("stages/*/checkpoints/*"))
 
 
-def _show(found: Mapping[str, Any], folder: Path, as_json: bool) -> None:
+def _finish(folder: Path, as_json: bool) -> None:
+    """Write and show what a run found."""
     from rich.console import Console
 
-    from burnish import summary
+    from burnish import report, summary
 
-    page = folder / "report.html"
+    page = report.write_report(folder)
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console = Console()
     console.print(summary.table(found))
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
@@ -243,12 +242,8 @@ def job(folder: Path, name: str) -> None:
 
 @app.command(epilog="Example: burnish report runs/miniature")
 def report(folder: Path, as_json: _Json = False) -> None:
-    """Compute a run's table again and write its report.html, also while it still runs."""
-    from burnish import report, summary
-
-    found = summary.write_summary(folder)
-    report.write_report(folder)
-    _show(found, folder, as_json)
+    """Write report.html and the table of a run again."""
+    _finish(folder, as_json)
 
 
 # --- Recipes ---------------------------------------------------------------------------------
@@ -256,7 +251,7 @@ def report(folder: Path, as_json: _Json = False) -> None:
 
 @app.command(epilog="Example: burnish recipes")
 def recipes() -> None:
-    """List the recipes with what they are for, what they need and how long they take."""
+    """List the recipes: purpose, hardware, time."""
     for name, path in _recipes().items():
         header = [line[1:].strip() for line in _header(path)]
         print(
@@ -266,13 +261,6 @@ def recipes() -> None:
 
 def _recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-
-
-def _header(path: Path) -> Iterator[str]:
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            return
-        yield line
 
 
 def _evidence(path: Path) -> str:
@@ -296,7 +284,7 @@ def _recipe_path(recipe: str) -> Path:
 
 @app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
 def sample(
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to draw.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw.")],
     model: Annotated[
         str, typer.Option(help="A pipeline folder, RUN/STAGE of a run folder, or embedded:...")
     ] = "embedded:weights/base",
@@ -310,7 +298,10 @@ def sample(
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
     out: Annotated[Path, typer.Option(help="PNG to write.", metavar="FILE")] = Path("sample.png"),
 ) -> None:
-    """Draw, or edit a picture: one row for each prompt, and the same seeds in every row."""
+    """Draw, or edit a picture; one row per prompt.
+
+    Every row has the same seeds. A prompt is what to draw, or with --source what to change.
+    """
     if out.suffix.lower() != ".png":
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
     from burnish import images, rollout, runtime, stages, tracking
@@ -382,7 +373,7 @@ def _model(text: str) -> tuple[Path, _Defaults]:
 
 @app.command(epilog="Example: burnish doctor --json")
 def doctor(as_json: _Json = False) -> None:
-    """Look at the installation and this machine: what works, and what to do about what does not."""
+    """Examine installation and machine."""
     from burnish import preflight
 
     findings = preflight.examine()

@@ -22,6 +22,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, to_jsonable_python
 
+from burnish.dialect import Dumper, Loader
+
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 
@@ -120,7 +122,7 @@ def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
 def dump_yaml(config: Config) -> str:
     """All settings as YAML, in the order of the class; `parse_yaml` and `parse` read them back."""
     return yaml.dump(
-        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+        config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True
     )
 
 
@@ -153,57 +155,17 @@ def shelf(package: str, base: type[ConfigT]) -> tuple[type[ConfigT], ...]:
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
         members = vars(importlib.import_module(f"{package}.{module.name}")).values()
         for member in members:
-            is_config = isinstance(member, type) and issubclass(member, base)
-            if is_config and _literal(member.model_fields.get("kind")) == (module.name,):
-                found.append(member)
+            if not (isinstance(member, type) and issubclass(member, base)):
+                continue
+            if _literal(member.model_fields.get("kind")) == (module.name,):
+                found.append(cast(type[ConfigT], member))
     return tuple(found)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe loader by the 1.2 rules; a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for place, key in enumerate(keys):
-            if key in keys[:place]:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} stands twice", node.value[place][0].start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Safe dumper by the same rules, so that what is written reads back the same."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
-for _class in (_Loader, _Dumper):
-    _class.yaml_implicit_resolvers = {
-        first: [entry for entry in entries if entry[0].endswith((":null", ":merge"))]
-        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    # Integers stand before floats, whose pattern also matches them.
-    for _name, _pattern, _firsts in (
-        ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("int", "[-+]?[0-9]+", "-+0123456789"),
-        ("float", _FLOAT, "-+.0123456789"),
-    ):
-        _class.add_implicit_resolver(
-            f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_firsts)
-        )
-# PyYAML's own constructor reads 010 as 8.
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda _, node: int(cast(yaml.ScalarNode, node).value)
-)
 
 
 def _yaml_value(text: str, where: str) -> Any:
     try:
         # The conversion refuses the loops that anchors can make.
-        return to_jsonable_python(yaml.load(text, Loader=_Loader))
+        return to_jsonable_python(yaml.load(text, Loader=Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f"{where}, line {mark.line + 1}" if mark and "\n" in text else where

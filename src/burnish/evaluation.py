@@ -1,8 +1,8 @@
 """Measure policies on prompts nobody trained on, on the same prompts and seeds for all of them.
 
 Every picture becomes one row per metric in `scores.jsonl`; a mean comes with the 95 % interval of a
-bootstrap over prompts, because prompts, not pictures, are what a claim is meant to hold for. Differences
-between two policies are paired by prompt.
+bootstrap over prompts, because prompts, not pictures, are what a claim is meant to hold for.
+Differences between two policies are paired by prompt.
 """
 
 import json
@@ -122,7 +122,9 @@ def save_picture(path: Path, request: ScoreRequest) -> None:
     path.write_bytes(images.encode_webp(images.to_pil(request.image), quality=None))
 
 
-def _rows(name: str, prompt: Prompt, seed: int, score: Scored | NotApplicable | Failed) -> list[Row]:
+def _rows(
+    name: str, prompt: Prompt, seed: int, score: Scored | NotApplicable | Failed
+) -> list[Row]:
     common = {
         "policy": name,
         "prompt": prompt.id,
@@ -159,7 +161,9 @@ def by_prompt(rows: Iterable[Row], **wanted: str) -> dict[str, list[float]]:
     return found
 
 
-def estimate(values: Mapping[str, Sequence[float]] | Sequence[float], resamples: int = 4000) -> Estimate:
+def estimate(
+    values: Mapping[str, Sequence[float]] | Sequence[float], resamples: int = 4000
+) -> Estimate:
     """Mean over prompts of each prompt's mean, with the percentile interval over prompts.
 
     Raises:

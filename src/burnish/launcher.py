@@ -185,7 +185,7 @@ class _Child:
     @property
     def line(self) -> str:
         """One line for the screen; most progress lines begin with the name of the stage."""
-        name = self.job.split("/", 1)[1]
+        name = self.job.split("/")[-1]
         return self.progress if name in self.progress else f"{self.job}: {self.progress}"
 
     def failure(self) -> JobError:
@@ -261,16 +261,17 @@ def _start(job: str, command: Sequence[str], log: Path, place: Mapping[str, str]
 
     with writing(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            offset = output.tell()
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **place, _TIED: "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,
-            )
+        output = log.open("ab")
+    with output:
+        offset = output.tell()
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **place, _TIED: "1", "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,
+        )
     return _Child(job, process, log, place, offset)
 
 

@@ -1,7 +1,7 @@
 """What can be known before a run: whether its inputs can be read, and whether the machine works.
 
-A run takes minutes to days, so whatever would stop it later is looked for first. Bad input is refused
-before a file is written; a finding about the machine comes with what to do about it.
+A run takes minutes to days, so whatever would stop it later is looked for first. Bad input is
+refused before a file is written; a finding about the machine comes with what to do about it.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Prompt sets: read them, split them by task, and draw the prompts of each step.
 
-A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`; `source` is the path of an image
-relative to the file, or a `data:` URL. Which prompts a step sees is a pure function of seed and step, so
-resuming needs no state and ranks agree without talking.
+A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`; `source` is the path of
+an image relative to the file, or a `data:` URL. Which prompts a step sees is a pure function of
+seed and step, so resuming needs no state and ranks agree without talking.
 """
 
 import base64
@@ -34,11 +34,13 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read a JSONL prompt set.
 
     Raises:
-        ConfigError: no such file, a broken line (named by file and line), a bad or missing source image,
-            or two prompts with the same id.
+        ConfigError: no such file, a broken line (named by file and line), a bad or missing source
+            image, or two prompts with the same id.
     """
     if not path.is_file():
-        raise ConfigError(f"need a JSONL file of prompts, got {path}, which is no file; check the path")
+        raise ConfigError(
+            f"need a JSONL file of prompts, got {path}, which is no file; check the path"
+        )
     prompts: list[Prompt] = []
     seen: set[str] = set()
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
@@ -59,9 +61,13 @@ def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise ConfigError(f"{where}: need one JSON object a line, got {error}; mend the line") from None
+        raise ConfigError(
+            f"{where}: need one JSON object a line, got {error}; mend the line"
+        ) from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ConfigError(f'{where}: need an object with a "text", got {line[:60]!r}; mend the line')
+        raise ConfigError(
+            f'{where}: need an object with a "text", got {line[:60]!r}; mend the line'
+        )
     for key in row.keys() - set(_KEYS):
         raise ConfigError(
             f"{where}: need keys of {', '.join(_KEYS)}, got {key!r}; "
@@ -92,7 +98,9 @@ def _source(given: Any, where: str, folder: Path) -> bytes | None:
         try:
             data = base64.b64decode(str(given).partition(",")[2], validate=True)
         except binascii.Error:
-            raise ConfigError(f"{where}: need base64 after 'data:', got other text; mend the line") from None
+            raise ConfigError(
+                f"{where}: need base64 after 'data:', got other text; mend the line"
+            ) from None
         images.decode(data, where=where)
         return data
     try:
@@ -135,8 +143,8 @@ class GroupSampler:
         smallest = min(len(pool) for pool in self._pools)
         if smallest < per_step:
             raise ConfigError(
-                f"need at least {per_step} prompts for a step, got {smallest}; give more prompts or "
-                "fewer per step"
+                f"need at least {per_step} prompts for a step, got {smallest}; give more prompts "
+                "or fewer per step"
             )
 
     def prompts(self, step: int) -> list[Prompt]:

@@ -1,8 +1,8 @@
 """The page of a run: one `report.html` that holds everything it shows and opens without a network.
 
-The page is written from what the run folder holds, so it can be made of an unfinished run, and says
-what is missing. Prompts, names and notes are other people's text: the template escapes all of it, and
-the page forbids itself scripts and anything that would be fetched.
+The page is written from what the run folder holds, so it can be made of an unfinished run, and
+says what is missing. Prompts, names and notes are other people's text: the template escapes all of
+it, and the page forbids itself scripts and anything that would be fetched.
 """
 
 import json
@@ -25,7 +25,6 @@ from burnish.summary import (
     Number,
     knowledge_ids,
     read_run,
-    shown,
     teachers,
     write_summary,
 )
@@ -46,7 +45,7 @@ _COLUMNS = {"base": "base", "teacher": "teacher", "stage": "teacher", "student":
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` of the run in a folder, and its `summary.json`; returns the page's path."""
+    """Write `report.html` of the run in a folder, and its `summary.json`; returns the page."""
     config, summary = read_run(folder), write_summary(folder)
     rows = all_scores(config, folder)
     environment = Environment(
@@ -56,7 +55,7 @@ def write_report(folder: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": shown, "percent": _percent, "plain": _plain}
+    environment.filters["plain"] = _plain
     template = environment.get_template("report.html.j2")
     context = {
         "summary": summary,
@@ -82,15 +81,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def _percent(number: Number) -> str:
-    """A share with its interval, e.g. `96 % [91, 101]`."""
-    if number is None:
-        return "missing"
-    mean, low, high = (_plain(100 * number[key], 0) for key in ("mean", "low", "high"))
-    return f"{mean} % [{low}, {high}]"
-
-
-def _plain(value: float | None, digits: int = 3, sign: str = "") -> str:
+def _plain(value: float | int | None, digits: int = 3, sign: str = "") -> str:
     """A number without interval, with a minus that is as wide as a plus."""
     if value is None:
         return "missing"
@@ -129,7 +120,7 @@ def _lede(config: RunConfig, summary: Mapping[str, Any]) -> str:
     if counts:
         parts.append(
             f"Every policy draws the same held-out prompts from the same seeds: {_and(counts)}, "
-            f"{config.evaluation.num_seeds} pictures each. Brackets are 95 % intervals over prompts."
+            f"{config.evaluation.num_seeds} pictures each. Brackets: 95 % intervals over prompts."
         )
     return " ".join(parts)
 
@@ -142,8 +133,8 @@ def _oracle(summary: Mapping[str, Any]) -> str:
         also = " The same oracle is the judge of every number on this page." if is_judge else ""
         return (
             f"The training reward of {_and(trained)} is the oracle: {truth}, and not a learned "
-            f"reward model.{also} The numbers show how well the optimisation works; they say nothing "
-            "of how a learned reward would hold up."
+            f"reward model.{also} The numbers show how well the optimisation works; they say "
+            "nothing of how a learned reward would hold up."
         )
     return f"The judge is the oracle: {truth}. No stage was trained on it." if is_judge else ""
 
@@ -270,8 +261,10 @@ def _row(
 
 
 def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:
-    path = folder / "evaluation" / policy / "pictures" / f"{prompt.id}.webp"
-    return path if path.is_file() else None
+    name = f"{prompt.id}.webp"
+    path = folder / "evaluation" / policy / "pictures" / name
+    # An id is other people's text and must not lead out of the folder.
+    return path if path.name == name and path.is_file() else None
 
 
 def _embedded(picture: Image.Image) -> dict[str, Any]:
@@ -331,7 +324,7 @@ def _chart(
     )
     low, high = math.floor(low / tick + 1e-9) * tick, math.ceil(high / tick - 1e-9) * tick
 
-    def path(points: Sequence[tuple[float, float]]) -> str:
+    def path(points: Sequence[tuple[int, float]]) -> str:
         width, height = _WIDTH / max(steps - 1, 1), _HEIGHT / (high - low)
         return " ".join(f"{x * width:.1f},{_HEIGHT - (y - low) * height:.1f}" for x, y in points)
 
@@ -355,7 +348,7 @@ def _chart(
     }
 
 
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Centred moving average over about a tenth of the points."""
     reach = len(points) // 20
     found = []

@@ -1,8 +1,8 @@
 """A whole run: which stages there are, what each needs, and running them.
 
-Stages and measurements are jobs. A job that has its inputs runs in a process of its own, as many at a time
-as there are cores (or GPUs); a job that is complete is not run again. Everything a job leaves is in the
-run folder:
+Stages and measurements are jobs. A job that has its inputs runs in a process of its own, as many at
+a time as there are cores (or GPUs); a job that is complete is not run again. Everything a job
+leaves is in the run folder:
 
     stages/<stage>/       run folder of the stage, its pipeline in model/
     evaluation/<policy>/  scores.jsonl and pictures/
@@ -52,7 +52,7 @@ class RunConfig(Config):
     runtime: RuntimeConfig = RuntimeConfig()
     stages: Mapping[str, StageConfig]
     evaluation: EvaluationConfig = EvaluationConfig()
-    judge: AnyReward  # pyright: ignore[reportInvalidTypeForm]
+    judge: AnyReward
     """Scores the held-out pictures."""
 
     @model_validator(mode="after")
@@ -77,7 +77,9 @@ class RunConfig(Config):
 
     def tasks(self, policy: str) -> tuple[str, ...]:
         """What a policy is measured on: a stage's own tasks, everything for the base."""
-        every = tuple(dict.fromkeys(t for stage in self.stages.values() for t in stage.prompts.tasks))
+        every = tuple(
+            dict.fromkeys(t for stage in self.stages.values() for t in stage.prompts.tasks)
+        )
         return self.stages[policy].prompts.tasks if policy in self.stages else every
 
     def jobs(self) -> dict[str, tuple[str, ...]]:
@@ -126,7 +128,9 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
     for member in vars(module).values():
         if isinstance(member, type) and getattr(member, "family", None) == config.family:
             return member.load(folder, resolution=config.resolution, device=rt.device)
-    raise ConfigError(f"need a policy class in {module.__name__}, got none of family {config.family}")
+    raise ConfigError(
+        f"need a policy class in {module.__name__}, got none of family {config.family}"
+    )
 
 
 def is_complete(folder: Path, job: str) -> bool:
@@ -196,4 +200,3 @@ def all_scores(config: RunConfig, folder: Path) -> list[Row]:
     names = [job.split("/", 1)[1] for job in config.jobs() if job.startswith("measure/")]
     files = [folder / "evaluation" / name / "scores.jsonl" for name in names]
     return [row for file in files if file.is_file() for row in read_scores(file)]
-

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from burnish.algorithms.distill import DistillConfig
 from burnish.config import located, parse
@@ -111,7 +112,11 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "evidence": config.evidence,
         "headline": HEADLINE,
         "judge": config.judge.kind,
-        "oracle_stages": oracle_stages(config),
+        "oracle_stages": [
+            name
+            for name, stage in config.stages.items()
+            if any(reward.kind == "oracle" for reward in stage.rewards.values())
+        ],
         "best_of": config.evaluation.best_of,
         "policies": policies,
         "results": results,
@@ -122,14 +127,8 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "knowledge": list(_knowledge(cells, results)),
         "cost": [_cost(config, folder, cells, name) for name in config.stages],
     }
-    summary["missing"] = list(_missing(config, summary))
+    summary["missing"] = list(_missing(summary))
     return summary
-
-
-def oracle_stages(config: RunConfig) -> list[str]:
-    """The stages that were rewarded by the truth of the embedded world itself."""
-    rewarded = {name: stage.rewards.values() for name, stage in config.stages.items()}
-    return [name for name, rewards in rewarded.items() if any(r.kind == "oracle" for r in rewards)]
 
 
 def knowledge_ids(config: RunConfig) -> frozenset[str]:
@@ -270,7 +269,7 @@ def _knowledge(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]
         for metric in KNOWLEDGE:
             if cells.rows(result["policy"], result["task"], metric, knowledge=True):
                 found = _compared(cells, result, metric, knowledge=True)
-                yield {**found, "points": _scaled(found["gain"], 100)}
+                yield {**found, "points": _scaled(found["gain"], 100.0)}
 
 
 def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str, Any]:
@@ -304,12 +303,10 @@ def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str,
 
 
 def _scaled(number: Number, factor: float) -> Number:
-    if number is None:
-        return None
-    return {key: v if key == "num_prompts" else v * factor for key, v in number.items()}
+    return number and {k: v if k == "num_prompts" else v * factor for k, v in number.items()}
 
 
-def _missing(config: RunConfig, summary: Mapping[str, Any]) -> Iterator[str]:
+def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
     """One sentence for every thing a complete run would have."""
     for stage in summary["cost"]:
         if not stage["is_complete"]:
@@ -331,68 +328,74 @@ def _missing(config: RunConfig, summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"What {names} cannot be said: {kept['reason']}."
     if not any(policy["role"] == "student" for policy in summary["policies"]):
         yield "There is no student: the recipe has no stage that distills."
-    if config.evaluation.knowledge is None:
-        yield "Nothing is known of forgetting: the recipe has no knowledge prompts."
-    elif not summary["knowledge"]:
-        yield "There are no scores on the knowledge prompts."
+    if not summary["knowledge"]:
+        yield "Nothing is known of forgetting: there are no scores on knowledge prompts."
 
 
-def shown(number: Number, *, signed: bool = False, digits: int = 3) -> str:
-    """A number with its interval for readers, e.g. `+0.120 [+0.101, +0.139]`."""
+def shown(number: Number, *, signed: bool = False, digits: int = 3, scale: float = 1.0) -> str:
+    """A number with its interval for readers, e.g. `+0.120 [0.101, 0.139]`."""
     if number is None:
         return "missing"
-    form = f"{'+' if signed else ''}.{digits}f"
-    mean, low, high = (format(number[key], form) for key in ("mean", "low", "high"))
+    mean, low, high = (f"{scale * number[key]:.{digits}f}" for key in ("mean", "low", "high"))
+    mean = "+" * (signed and number["mean"] >= 0) + mean
     return f"{mean} [{low}, {high}]".replace("-", "\N{MINUS SIGN}")
 
 
 def table(summary: Mapping[str, Any]) -> Table:
-    """The table a run prints at its end: scores, gains and shares with their intervals."""
-    found = Table(
-        title=f"{summary['name']}: {summary['headline']} on held-out prompts, 95 % intervals",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    best = f"to best of {summary['best_of']}"
-    for name in ("task", "policy", "passes", "score", "gain over base", best, "of teacher"):
-        found.add_column(name, justify="left" if name in ("task", "policy") else "right")
+    """What a run prints at its end: scores, and gains and shares with their intervals."""
+    title = f"{summary['name']}: {summary['headline']} on held-out prompts, 95 % intervals"
+    found = _table(title, ("policy",), ("NFE", "score", "gain over base", "", "% of teacher"))
+    found.columns[4].header = f"% to best-{summary['best_of']}"
     policies = {policy["policy"]: policy for policy in summary["policies"]}
     kept = {(k["student"], k["task"]): k["kept"] for k in summary["distillation"]}
-    order = policies[BASE]["tasks"].index
-    for result in sorted(summary["results"], key=lambda found: order(found["task"])):
-        name, task, is_base = result["policy"], result["task"], result["policy"] == BASE
-        found.add_row(
-            task,
-            name,
-            str(policies[name]["evaluations_per_step"]),
-            shown(result["score"]) + ("" if result["is_valid"] in (True, None) else " invalid"),
-            "" if is_base else shown(result["gain"], signed=True),
-            "" if is_base else shown(_scaled(result["share_of_best"], 100), digits=0),
-            shown(_scaled(kept[name, task], 100), digits=0) if (name, task) in kept else "",
-        )
-    found.add_section()
-    for row in summary["knowledge"]:
-        if row["policy"] != BASE:
+    for task in policies[BASE]["tasks"]:
+        found.add_section()
+        found.add_row(Text(task, style="bold"))
+        for result in (one for one in summary["results"] if one["task"] == task):
+            name, score = result["policy"], result["score"]
+            is_base, is_student = name in (BASE, UNGUIDED), (name, task) in kept
+            mean = "missing" if score is None else f"{score['mean']:.3f}"
+            found.add_row(
+                Text(name),
+                str(policies[name]["evaluations_per_step"]),
+                f"{mean} invalid" if result["is_valid"] is False else mean,
+                "" if name == BASE else shown(result["gain"], signed=True),
+                "" if is_base else shown(result["share_of_best"], digits=0, scale=100.0),
+                shown(kept[name, task], digits=0, scale=100.0) if is_student else "",
+            )
+    for metric in dict.fromkeys(row["metric"] for row in summary["knowledge"]):
+        found.add_section()
+        found.add_row(Text(f"{metric} kept", style="bold"))
+        for row in (one for one in summary["knowledge"] if one["metric"] == metric):
             points = shown(row["points"], signed=True, digits=1) + " pt"
-            found.add_row(row["metric"], row["policy"], "", shown(row["score"]), points)
-    found.caption = "passes: network evaluations per step; shares in percent; pt: points of 100"
+            mean = f"{row['score']['mean']:.3f}"
+            found.add_row(Text(row["policy"]), "", mean, "" if row["policy"] == BASE else points)
+    found.caption = "NFE: network evaluations per step; pt: points of 100"
     return found
 
 
 def cost_table(summary: Mapping[str, Any]) -> Table:
     """What every stage cost, and its gain over its start per 1,000 pictures and per minute."""
-    found = Table(title="cost of the stages", box=box.SIMPLE_HEAD, pad_edge=False)
-    words = ("stage", "algorithm", "task")
-    for name in (*words, "pictures", "minutes", "gain per 1,000", "gain per minute"):
-        found.add_column(name, justify="left" if name in words else "right")
+    title = "Cost of the stages; gains in points of 100, 95 % intervals"
+    numbers = ("images", "min", "per 1,000 images", "per minute")
+    found = _table(title, ("stage", "method", "task"), numbers)
     for stage in summary["cost"]:
+        name, method = Text(stage["stage"]), stage["algorithm"]
         images, minutes = stage["images"], stage["minutes"]["total"]
         drawn = "missing" if images is None else f"{images:,.0f}"
         spent = "missing" if minutes is None else f"{minutes:.1f}"
         for rate in stage["rates"]:
-            cheap = shown(rate["per_1000_images"], signed=True)
-            fast = shown(rate["per_minute"], signed=True, digits=4)
-            found.add_row(
-                stage["stage"], stage["algorithm"], rate["task"], drawn, spent, cheap, fast
-            )
+            rates = (rate["per_1000_images"], rate["per_minute"])
+            gains = (shown(one, signed=True, digits=1, scale=100.0) for one in rates)
+            found.add_row(name, method, rate["task"], drawn, spent, *gains)
+    return found
+
+
+def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
+    """Narrow enough for a terminal of 80 columns."""
+    found = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 0, 0, 1))
+    for name in words:
+        found.add_column(name, overflow="fold")
+    for name in numbers:
+        found.add_column(name, justify="right", no_wrap=True)
     return found

@@ -1,9 +1,10 @@
 """The training loop: prompts, rollout, scores, credit, update, checkpoint.
 
-One loop for every algorithm; it never asks which one runs. All random draws are functions of seed and
-step, so a resumed run repeats an uninterrupted one bit for bit. Each rank draws its own prompts and the
-gradients are averaged. Before it spends anything the loop proves on its first step that the ratio is 1
-and that weights move; before it calls a result done it proves that the written weights draw differently.
+One loop for every algorithm; it never asks which one runs. All random draws are functions of seed
+and step, so a resumed run repeats an uninterrupted one bit for bit. Each rank draws its own prompts
+and the gradients are averaged. Before it spends anything the loop proves on its first step that the
+ratio is 1 and that weights move; before it calls a result done it proves that the written weights
+draw differently.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
@@ -35,12 +36,20 @@ from burnish.runtime import Runtime
 from burnish.tracking import Run, RunError, progress
 from burnish.types import Group, Signal, Task
 
-AnyAlgorithm = Annotated[
-    reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
-]
-AnyReward = Annotated[
-    reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")
-] if len(shelf("burnish.rewards", RewardConfig)) > 1 else shelf("burnish.rewards", RewardConfig)[0]
+if TYPE_CHECKING:
+    from burnish.algorithms.distill import DistillConfig
+    from burnish.algorithms.grpo import GrpoConfig
+    from burnish.algorithms.nft import NftConfig
+    from burnish.rewards.oracle import OracleConfig
+
+    AnyAlgorithm = GrpoConfig | NftConfig | DistillConfig
+    AnyReward = OracleConfig
+else:
+    # What is on the shelf can be configured; nothing else lists it.
+    AnyAlgorithm = Annotated[
+        reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
+    ]
+    AnyReward = reduce(or_, shelf("burnish.rewards", RewardConfig))
 
 
 class OptimizerConfig(Config):
@@ -58,7 +67,7 @@ class OptimizerConfig(Config):
     micro_batch: int = Field(default=192, ge=1)
     """States in one forward pass; gradients are accumulated over the others."""
     ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Average of the weights per optimizer step; what the stage writes at its end. 0 writes the last."""
+    """Average of the weights over optimizer steps, written at the end; 0 writes the last ones."""
 
 
 class StageConfig(Config):
@@ -71,8 +80,8 @@ class StageConfig(Config):
     """Whose weights to start from: `base`, or the name of an earlier stage."""
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()
-    rewards: Mapping[str, AnyReward] = {}  # pyright: ignore[reportInvalidTypeForm]
-    algorithm: AnyAlgorithm  # pyright: ignore[reportInvalidTypeForm]
+    rewards: Mapping[str, AnyReward] = {}
+    algorithm: AnyAlgorithm
     optimizer: OptimizerConfig = OptimizerConfig()
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
@@ -81,7 +90,9 @@ class StageConfig(Config):
     def _fits_together(self) -> "StageConfig":
         name = self.algorithm.kind
         if self.algorithm.needs_rewards and not self.rewards:
-            raise ValueError(f"need at least one reward for {name}, got none; add one under rewards")
+            raise ValueError(
+                f"need at least one reward for {name}, got none; add one under rewards"
+            )
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
         self._check_rollout(name, self.algorithm.learns_from)
@@ -181,7 +192,9 @@ def train(
     prompts = [
         prompt
         for task in config.prompts.tasks
-        for prompt in _of_task(read_prompts(located(config.prompts.path)), task, config.prompts.limit)
+        for prompt in _of_task(
+            read_prompts(located(config.prompts.path)), task, config.prompts.limit
+        )
     ]
     sampler = GroupSampler(
         prompts,
@@ -240,7 +253,12 @@ def _step(
         if config.rewards:
             with AsyncRubric(Rubric.build(config.rewards)) as scorer:
                 drawn = sample(
-                    state.policy, mine, config.rollout, seed=seed, step=state.step, on_batch=scorer.submit
+                    state.policy,
+                    mine,
+                    config.rollout,
+                    seed=seed,
+                    step=state.step,
+                    on_batch=scorer.submit,
                 )
                 scored = scorer.collect()
             groups: list[Group] = [scored[group.prompt.id] for group in drawn]
@@ -277,7 +295,10 @@ def _update(
             (output.loss * len(batch.sigmas) / states).backward()
             for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
                 totals.setdefault(name, []).append(value)
-            if state.step == update == 0 and abs(output.metrics.get("policy/ratio_max", 1.0) - 1) > 0:
+            if (
+                state.step == update == 0
+                and abs(output.metrics.get("policy/ratio_max", 1.0) - 1) > 0
+            ):
                 raise RunError(
                     "self-check: need a ratio of exactly 1 before the first update, got "
                     f"{output.metrics['policy/ratio_max']:.8g}; old and new policy differ"
@@ -290,9 +311,13 @@ def _update(
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if witness is not None and signals and not witness():
-            raise RunError("self-check: need weights that move, got none changed after the first step")
+            raise RunError(
+                "self-check: need weights that move, got none changed after the first step"
+            )
         if state.average:
-            torch._foreach_lerp_(state.average, [p.detach() for p in parameters], 1 - plan.ema_decay)
+            torch._foreach_lerp_(
+                state.average, [p.detach() for p in parameters], 1 - plan.ema_decay
+            )
     return {name: sum(values) / len(values) for name, values in totals.items()}
 
 
@@ -323,8 +348,9 @@ def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) ->
     ours = dict(policy.transformer.named_parameters())
     for name, parameter in fresh.transformer.named_parameters():
         if not torch.equal(parameter, ours[name]):
-            raise RunError(f"self-check: need the written weights to be the trained ones, got other {name}")
+            raise RunError(
+                f"self-check: need the written weights to be the trained ones, got other {name}"
+            )
     if all(torch.equal(a, b) for a, b in zip(before, ours.values(), strict=True)):
         raise RunError("self-check: need trained weights that differ from the start, got the same")
     return folder
-

@@ -2,8 +2,8 @@
 
     Prompt -> Trajectory -> Group -> Scores -> Signal -> update
 
-Data flows one way. A record owns no behaviour beyond reading itself: whoever makes it fills it, whoever
-receives it only looks.
+Data flows one way. A record owns no behaviour beyond reading itself: whoever makes it fills it,
+whoever receives it only looks.
 """
 
 from collections.abc import Mapping
@@ -36,7 +36,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class Trajectory:
-    """One sample's path from noise to image; the steps kept are the stochastic or the wanted ones."""
+    """One sample's path from noise to image; the steps kept are the stochastic or the wanted
+    ones."""
 
     seed: int
     latents: Float[Tensor, "step *latent"]
@@ -101,7 +102,8 @@ class Group:
 
 @dataclass(frozen=True, kw_only=True)
 class Signal:
-    """What the loss is told about one trajectory: where to ask for the velocity, and what to make of it.
+    """What the loss is told about one trajectory: where to ask for the velocity, and what to make
+    of it.
 
     The algorithm that writes a signal is the one that reads it; the loop only carries, shuffles and
     stacks. `fields` holds what the algorithm needs per state, all with the leading axis `step`.

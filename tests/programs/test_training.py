@@ -100,7 +100,9 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     child.send_signal(signal.SIGKILL)
     child.wait()
     cut, _ = start(tmp_path / "cut", model, data)
-    assert (cut.folder / "metrics.jsonl").read_bytes() == (whole.folder / "metrics.jsonl").read_bytes()
+    assert (cut.folder / "metrics.jsonl").read_bytes() == (
+        whole.folder / "metrics.jsonl"
+    ).read_bytes()
     name = "model/transformer/diffusion_pytorch_model.safetensors"
     ours, theirs = load_file(cut.folder / name), load_file(whole.folder / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -114,7 +116,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     before = (run.folder / "metrics.jsonl").read_bytes()
     newest = run.checkpoints / "step-000003" / "policy.safetensors"
     newest.write_bytes(newest.read_bytes()[:-7] + b"garbage")
-    with pytest.warns(checkpoint.CheckpointWarning, match="falling back to the checkpoint of step 2"):
+    with pytest.warns(
+        checkpoint.CheckpointWarning, match="falling back to the checkpoint of step 2"
+    ):
         start(tmp_path, model, data)
     assert (run.folder / "metrics.jsonl").read_bytes() == before
 
@@ -124,8 +128,16 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     [
         ("grpo", {"rollout": {"window": 0}}, "need a stochastic window"),
         ("nft", {"rollout": {"window": 2}}, "need samples of the ODE"),
-        ("distill", {"rollout": {"guidance_scale": 3.0, "window": 0, "keep": 2}}, "unguided ODE path"),
-        ("distill", {"rollout": {"guidance_scale": 1.0, "window": 0, "keep": "none"}}, "need kept states"),
+        (
+            "distill",
+            {"rollout": {"guidance_scale": 3.0, "window": 0, "keep": 2}},
+            "unguided ODE path",
+        ),
+        (
+            "distill",
+            {"rollout": {"guidance_scale": 1.0, "window": 0, "keep": "none"}},
+            "need kept states",
+        ),
         ("nft", {"rewards": {}}, "need at least one reward"),
         ("nft", {"rollout": {"window": 0, "group_size": 1}}, "need group_size of at least 2"),
         ("nft", {"prompts_per_stp": 3}, "prompts_per_step"),

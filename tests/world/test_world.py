@@ -33,7 +33,7 @@ def test_every_scene_renders_and_survives_json(seed: int, category: str) -> None
     scene = sample_scene(np.random.default_rng(seed), category=category)
     picture = render(scene)
     assert picture.shape == (64, 64, 3) and picture.dtype == np.float32
-    assert 0 <= picture.min() and picture.max() <= 1
+    assert picture.min() >= 0 and picture.max() <= 1
     assert Scene.from_json(scene.to_json()) == scene
     assert all(value in domain(key) for key, value in scene.values.items())
 
@@ -51,7 +51,9 @@ def test_the_right_picture_is_perfect(seed: int, category: str) -> None:
 def test_any_value_of_what_is_left_open_is_right(seed: int, category: str) -> None:
     rng = np.random.default_rng(seed)
     scene = sample_scene(rng, category=category, style="flat")
-    other = scene.changed({key: domain(key)[int(rng.integers(len(domain(key))))] for key in scene.free})
+    other = scene.changed(
+        {key: domain(key)[int(rng.integers(len(domain(key))))] for key in scene.free}
+    )
     assert measure_scene(render(other), scene)["composite"] == pytest.approx(1.0)
 
 

@@ -1,8 +1,8 @@
 """What an algorithm must offer. The loop does not know which one runs.
 
-`credit` reads rewards or teachers and never gradients: it turns groups into signals, one per trajectory,
-that say where the policy's velocity is wanted and what to make of it. `loss` is the only method that sees
-gradients. Distillation is an algorithm like any other.
+`credit` reads rewards or teachers and never gradients: it turns groups into signals, one per
+trajectory, that say where the policy's velocity is wanted and what to make of it. `loss` is the
+only method that sees gradients. Distillation is an algorithm like any other.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,6 @@ from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, scored_values
 from burnish.types import Group, LossOutput, Prompt, Signal
-
 
 LearnsFrom = Literal["transitions", "samples", "path"]
 """Stochastic steps of the window, finished samples, or the states along an unguided path."""
@@ -79,7 +78,8 @@ class Batch:
     advantages: Float[Tensor, " state"]
 
     def velocity(self, policy: Policy[Any, Any]) -> Float[Tensor, "state *latent"]:
-        """The policy's conditional velocity at every state; the prefix is computed once per prompt."""
+        """The policy's conditional velocity at every state; the prefix is computed once per
+        prompt."""
         return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
 
     def prefix(self, policy: Policy[Any, Any]) -> Any:
@@ -185,7 +185,10 @@ def reward_advantages(
                     values[r, g, s], present[r, g, s] = value, True
     weights = torch.tensor(
         [
-            [configs[name].weight(g.prompt) * bool(present[r, i].any()) for i, g in enumerate(groups)]
+            [
+                configs[name].weight(g.prompt) * bool(present[r, i].any())
+                for i, g in enumerate(groups)
+            ]
             for r, name in enumerate(names)
         ]
     )

@@ -1,14 +1,14 @@
 """On-policy distillation: several teachers, guidance included, into one student.
 
-The student draws its own path without guidance; at states of that path it learns the velocity that the
-teacher of the prompt's task would follow there, as that teacher is deployed, guidance and all:
+The student draws its own path without guidance; at states of that path it learns the velocity that
+the teacher of the prompt's task would follow there, as that teacher is deployed, guidance and all:
 
     loss = mean over states of |v_student(x, sigma) - v_teacher,guided(x, sigma)|^2
 
 States are constants. The student therefore ends up drawing at guidance 1 what its teachers draw at
-theirs (arXiv 2606.27608, section 4.3, Eq. L_OPD). The sum runs over n = 0..N-1, the points the solver
-really visits; the paper's index skips pure noise. One teacher per optimizer step, and only that one on
-the device.
+theirs (arXiv 2606.27608, section 4.3, Eq. L_OPD). The sum runs over n = 0..N-1, the points the
+solver really visits; the paper's index skips pure noise. One teacher per optimizer step, and only
+that one on the device.
 """
 
 from collections.abc import Mapping, Sequence
@@ -73,8 +73,8 @@ class DistillConfig(AlgorithmConfig):
 class Teachers:
     """All teachers, of which one at a time is on the device.
 
-    The weights of idle teachers wait on the CPU; activating a teacher copies its weights into the one
-    resident transformer, so device memory does not grow with the number of teachers.
+    The weights of idle teachers wait on the CPU; activating a teacher copies its weights into the
+    one resident transformer, so device memory does not grow with the number of teachers.
     """
 
     def __init__(self, student: Policy[Any, Any], configs: Mapping[Task, TeacherConfig]) -> None:
@@ -87,8 +87,8 @@ class Teachers:
             for part, digest in teacher.fingerprint().items():
                 if digest != expected[part]:
                     raise ConfigError(
-                        f"need teachers that share the student's {part}, got another in {config.path}; "
-                        "train the teacher from the student's base"
+                        f"need teachers that share the student's {part}, got another in "
+                        f"{config.path}; train the teacher from the student's base"
                     )
             weights = {name: t.cpu() for name, t in teacher.transformer.state_dict().items()}
             self._check_shapes(weights, config.path)
@@ -129,10 +129,11 @@ class Distill(Algorithm):
         self._teachers = Teachers(setting.policy, config.teachers)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        tasks = {group.prompt.task for group in groups}
-        if len(tasks) != 1:
-            raise ValueError(f"need groups of one task per step, got {sorted(tasks)}")
-        task = tasks.pop()
+        task = groups[0].prompt.task
+        if any(group.prompt.task != task for group in groups):
+            raise ValueError(
+                "need groups of one task per step, got several; draw one task at a time"
+            )
         teacher = self._teachers.activate(task)
         signals = [
             Signal(prompt=group.prompt, latents=t.latents, sigmas=t.sigmas)
@@ -151,5 +152,8 @@ class Distill(Algorithm):
         losses = velocity_matching(velocity, batch.fields["target"])
         with torch.no_grad():
             size = velocity_matching(torch.zeros_like(velocity), batch.fields["target"]).mean()
-            metrics = {"distill/gap": float(losses.mean()), "distill/gap_share": float(losses.mean() / size)}
+            metrics = {
+                "distill/gap": float(losses.mean()),
+                "distill/gap_share": float(losses.mean() / size),
+            }
         return LossOutput(loss=losses.mean(), metrics=metrics)

@@ -1,14 +1,15 @@
 """GRPO on a stochastic window, with guidance in the rollout only.
 
-Samples are drawn guided; the objective sees the conditional branch alone. The scored velocity is the
-residual surrogate
+Samples are drawn guided; the objective sees the conditional branch alone. The scored velocity is
+the residual surrogate
 
     v~ = sg(v_guided) + gain * (v_c - sg(v_c,old))
 
-so that the policy is on-policy with respect to the guided sampler, the unconditional branch is never run
-in training and gets no gradient, and the first ratio is exactly 1. The paper (arXiv 2606.27608, section
-4.1) excludes the unconditional branch from the objective but does not write the ratio down; pairing a
-guided old log-probability with a conditional new one would make it wrong before the first update.
+so that the policy is on-policy with respect to the guided sampler, the unconditional branch is
+never run in training and gets no gradient, and the first ratio is exactly 1. The paper (arXiv
+2606.27608, section 4.1) excludes the unconditional branch from the objective but does not write the
+ratio down; pairing a guided old log-probability with a conditional new one would make it wrong
+before the first update.
 """
 
 from collections.abc import Sequence
@@ -37,7 +38,7 @@ class GrpoConfig(AlgorithmConfig):
 
     kind: Literal["grpo"] = "grpo"
     gain: float = Field(default=1.0, gt=0)
-    """1 is exact if both branches move together; the guidance scale, if the unconditional stands still."""
+    """1 is exact if both branches move alike, the guidance scale if only the conditional moves."""
     clip_range: float = Field(default=1e-3, gt=0)
     """On the normalised ratio, which is a mean over latent dimensions and stays close to 1."""
 
@@ -80,7 +81,8 @@ class Grpo(Algorithm):
         return signals, metrics
 
     def _with_old_velocity(self, signals: list[Signal]) -> list[Signal]:
-        """Recomputed by the trainer, because only then old and new differ by nothing but the update."""
+        """Recomputed by the trainer, because only then old and new differ by nothing but the
+        update."""
         old = evaluate(self._setting.policy, signals, self._setting.micro_batch)
         return [s.with_fields(old=velocity) for s, velocity in zip(signals, old, strict=True)]
 
@@ -90,7 +92,7 @@ class Grpo(Algorithm):
         step = KERNELS[self._setting.kernel].coefficients(
             batch.sigmas, batch.fields["sigmas_next"], self._setting.noise_level
         )
-        # The guided part of the surrogate is the same in new and old mean and drops out of the shift.
+        # The guided part of the surrogate is the same in both means and drops out of the shift.
         shift = self._config.gain * step.jacobian[:, None, None] * (velocity - old)
         ratio = log_ratio(batch.fields["noise"], shift, step.std, normalise=True)
         losses = clipped_policy_loss(

@@ -1,12 +1,15 @@
-"""The forward-process loss on guided samples: learn from clean images, without a stochastic sampler.
+"""The forward-process loss on guided samples: learn from clean images, without a stochastic
+sampler.
 
-Each clean sample is noised again at several levels; good samples pull the conditional velocity towards
-the velocity that leads to them, bad ones push it away (DiffusionNFT, arXiv:2509.16117). The samples come
-from the guided ODE, the loss sees the conditional branch alone: the reading of hybrid guidance that fits
-an "ODE rollout" and a "CFG-free objective" (arXiv 2606.27608, section 4.1) without a ratio to go wrong.
+Each clean sample is noised again at several levels; good samples pull the conditional velocity
+towards the velocity that leads to them, bad ones push it away (DiffusionNFT, arXiv:2509.16117). The
+samples come from the guided ODE, the loss sees the conditional branch alone: the reading of hybrid
+guidance that fits an "ODE rollout" and a "CFG-free objective" (arXiv 2606.27608, section 4.1)
+without a ratio to go wrong.
 
-The anchor decides what happens to guidance. Around the plain conditional velocity, guided samples teach
-the branch to reproduce them, so some guidance is absorbed. Around the guided velocity the loss sees
+The anchor decides what happens to guidance. Around the plain conditional velocity, guided samples
+teach the branch to reproduce them, so some guidance is absorbed. Around the guided velocity the
+loss sees
 
     v~ = sg(v_guided,old) + v_c - sg(v_c,old)
 
@@ -86,9 +89,7 @@ class Nft(Algorithm):
                 names = (step, group.prompt.id, t)
                 draws = runtime.generator(self._setting.seed, "forward process", *names)
                 signals.append(
-                    self._noised(
-                        group, trajectory.clean, float(advantages.advantages[g, t]), draws
-                    )
+                    self._noised(group, trajectory.clean, float(advantages.advantages[g, t]), draws)
                 )
         policy, chunk = self._setting.policy, self._setting.micro_batch
         if self._config.anchor == "guided":

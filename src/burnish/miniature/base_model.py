@@ -1,9 +1,9 @@
 """Train the miniature's base model by flow matching: transformer and text encoder together.
 
-One model draws and edits. Each step sees a batch of either task; every example's prefix is computed once
-and shared by several noise levels, which is where most of a step's cost goes. The prompt is dropped with
-probability 0.1 (source images stay), so that classifier-free guidance works and matters. The weights
-kept are an exponential moving average.
+One model draws and edits. Each step sees a batch of either task; every example's prefix is computed
+once and shared by several noise levels, which is where most of a step's cost goes. The prompt is
+dropped with probability 0.1 (source images stay), so that classifier-free guidance works and
+matters. The weights kept are an exponential moving average.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -102,9 +102,11 @@ def train_base(
     tasks = np.random.default_rng(plan.seed)
     modules = torch.nn.ModuleList([policy.transformer, policy.text_encoder])
     modules.requires_grad_(True).train()
-    parameters = [p for p in modules.parameters()]
+    parameters = list(modules.parameters())
     runtime.broadcast(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, plan.learning_rate, total_steps=plan.steps, pct_start=0.05
     )

@@ -59,7 +59,7 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     policy = QwenImage21Policy(_assemble(), resolution=64)
     facts: dict[str, Any] = {"seed": SEED, "text_examples": counts[0], "edit_examples": counts[1]}
     pixels = np.stack([e.pixels for e in texts + edits])
-    plan = AutoencoderPlan(steps=60) if quick else AutoencoderPlan()
+    plan = AutoencoderPlan(steps=60, decoder_steps=20) if quick else AutoencoderPlan()
     facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt)
     base_plan = BasePlan(steps=60, batch_size=16) if quick else BasePlan()
     with _losses("base model", base_plan.steps) as losses:
@@ -90,14 +90,15 @@ def _assemble() -> Any:
 def _train_autoencoder(
     policy: QwenImage21Policy, pixels: np.ndarray, plan: AutoencoderPlan, rt: Runtime
 ) -> list[float]:
-    """Train on random pictures of the pool and put the result into the pipeline; first and last loss."""
+    """Train on random pictures of the pool and put the result into the pipeline; first and last
+    loss."""
     rng = np.random.default_rng([SEED, rt.rank])
     torch.manual_seed(SEED)
 
     def draw(count: int) -> np.ndarray:
         return pixels[rng.integers(len(pixels), size=count)]
 
-    with _losses("autoencoder", plan.steps) as losses:
+    with _losses("autoencoder", plan.steps + plan.decoder_steps) as losses:
         vae = train_autoencoder(
             draw, plan, rt, on_step=lambda step, loss: losses.add(step, {"pixels": loss})
         )
@@ -116,7 +117,9 @@ class _Losses:
     def add(self, step: int, found: dict[str, float]) -> None:
         for name, value in found.items():
             self.values.setdefault(name, []).append(value)
-        self.bar.advance(note=", ".join(f"{k} {np.mean(v[-20:]):.4f}" for k, v in self.values.items()))
+        self.bar.advance(
+            note=", ".join(f"{k} {np.mean(v[-20:]):.4f}" for k, v in self.values.items())
+        )
 
     def ends(self) -> dict[str, list[float]]:
         """Mean of the first and of the last tenth of each loss."""
@@ -139,10 +142,10 @@ def write_card(folder: Path, facts: dict[str, Any]) -> None:
     lines = [
         "# Burnish miniature: base model",
         "",
-        "A `QwenImage21Pipeline` of tiny parts (Apache-2.0), trained from random weights on pictures that",
-        "Burnish's own renderer drew: no data of others. It draws 64 x 64 pictures from text and edits them.",
-        "Six in ten of its training pictures carry one flaw on purpose, so that reinforcement learning has",
-        "something to gain; it is a laboratory, not a product.",
+        "A `QwenImage21Pipeline` of tiny parts (Apache-2.0), trained from random weights on",
+        "pictures that Burnish's own renderer drew: no data of others. It draws 64 x 64 pictures",
+        "from text and edits them. Six in ten of its training pictures carry one flaw on purpose,",
+        "so that reinforcement learning has something to gain; it is a laboratory, not a product.",
         "",
         "Rebuild it with `torchrun --nproc-per-node 2 -m burnish miniature build --out DIR`.",
         "",

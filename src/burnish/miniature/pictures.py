@@ -1,7 +1,8 @@
 """The base model's training pictures: good and flawed, as web data is.
 
-An example is a prompt and a picture that may not honour it. Every flaw is a crisp mode (`world.flaws`);
-which share of examples carries one is the knob that sets how much reinforcement learning can gain.
+An example is a prompt and a picture that may not honour it. Every flaw is a crisp mode
+(`world.flaws`); which share of examples carries one is the knob that sets how much reinforcement
+learning can gain.
 """
 
 from dataclasses import dataclass

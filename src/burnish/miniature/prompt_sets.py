@@ -51,7 +51,8 @@ def _distinct(make: Callable[[int], Prompt], count: int) -> list[Prompt]:
 
 
 def world_prompts(split: str, count: int, seed: int, *, is_held: bool) -> list[Prompt]:
-    """`count` prompts of each task, categories in turn, all with or all without held-out combinations."""
+    """`count` prompts of each task, categories in turn, all with or all without held-out
+    combinations."""
     rng = np.random.default_rng(seed)
 
     def text(number: int) -> Prompt:
@@ -76,7 +77,9 @@ def knowledge_prompts(per_kind: int, seed: int) -> list[Prompt]:
     """Named people (flat) and styles (all categories), `per_kind` of each person and style."""
     rng = np.random.default_rng(seed)
     prompts = [
-        scene_prompt(f"person-{name}-{k}", sample_scene(rng, person=name, style="flat"), rng, "person")
+        scene_prompt(
+            f"person-{name}-{k}", sample_scene(rng, person=name, style="flat"), rng, "person"
+        )
         for name in PEOPLE
         for k in range(per_kind)
     ]

@@ -1,27 +1,32 @@
 """The miniature's tokenizer: Qwen's class, its merges learnt from the world's grammar.
 
-A prompt of the world takes about twenty tokens instead of ninety bytes, and any other text still has a
-spelling, because every byte is in the vocabulary.
+A prompt of the world takes about twenty tokens instead of ninety bytes, and any other text still
+has a spelling, because every byte is in the vocabulary.
 """
 
 import json
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2TokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from burnish.policies.qwen_assembly import SPECIAL_TOKENS
+from burnish.policies.qwen_assembly import learned_tokenizer
 from burnish.world.edits import sample_edit
 from burnish.world.grammar import corpus
 
 VOCABULARY = 640
 
 
-def build_tokenizer(seed: int = 0) -> Qwen2TokenizerFast:
+def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
     """Learn `VOCABULARY` byte-pair merges from prompts and instructions of the grammar."""
     rng = np.random.default_rng(seed)
     texts = [*corpus(3000, seed), *(sample_edit(rng).instruction for _ in range(1500))]
-    texts += ["Comprehend and analyze the provided prompt.", "system\n", "user\n", "assistant\n"] * 50
+    texts += [
+        "Comprehend and analyze the provided prompt.",
+        "system\n",
+        "user\n",
+        "assistant\n",
+    ] * 50
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -32,8 +37,4 @@ def build_tokenizer(seed: int = 0) -> Qwen2TokenizerFast:
         ),
     )
     model = json.loads(learner.to_str())["model"]
-    return Qwen2TokenizerFast(
-        vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )
+    return learned_tokenizer(model["vocab"], [tuple(pair) for pair in model["merges"]])

@@ -5,7 +5,7 @@ Sizes are given as differences from a small default; everything that has to agre
 encoder and transformer do not fit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -28,7 +28,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa:
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
-    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -63,10 +62,21 @@ CHAT_TEMPLATE = (
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Qwen's tokenizer class with a token per byte and the pipeline's special tokens."""
-    vocabulary = {symbol: number for number, symbol in enumerate(sorted(ByteLevel.alphabet()))}
-    return Qwen2Tokenizer(
-        vocab=vocabulary, merges=[], additional_special_tokens=list(SPECIAL_TOKENS[1:])
+    """Qwen's tokenizer class with one token per byte and the special tokens that the pipeline
+    needs."""
+    alphabet = sorted(ByteLevel.alphabet())
+    return learned_tokenizer({symbol: number for number, symbol in enumerate(alphabet)}, [])
+
+
+def learned_tokenizer(
+    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
+) -> PreTrainedTokenizerBase:
+    """Qwen's tokenizer class around byte pairs learnt elsewhere, with the pipeline's special
+    tokens."""
+    return Qwen2TokenizerFast(
+        vocab=dict(vocabulary),
+        merges=list(merges),
+        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
 
 

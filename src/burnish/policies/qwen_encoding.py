@@ -110,14 +110,15 @@ class PromptEncoder:
         keys = [self._key(prompt) for prompt in prompts]
         found = {key: row for key in set(keys) if (row := self._recall(key)) is not None}
         missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in found}
-        if missing:
+        # One by one: what a prompt becomes must not depend, not even in the last bit, on what else
+        # was missing, or a resumed run would not repeat the one that was killed.
+        for key, prompt in missing.items():
             with torch.no_grad():
-                read = self.embed(list(missing.values()))
-            for row in read.prompts:
-                found[row.key] = row
-                self._keep(row)
-                if self._folder is not None:
-                    _write(self._file(row.key), row)
+                (row,) = self.embed([prompt]).prompts
+            found[key] = row
+            self._keep(row)
+            if self._folder is not None:
+                _write(self._file(key), row)
         return QwenCondition(tuple(found[key] for key in keys))
 
     def embed(

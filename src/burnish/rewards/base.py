@@ -1,8 +1,9 @@
 """What a reward must offer, and how several become one opinion per image.
 
-Local and remote rewards, pointwise and group-wide ones, are the same method. A failure is a value with a
-name, never a number; not-applicable is decided per prompt. A rubric is a set of named rewards with a
-weight vector per category of prompts, as in the paper (arXiv 2606.27608, section 4.2).
+Local and remote rewards, pointwise and group-wide ones, are the same method. A failure is a value
+with a name, never a number; not-applicable is decided per prompt. A rubric is a set of named
+rewards with a weight vector per category of prompts, as in the paper (arXiv 2606.27608, section
+4.2).
 """
 
 from abc import ABC, abstractmethod
@@ -87,8 +88,8 @@ class Rubric:
 class AsyncRubric:
     """Scores micro-batches on other threads while the next ones are sampled.
 
-    Submit as images appear, then `collect` at the barrier before advantages; the result is the same as
-    scoring everything at once, in the order of submission.
+    Submit as images appear, then `collect` at the barrier before advantages; the result is the same
+    as scoring everything at once, in the order of submission.
     """
 
     def __init__(self, rubric: Rubric, workers: int = 1) -> None:
@@ -120,5 +121,3 @@ class AsyncRubric:
 def scored_values(scores: Sequence[Score]) -> list[float | None]:
     """Values of the scored ones, None for the others."""
     return [score.value if isinstance(score, Scored) else None for score in scores]
-
-

@@ -97,9 +97,7 @@ def _instruction(scene: Scene, key: str, new: Value, rng: np.random.Generator) -
             }.get(str(new), ()),
             "trees": (f"change the number of trees to {new}", f"show {new} trees"),
             "water": ("add a lake",) if new == "lake" else ("remove the lake",),
-            "mountains": ("remove the mountains",)
-            if new == "none"
-            else (f"show {new} mountains",),
+            "mountains": ("remove the mountains",) if new == "none" else (f"show {new} mountains",),
             "style": (f"turn it into {new} style", f"redraw it in {new} style"),
         }[name]
     return pick(rng, ways)
@@ -125,7 +123,8 @@ def _options(scene: Scene, name: str) -> list[tuple[str, Value]]:
 
 
 def sample_edit(rng: np.random.Generator, *, category: str | None = None) -> Edit:
-    """Draw a source scene and one instruction; sources are flat in style, and always say everything."""
+    """Draw a source scene and one instruction; sources are flat in style, and always say
+    everything."""
     person = str(rng.choice(list(PEOPLE))) if category is None and rng.random() < 0.05 else None
     scene = sample_scene(rng, category=category, person=person, style="flat")
     scene = Scene(scene.category, scene.values, frozenset(), scene.person)

@@ -11,7 +11,9 @@ _DARK: Colour = (40, 34, 38)
 _EYE_DX, _EYE_Y = 30, 124
 
 
-def _ellipse(draw: ImageDraw.ImageDraw, cx: Number, cy: Number, rx: Number, ry: Number, fill: Colour):
+def _ellipse(
+    draw: ImageDraw.ImageDraw, cx: Number, cy: Number, rx: Number, ry: Number, fill: Colour
+):
     draw.ellipse((cx - rx, cy - ry, cx + rx, cy + ry), fill=fill)
 
 
@@ -24,8 +26,9 @@ def _paint_hair_behind(draw: ImageDraw.ImageDraw, cx: Number, kind: str, colour:
     if kind == "long":
         draw.rounded_rectangle((cx - 84, 60, cx + 84, 232), 50, fill=colour)
     elif kind == "curly":
-        for dx, dy in ((-66, 84), (-74, 122), (-62, 158), (66, 84), (74, 122), (62, 158), (-36, 58), (0, 48), (36, 58)):  # fmt: skip
-            _ellipse(draw, cx + dx, dy, 27, 27, colour)
+        for dx, dy in ((66, 84), (74, 122), (62, 158), (36, 58), (0, 48)):
+            for side in (-1, 1):
+                _ellipse(draw, cx + side * dx, dy, 27, 27, colour)
 
 
 def _paint_hair_front(draw: ImageDraw.ImageDraw, cx: Number, kind: str, colour: Colour) -> None:

@@ -1,8 +1,9 @@
 """Crisp flaws: the ways in which pictures of the embedded world go wrong.
 
-Web data is a mixture of good and flawed pictures, and so is the training data of the miniature's base
-model. A flaw is a definite mode (one colour wrong, one letter swapped, the whole picture blurred), not a
-smear, because reinforcement learning re-weights modes and adds little that a model cannot already do.
+Web data is a mixture of good and flawed pictures, and so is the training data of the miniature's
+base model. A flaw is a definite mode (one colour wrong, one letter swapped, the whole picture
+blurred), not a smear, because reinforcement learning re-weights modes and adds little that a model
+cannot already do.
 """
 
 from collections.abc import Callable

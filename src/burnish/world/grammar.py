@@ -1,7 +1,7 @@
 """Say a scene in words, in several ways.
 
-What a prompt leaves out is in `Scene.free`; everything else it states, except what can never be said
-(`NEVER_SAID`) and the look of a named person, which a model must know.
+What a prompt leaves out is in `Scene.free`; everything else it states, except what can never be
+said (`NEVER_SAID`) and the look of a named person, which a model must know.
 """
 
 from collections.abc import Iterator
@@ -146,9 +146,7 @@ def _say_portrait(scene: Scene, rng: np.random.Generator) -> str:
 def _say_landscape(scene: Scene, rng: np.random.Generator) -> str:
     v = scene.values
     when = pick(rng, _TIME_WORDS[str(v["time"])])
-    text = pick(
-        rng, (f"a {v['season']} landscape {when}", f"{v['season']} countryside {when}")
-    )
+    text = pick(rng, (f"a {v['season']} landscape {when}", f"{v['season']} countryside {when}"))
     parts = []
     if v["mountains"] != "none":
         parts.append(f"{v['mountains']} mountains")
@@ -172,7 +170,9 @@ _SPEAKERS = {
 
 def say(scene: Scene, rng: np.random.Generator) -> str:
     """A prompt for the scene; another draw of `rng` gives another wording."""
-    return _SPEAKERS[scene.category](scene, rng) + pick(rng, _STYLE_WORDS[str(scene.values["style"])])
+    return _SPEAKERS[scene.category](scene, rng) + pick(
+        rng, _STYLE_WORDS[str(scene.values["style"])]
+    )
 
 
 def style_words(style: str, rng: np.random.Generator) -> str:

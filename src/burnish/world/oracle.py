@@ -1,13 +1,14 @@
 """The oracle: how much of a scene a picture shows, measured from pixels alone.
 
-Analysis by synthesis. For every attribute the oracle draws the right scene T and each alternative A (one
-value replaced) and asks how far the picture x has gone from T towards A:
+Analysis by synthesis. For every attribute the oracle draws the right scene T and each alternative A
+(one value replaced) and asks how far the picture x has gone from T towards A:
 
     s_A = 1 - <x - T, A - T> / |A - T|^2        1 at x = T, 0 at x = A
 
-The attribute's score is the smallest s_A, with a ramp that forgives blur: it is right or wrong, seldom
-between. Whatever the prompt leaves open is first set to the value that explains the picture best. Quality
-is what the best explanation leaves over: lost sharpness, speckle, bands, or anything else.
+The attribute's score is the smallest s_A, with a ramp that forgives blur: it is right or wrong,
+seldom between. Whatever the prompt leaves open is first set to the value that explains the picture
+best. Quality is what the best explanation leaves over: lost sharpness, speckle, bands, or anything
+else.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,8 @@ def _highpass(pixels: np.ndarray) -> np.ndarray:
 
 
 def quality(pixels: np.ndarray, explanation: np.ndarray) -> float:
-    """Sharpness, speckle, bands and any other misfit against the best explanation; the worst counts.
+    """Sharpness, speckle, bands and any other misfit against the best explanation; the worst
+    counts.
 
     Both `height width 3` in [0, 1]; the result is in [0, 1].
     """
@@ -75,7 +77,9 @@ def quality(pixels: np.ndarray, explanation: np.ndarray) -> float:
     plain = np.abs(fine_right).max(axis=2) < 0.02
     speckle = float(np.sqrt((_highpass(rest)[plain] ** 2).mean())) if plain.any() else 0.0
     rows = rest.mean(axis=(1, 2))
-    bands = float(np.sqrt(((rows - np.convolve(rows, np.ones(8) / 8, mode="same"))[4:-4] ** 2).mean()))
+    bands = float(
+        np.sqrt(((rows - np.convolve(rows, np.ones(8) / 8, mode="same"))[4:-4] ** 2).mean())
+    )
     misfit = float(np.sqrt((rest**2).mean()))
     return min(
         _ramp(sharpness, 0.45, 0.8),
@@ -125,8 +129,9 @@ def measure_scene(pixels: np.ndarray, scene: Scene) -> Measures:
     """All dimensions of one text-to-image picture.
 
     Returns:
-        `alignment` and `quality` always; `portrait` for portraits, `likeness` for named people, `style`
-        where one is asked for; `composite`, the mean of the first three that apply. All in [0, 1].
+        `alignment` and `quality` always; `portrait` for portraits, `likeness` for named people,
+        `style` where one is asked for; `composite`, the mean of the first three that apply. All in
+        [0, 1].
     """
     right = resolve(pixels, scene)
     scores, seen = attribute_scores(pixels, right)
@@ -152,8 +157,8 @@ def measure_edit(pixels: np.ndarray, edit: Edit) -> Measures:
     preserves everything and earns nothing.
 
     Returns:
-        `instruction`, `preservation`, `quality`, `identity` for portraits, and `composite`, the mean of
-        the first three. All in [0, 1].
+        `instruction`, `preservation`, `quality`, `identity` for portraits, and `composite`, the
+        mean of the first three. All in [0, 1].
     """
     scores, seen = attribute_scores(pixels, edit.target)
     instruction = min(scores.get(key, 1.0) for key in edit.changes)

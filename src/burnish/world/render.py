@@ -1,8 +1,8 @@
 """Draw a scene: 64 x 64 RGB, supersampled four times, deterministic.
 
-Every category has a painter that fills a large canvas; the style is applied to the canvas, and a box
-filter brings it to size. Nothing here is random: what varies between two pictures of one prompt is what
-the prompt left open, or a flaw.
+Every category has a painter that fills a large canvas; the style is applied to the canvas, and a
+box filter brings it to size. Nothing here is random: what varies between two pictures of one prompt
+is what the prompt left open, or a flaw.
 """
 
 import math
@@ -79,7 +79,12 @@ def _polygon(kind: str, cx: Number, cy: Number, r: Number) -> list[tuple[float, 
 
 
 def _paint_shape(
-    draw: ImageDraw.ImageDraw, kind: str, cx: Number, cy: Number, r: Number, fill: tuple[int, int, int]
+    draw: ImageDraw.ImageDraw,
+    kind: str,
+    cx: Number,
+    cy: Number,
+    r: Number,
+    fill: tuple[int, int, int],
 ) -> None:
     if kind == "none":
         return

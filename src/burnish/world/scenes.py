@@ -1,8 +1,8 @@
 """Scenes: what a picture of the embedded world shows, as a flat mapping of attributes.
 
-One representation serves drawing, words, edits, flaws and measurement: an attribute has a finite domain,
-so an alternative to a scene is the same scene with one value replaced. Four categories as in the paper
-(arXiv 2606.27608, section 4.2): general, portrait, landscape, typography.
+One representation serves drawing, words, edits, flaws and measurement: an attribute has a finite
+domain, so an alternative to a scene is the same scene with one value replaced. Four categories as
+in the paper (arXiv 2606.27608, section 4.2): general, portrait, landscape, typography.
 """
 
 import hashlib
@@ -92,14 +92,19 @@ DOMAINS: dict[str, tuple[Value, ...]] = {
 }
 """Attribute name -> its values. An object's attribute is written `0.colour`; see `domain`."""
 
+
+def _look(skin: str, hair: str, hair_colour: str, eyes: str, mark: str) -> dict[str, Value]:
+    return {"skin": skin, "hair": hair, "hair_colour": hair_colour, "eyes": eyes, "mark": mark}
+
+
 PEOPLE: dict[str, dict[str, Value]] = {
-    "Mara": {"skin": "pale", "hair": "long", "hair_colour": "ginger", "eyes": "green", "mark": "freckles"},
-    "Otto": {"skin": "pale", "hair": "bald", "hair_colour": "grey", "eyes": "blue", "mark": "moustache"},
-    "Nia": {"skin": "dark", "hair": "curly", "hair_colour": "black", "eyes": "brown", "mark": "none"},
-    "Ravi": {"skin": "tan", "hair": "short", "hair_colour": "black", "eyes": "brown", "mark": "beard"},
-    "Elsa": {"skin": "pale", "hair": "long", "hair_colour": "blond", "eyes": "blue", "mark": "none"},
-    "Kofi": {"skin": "dark", "hair": "short", "hair_colour": "grey", "eyes": "brown", "mark": "moustache"},
-}  # fmt: skip
+    "Mara": _look("pale", "long", "ginger", "green", "freckles"),
+    "Otto": _look("pale", "bald", "grey", "blue", "moustache"),
+    "Nia": _look("dark", "curly", "black", "brown", "none"),
+    "Ravi": _look("tan", "short", "black", "brown", "beard"),
+    "Elsa": _look("pale", "long", "blond", "blue", "none"),
+    "Kofi": _look("dark", "short", "grey", "brown", "moustache"),
+}
 """The world's celebrities: a name stands for one fixed look, which no prompt describes."""
 
 LOOK = ("skin", "hair", "hair_colour", "eyes", "mark")

@@ -1,0 +1,135 @@
+"""The miniature: what ships is what the builder makes, and a reduced build learns."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from burnish.config import located
+from burnish.miniature.build import build
+from burnish.miniature.pictures import FLAWED, edit_example, text_example
+from burnish.miniature.prompt_sets import prompt_sets
+from burnish.miniature.tokenizer import build_tokenizer
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import read_prompts
+from burnish.rewards.oracle import measures
+from burnish.rollout import draw
+from burnish.world.edits import Edit
+from burnish.world.scenes import Scene, is_held_out
+
+SHIPPED = located("embedded:weights/base")
+
+
+@pytest.fixture(scope="module")
+def base() -> QwenImage21Policy:
+    return QwenImage21Policy.load(SHIPPED, resolution=64)
+
+
+def test_the_shipped_prompt_sets_are_those_of_the_builder() -> None:
+    for name, prompts in prompt_sets().items():
+        assert read_prompts(located(f"embedded:prompts/{name}.jsonl")) == prompts
+
+
+def test_training_prompts_contain_nothing_held_out_and_held_out_prompts_do() -> None:
+    for name, expected in (("train", False), ("held-out", True)):
+        for prompt in read_prompts(located(f"embedded:prompts/{name}.jsonl")):
+            if prompt.task == "t2i":
+                assert is_held_out(Scene.from_json(prompt.facts)) == expected
+            else:
+                edit = Edit.from_json(prompt.facts)
+                assert (is_held_out(edit.source) or is_held_out(edit.target)) == expected
+
+
+def test_training_pictures_are_flawed_as_often_as_said() -> None:
+    rng = np.random.default_rng(0)
+    for make in (text_example, edit_example):
+        assert make(rng).pixels.shape == (64, 64, 3)
+    assert 0.5 <= FLAWED <= 0.7
+
+
+def test_the_tokenizer_is_a_function_of_its_seed_and_spells_everything() -> None:
+    one, two = build_tokenizer(0), build_tokenizer(0)
+    assert one.get_vocab() == two.get_vocab()
+    for text in ("a small red circle", "Übung 漢字 🙂"):
+        assert one.decode(one(text).input_ids) == text
+
+
+def test_diffusers_draws_with_the_shipped_base_without_burnish(tmp_path: Path) -> None:
+    script = """
+import sys, torch
+try:
+    import torchvision
+except RuntimeError:
+    # A CPU build of torch beside a CUDA build of torchvision: declare what the latter looks for.
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+from diffusers import QwenImage21Pipeline
+pipe = QwenImage21Pipeline.from_pretrained(sys.argv[1])
+pipe.set_progress_bar_config(disable=True)
+image = pipe("a large red circle in the centre", negative_prompt=" ", true_cfg_scale=3.0,
+             num_inference_steps=10, output_resolution=64,
+             generator=torch.Generator().manual_seed(0)).images[0]
+assert image.size == (64, 64), image.size
+assert not any(name.startswith("burnish") for name in sys.modules)
+image.save(sys.argv[2])
+"""
+    picture = tmp_path / "circle.png"
+    subprocess.run(
+        [sys.executable, "-c", script, str(SHIPPED), str(picture)], check=True, cwd=tmp_path
+    )
+    assert picture.stat().st_size > 500
+
+
+def test_guidance_makes_the_base_better(base: QwenImage21Policy) -> None:
+    prompts = [
+        p for p in read_prompts(located("embedded:prompts/held-out.jsonl")) if p.task == "t2i"
+    ]
+    means = {}
+    for scale in (1.0, 3.0):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            images = draw(
+                base, prompts[:48], num_steps=10, guidance_scale=scale, seeds=list(range(48))
+            )
+        scores = [
+            measures(prompt, image.permute(1, 2, 0).numpy())["composite"]
+            for prompt, image in zip(prompts, images, strict=False)
+        ]
+        means[scale] = float(np.mean(scores))
+    assert means[3.0] > means[1.0] + 0.03, means
+
+
+def test_the_card_says_how_the_base_was_made() -> None:
+    card = (SHIPPED / "README.md").read_text()
+    facts = json.loads(card.partition("```json")[2].partition("```")[0])
+    assert facts["text_examples"] > 1000 and "miniature build" in card
+
+
+def test_shipped_weights_stay_small() -> None:
+    total = sum(file.stat().st_size for file in located("embedded:weights").rglob("*"))
+    assert total < 40e6
+
+
+@pytest.mark.slow
+def test_a_reduced_build_learns_and_can_be_loaded(tmp_path: Path) -> None:
+    facts = build(tmp_path, quick=True)
+    for name in ("autoencoder_loss", "base_loss_t2i", "base_loss_edit"):
+        first, last = facts[name]
+        assert last < 0.85 * first, (name, first, last)
+    policy = QwenImage21Policy.load(tmp_path / "weights" / "base", resolution=64)
+    (image,) = draw(
+        policy,
+        read_prompts(tmp_path / "prompts" / "held-out.jsonl")[:1],
+        num_steps=2,
+        guidance_scale=1.0,
+        seeds=[0],
+    )
+    assert image.isfinite().all()
+    shipped = located("embedded:prompts/train.jsonl").read_bytes()
+    built = (tmp_path / "prompts" / "train.jsonl").read_bytes()
+    assert hashlib.sha256(built).digest() == hashlib.sha256(shipped).digest()

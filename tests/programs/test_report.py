@@ -1,0 +1,340 @@
+"""The summary and the page of a run, from a small fake run with planted gains."""
+
+import html
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from burnish import images
+from burnish.config import parse
+from burnish.evaluation import Row, write_rows
+from burnish.prompts import write_prompts
+from burnish.report import MAX_BYTES, write_report
+from burnish.stages import BASE, BEST_OF, UNGUIDED, RunConfig
+from burnish.summary import cost_table, ratio, table, write_summary
+from burnish.tracking import Run
+from burnish.types import Prompt
+
+CATEGORIES = ("general", "portrait", "landscape", "typography")
+GAINS = {
+    BASE: {"t2i": 0.0, "edit": 0.0},
+    UNGUIDED: {"t2i": -0.15, "edit": -0.1},
+    "t2i-teacher": {"t2i": 0.2},
+    "edit-teacher": {"edit": 0.12},
+    "student": {"t2i": 0.19, "edit": 0.114},
+}
+"""Planted gains over the base; the student keeps 95 % of each teacher's."""
+DISTANCE = 0.3
+EVIL = '<script>alert("x")</script> & a "fox"'
+
+
+def picture(seed: int, side: int = 32) -> Image.Image:
+    """Squares of random colours."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(pixels.repeat(side // 4, 0).repeat(side // 4, 1))
+
+
+def stage(kind: str, tasks: list[str], **more: Any) -> dict[str, Any]:
+    """A stage as a recipe has it."""
+    is_student = kind == "distill"
+    return {
+        "steps": 20,
+        "prompts": {"path": "train.jsonl", "tasks": tasks},
+        "rollout": {
+            "window": 0,
+            "keep": 4 if is_student else "none",
+            "guidance_scale": 1.0 if is_student else 3.0,
+        },
+        "rewards": {} if is_student else {"truth": {"kind": "oracle"}},
+        "algorithm": {"kind": kind, **more},
+    }
+
+
+def make_config(folder: Path, *, has_student: bool = True) -> RunConfig:
+    """Two teachers and, unless told otherwise, their student."""
+    stages = {"t2i-teacher": stage("nft", ["t2i"]), "edit-teacher": stage("nft", ["edit"])}
+    if has_student:
+        taught = {task: {"path": f"stage:{task}-teacher"} for task in ("t2i", "edit")}
+        stages["student"] = stage("distill", ["t2i", "edit"], teachers=taught)
+    sets = {"prompts": "held-out.jsonl", "knowledge": "knowledge.jsonl"}
+    data = {
+        "name": "fake-run",
+        "stages": stages,
+        "evaluation": {key: str(folder / "sets" / name) for key, name in sets.items()},
+        "judge": {"kind": "oracle"},
+    }
+    return parse(RunConfig, data)
+
+
+def make_prompts() -> tuple[list[Prompt], list[Prompt]]:
+    """Held-out prompts of both tasks, one of them hostile, and knowledge prompts."""
+    held_out = [
+        Prompt(
+            id=f"{task}-{n}",
+            text=EVIL if n == 0 else f"prompt {n} of {task}: a small red fox beside two blue trees",
+            task=task,
+            category=CATEGORIES[n % 4],
+            source=images.encode_png(picture(n)) if task == "edit" else None,
+        )
+        for task in ("t2i", "edit")
+        for n in range(48)
+    ]
+    knowledge = [
+        Prompt(
+            id=f"known-{n}", text=f"a picture of Mara {n}", category="portrait", tags=("person",)
+        )
+        for n in range(16)
+    ]
+    return held_out, knowledge
+
+
+def score_rows(policy: str, held_out: list[Prompt], knowledge: list[Prompt]) -> list[Row]:
+    """Scores around the planted means: prompts differ, and all policies find the same ones hard."""
+    rows: list[Row] = []
+    for n, prompt in enumerate([*held_out, *knowledge]):
+        ease = np.random.default_rng(n).normal(0.5, 0.1)
+        rng = np.random.default_rng([n, *policy.encode()])
+        common = {"policy": policy, "prompt": prompt.id, "task": prompt.task}
+        common["category"] = prompt.category
+        if policy == BEST_OF:
+            offsets = [DISTANCE, *[-DISTANCE / 15] * 15]
+            values = {"composite": [ease + x for x in offsets]} if prompt in held_out else {}
+        elif prompt.task not in GAINS[policy]:
+            continue
+        elif prompt in held_out:
+            drawn = ease + GAINS[policy][prompt.task] + rng.normal(0, 0.03, 2)
+            values = {"composite": drawn, "quality": drawn}
+        else:
+            # Forgetting of one point, which must not reach the headline.
+            likeness = 0.8 - (0.01 if policy == "student" else 0) + rng.normal(0, 0.01)
+            values = {"composite": [0.0], "likeness": [likeness]}
+        rows += [
+            {**common, "seed": seed, "metric": metric, "value": float(value)}
+            for metric, found in values.items()
+            for seed, value in enumerate(found)
+        ]
+    return rows
+
+
+def make_run(root: Path, *, has_student: bool = True, without: tuple[str, ...] = ()) -> Path:
+    """A finished run folder, but for the policies in `without`."""
+    config, folder = make_config(root, has_student=has_student), root / "run"
+    held_out, knowledge = make_prompts()
+    write_prompts(root / "sets" / "held-out.jsonl", held_out)
+    write_prompts(root / "sets" / "knowledge.jsonl", knowledge)
+    Run.create(folder, config, command="burnish run fake")
+    for name, plan in config.stages.items():
+        if name in without:
+            continue
+        run = Run.create(folder / "stages" / name, plan)
+        for step in range(plan.steps):
+            fall = float(np.exp(-step / 6))
+            metrics: dict[str, Any] = {"data/images": 100.0, "reward/mean": 0.7 - 0.2 * fall}
+            if name == "student":
+                task = ("t2i", "edit")[step % 2]
+                metrics = {"data/images": 50.0, "distill/gap_share": 0.1 * fall, "loss": fall}
+                metrics |= {f"teacher/is_{t}": float(t == task) for t in ("t2i", "edit")}
+            times = {"time/rollout": 3.0, "time/credit": 1.0, "time/update": 2.0}
+            run.log(step, metrics | times)
+        (run.folder / "DONE").touch()
+    for name in (*GAINS, BEST_OF):
+        if name in without or (name == "student" and not has_student):
+            continue
+        place = folder / "evaluation" / name
+        write_rows(place / "scores.jsonl", score_rows(name, held_out, knowledge))
+        (place / "pictures").mkdir()
+        for n, prompt in enumerate([*held_out, *knowledge]):
+            if name != BEST_OF and prompt.task in GAINS[name]:
+                file = place / "pictures" / f"{prompt.id}.webp"
+                file.write_bytes(images.encode_webp(picture(n), quality=None))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished fake run."""
+    return make_run(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture(scope="module")
+def summary(run_folder: Path) -> dict[str, Any]:
+    """Its numbers."""
+    return write_summary(run_folder)
+
+
+@pytest.fixture(scope="module")
+def page(run_folder: Path) -> str:
+    """Its page."""
+    return write_report(run_folder).read_text(encoding="utf-8")
+
+
+def covers(number: dict[str, Any], truth: float) -> bool:
+    """Whether a number's interval holds the truth, and its mean the interval."""
+    return (
+        number["low"] <= number["mean"] <= number["high"]
+        and number["low"] <= truth <= number["high"]
+    )
+
+
+def test_the_planted_gains_are_found(summary: dict[str, Any]) -> None:
+    """Mean and interval of every gain, and its share of the way to the best."""
+    assert len(summary["results"]) == 8
+    for result in summary["results"]:
+        policy, task = result["policy"], result["task"]
+        planted = GAINS[policy][task]
+        assert result["score"]["num_prompts"] == 48
+        assert result["is_valid"] is True
+        if policy == BASE:
+            assert result["gain"] is None and result["share_of_best"] is None
+            continue
+        assert covers(result["gain"], planted)
+        assert covers(result["share_of_best"], planted / DISTANCE)
+        # Paired by prompt: the prompts' own spread of 0.1 is not in the interval.
+        assert result["gain"]["high"] - result["gain"]["low"] < 0.02
+
+
+def test_the_distance_to_the_best_is_exact(summary: dict[str, Any]) -> None:
+    """It was planted without noise."""
+    for space in summary["headroom"]:
+        assert space["distance"]["mean"] == pytest.approx(DISTANCE)
+
+
+def test_the_student_keeps_its_share(summary: dict[str, Any]) -> None:
+    """Of both teachers, at half the evaluations."""
+    assert {k["teacher"] for k in summary["distillation"]} == {"t2i-teacher", "edit-teacher"}
+    assert all(covers(k["kept"], 0.95) for k in summary["distillation"])
+    passes = {p["policy"]: p["evaluations_per_step"] for p in summary["policies"]}
+    assert passes["student"] == passes[UNGUIDED] == 1
+    assert passes["t2i-teacher"] == passes[BASE] == 2
+
+
+def test_knowledge_is_told_in_points(summary: dict[str, Any]) -> None:
+    """One point of 100 was planted, on knowledge prompts alone."""
+    rows = {row["policy"]: row for row in summary["knowledge"]}
+    assert set(rows) == {BASE, UNGUIDED, "t2i-teacher", "student"}
+    assert covers(rows["student"]["points"], -1.0)
+    assert rows["student"]["points"]["num_prompts"] == 16
+    assert "likeness" not in {row["metric"] for row in summary["metrics"]}
+
+
+def test_the_cost_is_counted(summary: dict[str, Any]) -> None:
+    """Pictures, minutes and the gain for them."""
+    teacher, _, student = summary["cost"]
+    assert (teacher["images"], student["images"]) == (2000, 1000)
+    assert teacher["minutes"]["rollout"] == pytest.approx(1.0)
+    assert teacher["minutes"]["total"] == pytest.approx(2.0)
+    assert covers(teacher["rates"][0]["per_1000_images"], 0.1)
+    assert covers(teacher["rates"][0]["per_minute"], 0.1)
+    assert [rate["task"] for rate in student["rates"]] == ["t2i", "edit"]
+
+
+def test_the_summary_is_written(summary: dict[str, Any], run_folder: Path) -> None:
+    """As JSON without NaN, and nothing is missing."""
+
+    def refuse(constant: str) -> float:
+        raise AssertionError(constant)
+
+    text = (run_folder / "summary.json").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=refuse) == summary
+    assert summary["missing"] == []
+    assert summary["oracle_stages"] == ["t2i-teacher", "edit-teacher"]
+
+
+def printed(*tables: Any) -> str:
+    """Tables as a wide terminal shows them."""
+    console = Console(width=160)
+    with console.capture() as capture:
+        for one in tables:
+            console.print(one)
+    return capture.get()
+
+
+def test_the_tables_hold_the_numbers(summary: dict[str, Any]) -> None:
+    """Scores, gains and shares, the knowledge, the cost."""
+    text = printed(table(summary), cost_table(summary))
+    for words in ("t2i-teacher", "gain over base", "to best-16", "likeness", "2,000", " 2.0 "):
+        assert words in text
+    assert "missing" not in text
+
+
+def test_a_ratio_needs_a_bottom_that_is_clear_of_zero() -> None:
+    """A share of nothing has no size."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 1, 50)
+    assert ratio(list(noise), list(noise - noise.mean())) is None
+    assert ratio([], []) is None
+    bottom = rng.normal(0.2, 0.1, 200)
+    found = ratio(list(0.9 * bottom + rng.normal(0, 0.05, 200)), list(bottom))
+    assert found is not None and found.low < 0.9 < found.high
+    assert found.high - found.low < 0.2
+
+
+def test_the_page_holds_everything_itself(page: str) -> None:
+    """No address, no script, and no picture that is not inside."""
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert sources and all(source.startswith("data:image/webp;base64,") for source in sources)
+    assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
+    assert len(page.encode()) < MAX_BYTES
+    assert not page.count("missing</")
+
+
+def test_other_peoples_text_is_escaped(page: str) -> None:
+    """A prompt stays text, in the page and in attributes."""
+    assert EVIL not in page
+    assert "&lt;script&gt;alert(&#34;x&#34;)" in page
+
+
+def test_the_page_says_what_the_reward_was(page: str) -> None:
+    """The truth of the world as a training reward is told at once."""
+    assert "The training reward of t2i-teacher and edit-teacher is the oracle" in page
+
+
+def test_every_picture_and_header_is_named(page: str) -> None:
+    """For readers who do not see the page."""
+    assert all('alt="' in tag for tag in re.findall(r"<img[^>]*>", page))
+    assert all('scope="' in tag for tag in re.findall(r"<th\b[^>]*>", page))
+    assert "prompt 1 of edit: a small red fox" in html.unescape(page)
+
+
+def test_an_unfinished_student_is_missing(tmp_path: Path) -> None:
+    """Not zero: it is named as missing in the numbers, the table and the page."""
+    folder = make_run(tmp_path, without=("student", BEST_OF))
+    summary = write_summary(folder)
+    student = [result for result in summary["results"] if result["policy"] == "student"]
+    assert [result["score"] for result in student] == [None, None]
+    assert [kept["kept"] for kept in summary["distillation"]] == [None, None]
+    assert all(result["share_of_best"] is None for result in summary["results"])
+    assert summary["cost"][2]["images"] is None
+    assert "The stage student is not trained to its end (0 of 20 steps)." in summary["missing"]
+    assert "missing" in printed(table(summary), cost_table(summary))
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "Missing from this report" in page
+    assert "There are no scores of student on t2i." in page
+
+
+def test_a_recipe_without_distillation(tmp_path: Path) -> None:
+    """There is no student, and the page says so."""
+    folder = make_run(tmp_path, has_student=False)
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "There is no student: the recipe has no stage that distills." in page
+
+
+def test_too_many_failed_pictures_make_a_result_invalid(tmp_path: Path) -> None:
+    """A failure is a row without value, and never a number."""
+    folder = make_run(tmp_path)
+    path = folder / "evaluation" / "student" / "scores.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[:20:4]:
+        row |= {"metric": "failed", "value": None, "reason": "no answer"}
+    write_rows(path, rows)
+    found = {(r["policy"], r["task"]): r for r in write_summary(folder)["results"]}
+    assert found["student", "t2i"]["is_valid"] is False
+    assert found["student", "t2i"]["num_failed"] == 5
+    assert found["student", "edit"]["is_valid"] is True

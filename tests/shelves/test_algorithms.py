@@ -1,0 +1,280 @@
+"""One contract for every algorithm on the shelf, and the laws of each."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from burnish.algorithms.base import AlgorithmConfig, Setting, evaluate_guided, stack
+from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, Teachers
+from burnish.algorithms.grpo import GrpoConfig
+from burnish.algorithms.nft import NftConfig
+from burnish.config import ConfigError, located, shelf
+from burnish.objectives import velocity_matching
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import read_prompts
+from burnish.rewards.oracle import OracleConfig
+from burnish.rollout import RolloutConfig, sample
+from burnish.types import Failed, Group, Prompt, Scored
+
+GUIDANCE = 3.0
+KINDS = [
+    config.model_fields["kind"].default for config in shelf("burnish.algorithms", AlgorithmConfig)
+]
+
+
+@pytest.fixture(scope="module")
+def policy() -> QwenImage21Policy:
+    return QwenImage21Policy.tiny()
+
+
+@pytest.fixture(scope="module")
+def folder(policy: QwenImage21Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("teacher")
+    policy.save(path)
+    return path
+
+
+def prompts(task: str, count: int = 2) -> list[Prompt]:
+    every = read_prompts(located("embedded:prompts/train.jsonl"))
+    return [prompt for prompt in every if prompt.task == task][:count]
+
+
+def setting(policy: QwenImage21Policy, num_updates: int = 1) -> Setting:
+    return Setting(
+        policy=policy,
+        guidance_scale=GUIDANCE,
+        kernel="precise",
+        noise_level=1.5,
+        num_updates=num_updates,
+        micro_batch=16,
+        seed=0,
+        rewards={"composite": OracleConfig()},
+    )
+
+
+def groups(
+    policy: QwenImage21Policy, kind: str, task: str = "t2i", flat: bool = False
+) -> list[Group]:
+    """Groups as the algorithm wants them, with planted scores."""
+    config = {
+        "grpo": RolloutConfig(num_steps=4, group_size=4, window=2),
+        "nft": RolloutConfig(num_steps=3, group_size=4, window=0, keep="none"),
+        "distill": RolloutConfig(
+            num_steps=3, group_size=2, window=0, keep="all", guidance_scale=1.0
+        ),
+    }[kind]
+    drawn = sample(policy, prompts(task), config, seed=0, step=0)
+    if kind == "distill":
+        return drawn
+    return [
+        replace(
+            group,
+            scores={
+                "composite": tuple(
+                    Scored(value=0.5 if flat else 0.2 * member)
+                    for member in range(len(group.trajectories))
+                )
+            },
+        )
+        for group in drawn
+    ]
+
+
+def build(kind: str, policy: QwenImage21Policy, folder: Path, num_updates: int = 1) -> Any:
+    configs: Mapping[str, AlgorithmConfig] = {
+        "grpo": GrpoConfig(),
+        "nft": NftConfig(),
+        "distill": DistillConfig(
+            teachers={"t2i": TeacherConfig(path=str(folder), guidance_scale=GUIDANCE)}
+        ),
+    }
+    return configs[kind].build(setting(policy, num_updates))
+
+
+def gradients(policy: QwenImage21Policy, algorithm: Any, signals: list[Any]) -> list[torch.Tensor]:
+    policy.transformer.requires_grad_(True).zero_grad(set_to_none=True)
+    algorithm.loss(policy, stack(signals)).loss.backward()
+    found = [p.grad for p in policy.transformer.parameters() if p.grad is not None]
+    policy.transformer.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryAlgorithm:
+    def test_a_signal_moves_weights(
+        self, kind: str, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        algorithm = build(kind, policy, folder)
+        signals, metrics = algorithm.credit(groups(policy, kind), 0)
+        assert signals and all(torch.isfinite(torch.tensor(list(metrics.values()))))
+        assert sum(float(grad.abs().sum()) for grad in gradients(policy, algorithm, signals)) > 0
+
+    def test_the_unconditional_branch_is_not_run_in_training(
+        self, kind: str, policy: QwenImage21Policy, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        algorithm = build(kind, policy, folder)
+        signals, _ = algorithm.credit(groups(policy, kind), 0)
+        calls: list[str] = []
+        monkeypatch.setattr(policy, "encode_null", lambda *_: calls.append("null"))
+        monkeypatch.setattr(policy, "guided", lambda *_: calls.append("guided"))
+        assert gradients(policy, algorithm, signals)
+        assert calls == []
+
+    def test_what_the_policy_drew_is_not_changed_by_credit(
+        self, kind: str, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        before = {k: v.clone() for k, v in policy.transformer.state_dict().items()}
+        build(kind, policy, folder).credit(groups(policy, kind), 0)
+        after = policy.transformer.state_dict()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+    def test_signals_are_a_function_of_groups_and_step(
+        self, kind: str, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        drawn = groups(policy, kind)
+        first, _ = build(kind, policy, folder).credit(drawn, 3)
+        again, _ = build(kind, policy, folder).credit(drawn, 3)
+        for one, other in zip(first, again, strict=True):
+            assert torch.equal(one.latents, other.latents)
+            assert all(torch.equal(one.fields[k], other.fields[k]) for k in one.fields)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "nft"])
+def test_a_constant_group_is_dropped(kind: str, policy: QwenImage21Policy, folder: Path) -> None:
+    signals, _ = build(kind, policy, folder).credit(groups(policy, kind, flat=True), 0)
+    assert signals == []
+
+
+@pytest.mark.parametrize("kind", ["grpo", "nft"])
+def test_a_failed_score_has_no_advantage(
+    kind: str, policy: QwenImage21Policy, folder: Path
+) -> None:
+    drawn = groups(policy, kind)
+    broken = [
+        replace(g, scores={"composite": (Failed(reason="lost"), *g.scores["composite"][1:])})
+        for g in drawn
+    ]
+    signals, metrics = build(kind, policy, folder).credit(broken, 0)
+    assert signals[0].advantage == 0.0
+    assert sum(signal.advantage for signal in signals[1:4]) == pytest.approx(0.0, abs=1e-5)
+    assert metrics["reward/missing"] == pytest.approx(0.25)
+
+
+class TestGrpo:
+    def test_the_first_ratio_is_exactly_one(self, policy: QwenImage21Policy, folder: Path) -> None:
+        algorithm = build("grpo", policy, folder)
+        signals, _ = algorithm.credit(groups(policy, "grpo"), 0)
+        metrics = algorithm.loss(policy, stack(signals)).metrics
+        assert metrics["policy/ratio_max"] == metrics["policy/ratio_min"] == 1.0
+        assert metrics["policy/clipped"] == 0.0
+
+    def test_recomputed_old_velocities_give_a_ratio_near_one(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        algorithm = build("grpo", policy, folder, num_updates=2)
+        signals, _ = algorithm.credit(groups(policy, "grpo"), 0)
+        metrics = algorithm.loss(policy, stack(signals)).metrics
+        assert metrics["policy/ratio_max"] == pytest.approx(1.0, abs=1e-5)
+
+    def test_positive_advantage_moves_the_mean_towards_the_sample(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        algorithm = build("grpo", policy, folder)
+        signals, _ = algorithm.credit(groups(policy, "grpo"), 0)
+        good = [replace(s, advantage=1.0) for s in signals if s.advantage > 0][:1]
+        learner = policy.sibling()
+        learner.transformer.requires_grad_(True)
+        batch = stack(good)
+        old = batch.velocity(learner).detach()
+        algorithm.loss(learner, batch).loss.backward()
+        with torch.no_grad():
+            for parameter in learner.transformer.parameters():
+                if parameter.grad is not None:
+                    parameter -= 1e-3 * parameter.grad
+            # The mean moves by jacobian * dv, jacobian < 0; the noise points to the sample.
+            towards = -(batch.velocity(learner) - old) * batch.fields["noise"]
+        assert float(towards.sum()) > 0
+
+
+class TestNft:
+    def test_states_lie_on_the_path_of_the_sample(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        drawn = groups(policy, "nft")
+        signals, _ = build("nft", policy, folder).credit(drawn, 0)
+        clean = [t.clean for group in drawn for t in group.trajectories]
+        for signal, end in zip(signals, clean, strict=True):
+            back = signal.latents - signal.sigmas[:, None, None] * signal.fields["target"]
+            torch.testing.assert_close(back, end.expand_as(back), atol=1e-5, rtol=1e-5)
+
+    def test_the_guided_anchor_and_the_plain_one_push_with_the_same_sign(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        drawn = groups(policy, "nft")
+        for anchor in ("conditional", "guided"):
+            algorithm = NftConfig(anchor=anchor).build(setting(policy))
+            signals, _ = algorithm.credit(drawn, 0)
+            assert ("guided" in signals[0].fields) == (anchor == "guided")
+            assert gradients(policy, algorithm, signals)
+
+
+class TestDistill:
+    def test_no_loss_where_student_and_teacher_agree_without_guidance(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        config = DistillConfig(
+            teachers={"t2i": TeacherConfig(path=str(folder), guidance_scale=1.0)}
+        )
+        algorithm = Distill(config, setting(policy))
+        signals, _ = algorithm.credit(groups(policy, "distill"), 0)
+        assert float(algorithm.loss(policy, stack(signals)).loss) < 1e-10
+
+    def test_the_loss_of_the_teacher_itself_is_its_guidance(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        algorithm = build("distill", policy, folder)
+        signals, _ = algorithm.credit(groups(policy, "distill"), 0)
+        found = float(algorithm.loss(policy, stack(signals)).loss)
+        pairs = evaluate_guided(policy, signals, 64, 2.0)
+        # guided - conditional at scale 2 is v_c - v_u.
+        gap = torch.cat([guided - conditional for guided, conditional in pairs])
+        expected = (GUIDANCE - 1) ** 2 * float(velocity_matching(gap, torch.zeros_like(gap)).mean())
+        assert found == pytest.approx(expected, rel=1e-3)
+
+    def test_states_and_targets_carry_no_gradient(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        signals, _ = build("distill", policy, folder).credit(groups(policy, "distill"), 0)
+        assert not any(s.latents.requires_grad or s.fields["target"].requires_grad for s in signals)
+
+    def test_swapping_teachers_brings_bitwise_the_same_one_back(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        configs = {task: TeacherConfig(path=str(folder)) for task in ("t2i", "edit")}
+        teachers = Teachers(policy, configs)
+        first = {k: v.clone() for k, v in teachers.activate("t2i").transformer.state_dict().items()}
+        teachers.activate("edit")
+        again = teachers.activate("t2i").transformer
+        assert all(torch.equal(first[name], value) for name, value in again.state_dict().items())
+        assert not again.training
+        assert not any(parameter.requires_grad for parameter in again.parameters())
+
+    def test_a_task_without_teacher_is_an_error(
+        self, policy: QwenImage21Policy, folder: Path
+    ) -> None:
+        with pytest.raises(ConfigError, match="need a teacher for task 'edit'"):
+            build("distill", policy, folder).credit(groups(policy, "distill", task="edit"), 0)
+
+    def test_a_teacher_of_another_architecture_is_refused(
+        self, policy: QwenImage21Policy, folder: Path, tmp_path: Path
+    ) -> None:
+        other = policy.sibling()
+        del other.transformer.transformer_blocks[-1]
+        other.transformer.register_to_config(num_layers=len(other.transformer.transformer_blocks))
+        other.save(tmp_path)
+        with pytest.raises(ConfigError, match="student's architecture"):
+            Teachers(policy, {"t2i": TeacherConfig(path=str(tmp_path))})

@@ -1,0 +1,527 @@
+"""The command line: what it says, what it refuses, and that no process is left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from burnish import cli, launcher
+from burnish.config import located
+from burnish.launcher import STOPPED, JobError, launch
+
+COMMANDS = ("run", "grpo", "nft", "distill", "report", "recipes", "sample", "doctor")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline folder with random weights."""
+    from burnish.policies.qwen_image21 import QwenImage21Policy
+
+    folder = tmp_path_factory.mktemp("model")
+    QwenImage21Policy.tiny().save(folder)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Two prompts of the embedded world."""
+    lines = located("embedded:prompts/train.jsonl").read_text().splitlines()
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join([line for line in lines if '"task": "t2i"' in line][:2]) + "\n")
+    return path
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, model: Path, prompts: Path) -> Path:
+    """One teacher in two tiny steps."""
+    plan = {
+        "name": "tiny",
+        "policy": {"path": str(model), "resolution": 64},
+        "runtime": {"device": "cpu", "threads": 1},
+        "stages": {
+            "teacher": {
+                "steps": 2,
+                "prompts_per_step": 2,
+                "save_every": 1,
+                "prompts": {"path": str(prompts), "tasks": ["t2i"]},
+                "rollout": {"num_steps": 2, "group_size": 2, "window": 0, "keep": "none"},
+                "rewards": {"quality": {"kind": "oracle", "dimension": "quality"}},
+                "algorithm": {"kind": "nft", "num_levels": 1},
+                "optimizer": {"num_updates": 1},
+            }
+        },
+        "judge": {"kind": "oracle"},
+        "evaluation": {
+            "prompts": str(prompts),
+            "knowledge": None,
+            "num_seeds": 1,
+            "best_of": 2,
+            "num_steps": 2,
+        },
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plan, sort_keys=False))
+    return path
+
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Refused:
+    """Run a command that must be refused in one line, leaving nothing; gives that line."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def run(*arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert cli.main([str(argument) for argument in arguments]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and err.startswith("burnish: "), err
+        assert "Traceback" not in err
+        assert list(here.iterdir()) == []
+        return err
+
+    return run
+
+
+# --- Help ------------------------------------------------------------------------------------
+
+
+def test_help_comes_at_once() -> None:
+    """Without torch, and with every command but the hidden one."""
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "burnish", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert time.monotonic() - started < 5, "generous, for a machine that is busy"
+    assert not [line for line in done.stderr.splitlines() if line.endswith(("| torch", "| numpy"))]
+    assert all(f"  {name} " in done.stdout for name in (*COMMANDS, "miniature"))
+    assert "  job " not in done.stdout and "..." not in done.stdout.replace("[ARGS]...", "")
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "miniature build"])
+def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command has an example that begins with itself."""
+    assert cli.main([*command.split(), "--help"]) == 0
+    assert f"Example: burnish {command}" in capsys.readouterr().out
+
+
+def test_nothing_is_help_and_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both end well."""
+    assert cli.main([]) == 0
+    assert "Usage: burnish" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("burnish 0.")
+
+
+def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]) -> None:
+    """Command, hardware, time, result of each."""
+    assert cli.main(["recipes"]) == 0
+    out = capsys.readouterr().out
+    names = [line.split(" (")[0] for line in out.splitlines() if line and line[0] != " "]
+    assert names == ["distill", "grpo", "miniature", "nft", "smoke"]
+    for word in ("burnish ", "Hardware: ", "Time: ", "Result: "):
+        assert out.count(f"    {word}") >= len(names)
+
+
+@pytest.mark.parametrize("name", sorted(cli.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
+    """Every recipe that ships."""
+    from burnish.config import load
+    from burnish.stages import RunConfig
+
+    assert load(RunConfig, name).name == name.stem
+
+
+# --- Bad input -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("rnu smoke", "Did you mean 'run'; see burnish --help"),
+        ("run", "Missing argument 'recipe'; see burnish run --help"),
+        ("run smoke --fast", "No such option: --fast"),
+        ("run smokey", "got 'smokey'; did you mean 'smoke'?"),
+        ("run quite-another", "the recipes are distill, grpo"),
+        ("run none.yaml", "none.yaml does not exist"),
+        ("run smoke stages.student.step=3", "did you mean `stages.student.steps`?"),
+        ("run smoke seed", "need key=value, got 'seed'"),
+        ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
+        ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
+        ("grpo stages.teacher.rollout.kernel=ode", "rollout.kernel=precise"),
+        ("nft stages.teacher.rewards={}", "need at least one reward for nft"),
+        ("grpo stages.teacher.algorithm.kind=ppo", "need one of"),
+        ("nft policy.path=missing", "policy.path: need a folder"),
+        ("nft stages.teacher.start=teachr", "need stages that come before 'teacher'"),
+        ("report .", "without run.json"),
+        ("job . train/teacher", "without run.json"),
+        ("sample cat --model missing", "got missing; check --model"),
+        ("sample cat --steps 0", "Invalid value for '--steps'"),
+        ("sample cat --out cat.jpg", "ends in .png, got cat.jpg"),
+        ("sample cat --source missing.png", "got missing.png: No such file"),
+        ("miniature biuld", "Did you mean 'build'"),
+    ],
+)
+def test_bad_words_are_refused(arguments: str, words: str, refused: Refused) -> None:
+    """Commands, options, recipes, keys, combinations, paths."""
+    assert words in refused(*arguments.split())
+
+
+def test_teachers_must_be_given(refused: Refused, model: Path) -> None:
+    """The recipe of distillation has none of its own, and says which key wants one."""
+    said = refused("distill", f"policy.path={model}")
+    assert "pass stages.student.algorithm.teachers.t2i.path=DIR" in said
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"text": "a cat"', "need one JSON object a line"),
+        ('{"txt": "a cat"}', 'need an object with a "text"'),
+        ('{"text": "a cat", "categry": "x"}', "did you mean 'category'?"),
+        ('{"text": "brighter", "source": "cut.png"}', "need a whole PNG"),
+        ('{"text": "brighter", "source": "none.png"}', "need the image none.png"),
+    ],
+)
+def test_a_broken_prompt_is_named_by_line(
+    line: str, words: str, refused: Refused, recipe: Path, prompts: Path
+) -> None:
+    """Before a folder is made."""
+    Image.effect_noise((64, 64), 50).save(prompts.with_name("whole.png"))
+    prompts.with_name("cut.png").write_bytes(prompts.with_name("whole.png").read_bytes()[:900])
+    with prompts.open("a") as file:
+        file.write(line + "\n")
+    said = refused("run", recipe)
+    assert f"{prompts}:3: " in said and words in said
+
+
+def test_prompts_must_fit_the_stages(refused: Refused, recipe: Path) -> None:
+    """A task without prompts, and a step that wants more than there are."""
+    assert "none in" in refused("run", recipe, "stages.teacher.prompts.tasks=[edit]")
+    said = refused("run", recipe, "stages.teacher.prompts_per_step=3")
+    assert "stages.teacher.prompts_per_step: need at least 3 prompts" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("text", "of something else"), ("cut", "need a whole"), ("large", "need at most")],
+)
+def test_a_bad_source_is_refused(kind: str, words: str, refused: Refused, tmp_path: Path) -> None:
+    """Not an image, truncated, too many pixels."""
+    path = tmp_path / "source.png"
+    side = 8000 if kind == "large" else 64
+    Image.new("1", (side, side)).save(path)
+    data = {"text": b"no image", "cut": path.read_bytes()[:60], "large": path.read_bytes()}[kind]
+    path.write_bytes(data)
+    assert words in refused("sample", "brighter", "--source", path)
+
+
+def test_our_own_fault_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, and the last line says whom to tell."""
+    monkeypatch.setattr(cli, "_recipes", lambda: 1 // 0)
+    assert cli.main(["recipes"]) == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err and "ZeroDivisionError" in err.splitlines()[-1]
+
+
+def test_a_traceback_can_be_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For bad input too."""
+    monkeypatch.setenv("BURNISH_TRACEBACK", "1")
+    assert cli.main(["run", "smokey"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+# --- Runs ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs run one after the other in this process."""
+
+    def run_jobs(config: Any, folder: Path, *, force: bool = False) -> None:
+        for job in launcher.pending(folder, config.jobs(), force=force):
+            if (code := cli.main(["job", str(folder), job])) != 0:
+                raise JobError(job, code)
+
+    monkeypatch.setattr(launcher, "run_jobs", run_jobs)
+
+
+def test_a_run_is_trained_measured_and_reported(
+    recipe: Path, tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Then drawn with; a second start finds everything done, other settings are refused."""
+    out = tmp_path / "run"
+    assert cli.main(["run", str(recipe), "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["folder"] == str(out) and Path(found["report"]).is_file()
+    assert (out / "config.yaml").is_file() and found["summary"]["name"] == "tiny"
+    rows = (out / "stages" / "teacher" / "metrics.jsonl").read_bytes()
+    assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
+    assert (out / "stages" / "teacher" / "metrics.jsonl").read_bytes() == rows
+    capsys.readouterr()
+    assert cli.main(["run", str(recipe), "seed=1", "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "belongs to another run (seed: 0 there, 1 here)" in said and said.count("\n") == 1
+    picture = tmp_path / "picture.png"
+    command = ["sample", "a cat", "a dog", "--count", "3", "--out", str(picture)]
+    assert cli.main([*command, "--model", str(out / "teacher")]) == 0
+    assert Image.open(picture).size == (3 * 64 + 4, 2 * 64 + 2)
+    assert cli.main([*command, "--model", str(out)]) == 2
+    assert f"take {out / 'teacher'}" in capsys.readouterr().err
+    assert cli.main(["report", str(out)]) == 0
+
+
+def test_a_damaged_checkpoint_is_told(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """One: the one before is taken, with a note. All: one line, exit code 2."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(launcher, "run_jobs", lambda *_, **__: None)
+    assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
+    command, stage = ["job", str(out), "train/teacher"], out / "stages" / "teacher"
+    assert cli.main(command) == 0
+    for damaged, code, words in ((2, 0, "falling back to the checkpoint of step 1"), (1, 2, "all")):
+        (stage / "DONE").unlink(missing_ok=True)
+        for step in range(damaged, 3):
+            (stage / "checkpoints" / f"step-{step:06d}" / "policy.safetensors").write_bytes(b"x")
+        capsys.readouterr()
+        assert cli.main(command) == code
+        lines = [line for line in capsys.readouterr().err.splitlines() if "burnish: " in line]
+        assert len(lines) == 1 and words in lines[0]
+        assert lines[0].startswith(launcher.NOTE) == (code == 0)
+
+
+def test_the_doctor_says_what_to_do(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Exit code 1 where something is broken."""
+    from burnish import preflight
+
+    missing = preflight.examine(str(tmp_path))
+    monkeypatch.setattr(preflight, "examine", lambda: missing)
+    assert cli.main(["doctor", "--json"]) == 1
+    out = capsys.readouterr().out
+    assert "BROKEN" in out and "burnish miniature build" in out and "recipe smoke" in out
+    findings = json.loads(out.splitlines()[-1])["findings"]
+    assert {"torch", "torchvision", "cores", "free disk"} <= {f["name"] for f in findings}
+    assert preflight._drawing(str(model)).found == "loads and draws"
+
+
+def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than there are jobs, and each told its share."""
+    import torch
+
+    from burnish import runtime
+
+    cpu = runtime.RuntimeConfig(device="cpu")
+    monkeypatch.setattr(runtime, "usable_cores", lambda: 4)
+    assert [p["OMP_NUM_THREADS"] for p in launcher.places(cpu, 9)] == ["1"] * 4
+    assert len(launcher.places(cpu, 3)) == 3
+    two = launcher.places(runtime.RuntimeConfig(device="cpu", threads=2), 9)
+    assert [p["OMP_NUM_THREADS"] for p in two] == ["2", "2"]
+    assert "OMP_NUM_THREADS" not in launcher.places(cpu, 1)[0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    gpus = launcher.places(runtime.RuntimeConfig(), 9)
+    assert gpus == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert launcher.places(runtime.RuntimeConfig(), 9)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
+
+
+def test_what_depends_on_a_new_result_is_made_again(tmp_path: Path) -> None:
+    """As a build tool would; force means everything."""
+    jobs = {"train/a": (), "train/b": ("train/a",), "measure/base": (), "measure/b": ("train/b",)}
+    for job in jobs:
+        folder = tmp_path / job.replace("train/", "stages/").replace("measure/", "evaluation/")
+        folder.mkdir(parents=True)
+        (folder / "DONE").touch()
+    assert launcher.pending(tmp_path, jobs) == {}
+    (tmp_path / "stages" / "a" / "DONE").unlink()
+    assert list(launcher.pending(tmp_path, jobs)) == ["train/a", "train/b", "measure/b"]
+    assert launcher.pending(tmp_path, jobs, force=True) == jobs
+
+
+# --- Processes -------------------------------------------------------------------------------
+
+CHILD = """
+import signal, sys, time
+from pathlib import Path
+from burnish.launcher import follow_launcher
+
+follow_launcher()
+folder, job, plan = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+with (folder / "events").open("a") as file:
+    print("start", job, file=file)
+print(f"{job}: 1/2, 3 s, 3 s left", file=sys.stderr)
+if "note" in plan:
+    print("burnish: note: look here", file=sys.stderr)
+if "fail" in plan:
+    time.sleep(1)
+    sys.exit("something before\\nburnish: need a, got b; do c")
+if "deaf" in plan:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+(folder / f"{job}.ready").touch()
+time.sleep(60 if "sleep" in plan or "deaf" in plan else 0.3)
+with (folder / "events").open("a") as file:
+    print("end", job, file=file)
+"""
+
+PARENT = """
+import sys
+from pathlib import Path
+from burnish.launcher import Stopped, launch
+
+folder = Path(sys.argv[1])
+try:
+    launch(
+        {"one": (), "two": ()},
+        command=lambda job: [sys.executable, folder / "child.py", folder, job, sys.argv[2]],
+        log_file=lambda job: folder / f"{job}.txt",
+        places=[{}, {}],
+    )
+except Stopped:
+    sys.exit(75)
+"""
+
+Launch = Callable[..., None]
+
+
+@pytest.fixture
+def launched(tmp_path: Path) -> Launch:
+    """Launch jobs that only sleep; keywords say what else each one does."""
+    (tmp_path / "child.py").write_text(CHILD)
+
+    def run(jobs: dict[str, tuple[str, ...]], count: int = 2, **plans: str) -> None:
+        launch(
+            jobs,
+            command=lambda job: [
+                sys.executable,
+                str(tmp_path / "child.py"),
+                str(tmp_path),
+                job,
+                plans.get(job, ""),
+            ],
+            log_file=lambda job: tmp_path / "logs" / job,
+            places=[{"PLACE": str(place)} for place in range(count)],
+        )
+
+    return run
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """A launcher in a process of its own, with two children that are up."""
+    (tmp_path / "child.py").write_text(CHILD)
+    (tmp_path / "parent.py").write_text(PARENT)
+    started: list[subprocess.Popen[str]] = []
+
+    def start(plan: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path), plan]
+        started.append(subprocess.Popen(command, text=True))
+        wait_for(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+        assert len(children(tmp_path)) == 2
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def children(folder: Path) -> list[int]:
+    """The processes that run a child of the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(folder / "child.py").encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 120) -> None:
+    """Until something holds."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_jobs_wait_for_their_input(
+    launched: Launch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two at once, the third when its two are done, the fourth as soon as there is a place."""
+    launched({"a": (), "b": (), "c": ("a", "b"), "d": ("done before",)}, a="note")
+    events = (tmp_path / "events").read_text().splitlines()
+    assert set(events[:2]) == {"start a", "start b"}
+    assert max(events.index("end a"), events.index("end b")) < events.index("start c")
+    assert len(events) == 8
+    assert (tmp_path / "logs" / "a").read_text().startswith("a: 1/2")
+    assert capsys.readouterr().err == "burnish: a: look here\n"
+
+
+def test_a_failure_ends_the_others(launched: Launch, tmp_path: Path) -> None:
+    """What waits is not started, and the error is the job's last."""
+    with pytest.raises(JobError, match=r"^b: need a, got b; do c; all it said is in ") as caught:
+        launched({"a": (), "b": (), "c": ("b",)}, a="sleep", b="fail")
+    assert caught.value.exit_code == 1
+    assert not children(tmp_path)
+    assert "start c" not in (tmp_path / "events").read_text()
+
+
+def test_a_killed_job_is_told(launched: Launch, tmp_path: Path) -> None:
+    """As the system does when memory runs out."""
+
+    def kill() -> None:
+        wait_for(lambda: (tmp_path / "a.ready").exists())
+        os.kill(children(tmp_path)[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(JobError, match="killed by SIGKILL") as caught:
+        launched({"a": ()}, a="sleep")
+    killer.join()
+    assert caught.value.exit_code == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_everything(
+    number: signal.Signals, parent: Callable[[str], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Exit code 75, and nobody is left."""
+    process = parent("sleep")
+    process.send_signal(number)
+    assert process.wait(30) == STOPPED
+    assert not children(tmp_path)
+
+
+def test_children_do_not_outlive_a_killed_launcher(
+    parent: Callable[[str], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """Not even children that do not listen."""
+    parent("deaf").kill()
+    wait_for(lambda: not children(tmp_path), 20)
