@@ -6,6 +6,7 @@ is imported before a command needs it, so that help comes at once.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -37,7 +38,6 @@ _USER_ERRORS = {
     "burnish.images.ImageError",
     "burnish.tracking.RunError",
 }
-_STOP = ("SIGINT", "SIGTERM")
 
 # Plain help, because rich would take `[key=value]` for its markup.
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -60,11 +60,11 @@ _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as th
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 our fault, 2 the user's, 75 stopped."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    numbers = [getattr(signal, name) for name in _STOP]
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for number in [number for number in numbers if before[number] is not signal.SIG_IGN]:
-            signal.signal(number, _stop)
+        for number, handler in before.items():
+            # What is ignored on purpose stays ignored, as in a shell's background jobs.
+            signal.signal(number, handler if handler is signal.SIG_IGN else _stop)
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             command = typer.main.get_command(app)
@@ -109,8 +109,8 @@ def _say(text: str, exit_code: int) -> int:
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
     """Our own warnings are for the user, in one line; those of libraries look as ever."""
     is_ours = category.__module__.startswith("burnish.")
-    text = f"{launcher.NOTE}{message}\n" if is_ours else None
-    sys.stderr.write(text or warnings.formatwarning(message, category, *place[:2]))
+    theirs = warnings.formatwarning(message, category, *place[:2])
+    sys.stderr.write(f"{launcher.NOTE}{message}\n" if is_ours else theirs)
 
 
 def _version(is_wanted: bool) -> bool:
@@ -183,9 +183,8 @@ def _run(
     config = load(RunConfig, path, overrides or ())
     preflight.check_inputs(config)
     device = runtime.choose_device(config.runtime.device)
-    here = runtime.Runtime(
-        device=device, dtype=runtime.choose_dtype(config.runtime.dtype, device)
-    ).describe()
+    dtype = runtime.choose_dtype(config.runtime.dtype, device)
+    here = runtime.Runtime(device=device, dtype=dtype).describe()
     # Absolute, because the settings of a stage hold the folders of its teachers.
     folder = (out or Path("runs") / config.name).resolve()
     is_new = not folder.exists()
@@ -253,10 +252,10 @@ def report(folder: Path, as_json: _Json = False) -> None:
 def recipes() -> None:
     """List the recipes: purpose, hardware, time."""
     for name, path in _recipes().items():
-        header = [line[1:].strip() for line in _header(path)]
-        print(
-            f"{name} ({_evidence(path)})", *(f"    {line}" for line in header), sep="\n", end="\n\n"
-        )
+        lines = path.read_text(encoding="utf-8").splitlines()
+        header = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        words = [f"    {line[1:].strip()}".rstrip() for line in header]
+        print(f"{name} ({_evidence(path)})", *words, "", sep="\n")
 
 
 def _recipes() -> dict[str, Path]:
@@ -300,7 +299,7 @@ def sample(
 ) -> None:
     """Draw, or edit a picture; one row per prompt.
 
-    Every row has the same seeds. A prompt is what to draw, or with --source what to change.
+    Every row has the same seeds. A prompt says what to draw, or with --source what to change.
     """
     if out.suffix.lower() != ".png":
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")

@@ -20,7 +20,7 @@ from burnish.policies.base import Policy
 from burnish.rewards.base import Reward
 from burnish.rollout import draw
 from burnish.runtime import Runtime
-from burnish.tracking import progress
+from burnish.tracking import progress, write_atomic, writing
 from burnish.types import Failed, NotApplicable, Prompt, Scored, ScoreRequest
 
 Row = dict[str, Any]
@@ -44,7 +44,7 @@ class EvaluationConfig(Config):
     """Prompts of each task for that mark."""
     num_steps: int = Field(default=10, ge=1)
     guidance_scale: float = Field(default=3.0, ge=1)
-    """Of the base and the teachers; a distilled student draws at 1."""
+    """Of the base; a stage is measured at the scale of its own rollouts, a student at 1."""
     seed: int = 10_000
     """Seeds of the pictures; far from those of training."""
 
@@ -118,8 +118,9 @@ def measure(
 
 def save_picture(path: Path, request: ScoreRequest) -> None:
     """Write one picture, enlarged without smoothing so that it can be seen in a page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(images.encode_webp(images.to_pil(request.image), quality=None))
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(images.encode_webp(images.to_pil(request.image), quality=None))
 
 
 def _rows(
@@ -142,8 +143,9 @@ def _rows(
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     """One JSON object a line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_scores(path: Path) -> list[Row]:

@@ -117,9 +117,9 @@ def places(config: "RuntimeConfig", num_jobs: int) -> list[dict[str, str]]:
 
 def _drop_result(folder: Path, job: str, *, everything: bool) -> None:
     """Remove a result that is no longer wanted; what a job may resume from stays."""
-    from burnish.stages import _job_folder, is_complete
+    from burnish.stages import is_complete, job_folder
 
-    target = _job_folder(folder, job)
+    target = job_folder(folder, job)
     if target.exists() and (everything or is_complete(folder, job)):
         # First the marker: a kill in between must not leave a complete job without its files.
         (target / "DONE").unlink(missing_ok=True)
@@ -153,7 +153,7 @@ class _Child:
     place: Mapping[str, str]
     offset: int
     """How much of the log has been read; earlier attempts are before it."""
-    progress: str = "starting"
+    progress: str = ""
     last: str = ""
     error: str = ""
     share: float = 0.0
@@ -185,8 +185,8 @@ class _Child:
     @property
     def line(self) -> str:
         """One line for the screen; most progress lines begin with the name of the stage."""
-        name = self.job.split("/")[-1]
-        return self.progress if name in self.progress else f"{self.job}: {self.progress}"
+        is_named = self.progress.partition(":")[0].endswith(self.job.split("/")[-1])
+        return self.progress if is_named else f"{self.job}: {self.progress or 'starting'}"
 
     def failure(self) -> JobError:
         """Why the job ended, in the words of the job where it had any."""
@@ -257,11 +257,14 @@ def _ready(waiting: Jobs, running: Sequence[_Child]) -> list[str]:
 
 
 def _start(job: str, command: Sequence[str], log: Path, place: Mapping[str, str]) -> _Child:
-    from burnish.tracking import writing
-
-    with writing(log):
+    try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
+    except OSError:
+        from burnish.tracking import writing
+
+        with writing(log):
+            raise
     with output:
         offset = output.tell()
         process = subprocess.Popen(

@@ -8,6 +8,7 @@ seed and step, so resuming needs no state and ranks agree without talking.
 import base64
 import binascii
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from burnish import images, runtime
 from burnish.config import Config, ConfigError, nearest
 from burnish.types import Prompt, Task
 
+_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 _KEYS = ("id", "text", "task", "category", "source", "tags", "facts")
 
 
@@ -43,11 +45,16 @@ def read_prompts(path: Path) -> list[Prompt]:
         )
     prompts: list[Prompt] = []
     seen: set[str] = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: need readable UTF-8 text, got {error}; mend the file") from None
+    # By newline alone: JSON text may hold other characters that end a line for `splitlines`.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        prompt = _prompt(line, where, path.parent, default_id=str(number))
+        prompt = _prompt(line, where, path.parent, default_id=f"{path.stem}-{number}")
         if prompt.id in seen:
             raise ConfigError(f"{where}: need distinct ids, got {prompt.id!r} twice; rename one")
         seen.add(prompt.id)
@@ -60,9 +67,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except ValueError:
         raise ConfigError(
-            f"{where}: need one JSON object a line, got {error}; mend the line"
+            f"{where}: need one JSON object a line, got {line[:60]!r}; mend the line"
         ) from None
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise ConfigError(
@@ -76,18 +83,26 @@ def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
     task = row.get("task", "edit" if row.get("source") else "t2i")
     if task not in ("t2i", "edit"):
         raise ConfigError(f"{where}: need task t2i or edit, got {task!r}; mend the line")
+    tags, facts = row.get("tags", []), row.get("facts", {})
+    if not isinstance(tags, list) or not isinstance(facts, dict):
+        raise ConfigError(f"{where}: need a list of tags and a mapping of facts; mend the line")
+    name = str(row.get("id", default_id))
+    if not _ID.fullmatch(name):
+        raise ConfigError(
+            f"{where}: need an id of letters, digits and . _ -, got {name!r}; it names files"
+        )
     source = _source(row.get("source"), where, folder)
     if (source is None) != (task == "t2i"):
         given = "a source image" if source else "no source image"
         raise ConfigError(f"{where}: need a source image for an edit only, got {given} for {task}")
     return Prompt(
-        id=str(row.get("id", default_id)),
+        id=name,
         text=row["text"],
         task=task,
         category=str(row.get("category", "general")),
         source=source,
-        tags=tuple(row.get("tags", ())),
-        facts=row.get("facts", {}),
+        tags=tuple(map(str, tags)),
+        facts=facts,
     )
 
 

@@ -10,6 +10,7 @@ leaves is in the run folder:
 """
 
 import importlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -26,9 +27,13 @@ from burnish.tracking import Run, write_atomic
 from burnish.training import AnyReward, StageConfig, train
 from burnish.types import Prompt
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
+
 BASE = "base"
 UNGUIDED = "base-unguided"
 BEST_OF = "base-best-of"
+BASES = (BASE, UNGUIDED, BEST_OF)
+"""The ways in which the base itself is measured."""
 STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
 
@@ -58,15 +63,18 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _stages_follow(self) -> "RunConfig":
         for place, (name, stage) in enumerate(self.stages.items()):
+            if name in BASES or not _NAME.fullmatch(name):
+                raise ValueError(
+                    f"need a stage name of letters, digits, _ and -, and not {BASE}..., "
+                    f"got {name!r}; rename the stage"
+                )
             known = [BASE, *list(self.stages)[:place]]
             for wanted in (stage.start, *_referred(stage)):
                 if wanted not in known:
                     raise ValueError(
                         f"need stages that come before {name!r}, got {wanted!r}; did you mean "
-                        f"{nearest(wanted, known)!r}?"
+                        f"{nearest(wanted, known) or known[-1]!r}?"
                     )
-            if name in (BASE, UNGUIDED, BEST_OF):
-                raise ValueError(f"need another name for the stage {name!r}; it is taken")
         return self
 
     def deployed_scale(self, policy: str) -> float:
@@ -88,8 +96,7 @@ class RunConfig(Config):
         for name, stage in self.stages.items():
             needs = (stage.start, *_referred(stage))
             jobs[f"train/{name}"] = tuple(f"train/{n}" for n in dict.fromkeys(needs) if n != BASE)
-        for name in (BASE, BEST_OF, UNGUIDED):
-            jobs[f"measure/{name}"] = ()
+        jobs[f"measure/{BASE}"] = ()
         for name in self.stages:
             jobs[f"measure/{name}"] = (f"train/{name}",)
         return jobs
@@ -135,10 +142,11 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
 
 def is_complete(folder: Path, job: str) -> bool:
     """Whether a job has left its result."""
-    return (_job_folder(folder, job) / "DONE").is_file()
+    return (job_folder(folder, job) / "DONE").is_file()
 
 
-def _job_folder(folder: Path, job: str) -> Path:
+def job_folder(folder: Path, job: str) -> Path:
+    """Where a job leaves its result."""
     kind, name = job.split("/", 1)
     return folder / ("stages" if kind == "train" else "evaluation") / name
 
@@ -147,47 +155,49 @@ def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
     """Do one job in this process and mark it complete."""
     kind, name = job.split("/", 1)
     (_run_stage if kind == "train" else _measure)(config, folder, name, rt)
-    write_atomic(_job_folder(folder, job) / "DONE", "")
+    write_atomic(job_folder(folder, job) / "DONE", "")
 
 
 def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
-    stage = with_folders(config.stages[name], folder)
+    stage = config.stages[name]
     start = config.policy.path if stage.start == BASE else STAGE + stage.start
     policy = load_policy(config.policy, model_folder(folder, start), rt)
-    run = Run.create(_job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
-    train(stage, policy, run, rt, seed=config.seed, label=name)
+    # By its own words, so that a run can be moved; what it refers to is looked up here.
+    run = Run.create(job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
+    train(with_folders(stage, folder), policy, run, rt, seed=config.seed, label=name)
 
 
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
-    plan = config.evaluation
     path = STAGE + name if name in config.stages else config.policy.path
     policy = load_policy(config.policy, model_folder(folder, path), rt)
-    judge = config.judge.build()
-    wanted = plan.best_of_prompts if name == BEST_OF else plan.num_prompts
-    tasks = config.tasks(name)
-    sets: list[tuple[list[Prompt], int]] = [
-        (
-            _some(read_prompts(located(plan.prompts)), tasks, wanted),
-            plan.best_of if name == BEST_OF else plan.num_seeds,
-        )
-    ]
-    if plan.knowledge is not None and name != BEST_OF:
+    for role in BASES if name == BASE else (name,):
+        _measure_role(config, folder / "evaluation" / role, role, policy, rt)
+
+
+def _measure_role(
+    config: RunConfig, target: Path, name: str, policy: Policy[Any, Any], rt: Runtime
+) -> None:
+    """Rows and pictures of one policy, at one guidance."""
+    plan, tasks, is_best_of = config.evaluation, config.tasks(name), name == BEST_OF
+    wanted = plan.best_of_prompts if is_best_of else plan.num_prompts
+    held_out = _some(read_prompts(located(plan.prompts)), tasks, wanted)
+    sets = [(held_out, plan.best_of if is_best_of else plan.num_seeds)]
+    if plan.knowledge is not None and not is_best_of:
         sets.append((_some(read_prompts(located(plan.knowledge)), tasks, plan.num_prompts), 1))
-    target = _job_folder(folder, f"measure/{name}")
+    judge = config.judge.build()
     rows: list[Row] = []
     for prompts, num_seeds in sets:
-        if prompts:
-            rows += measure(
-                policy,
-                prompts,
-                judge,
-                rt,
-                name=name,
-                config=plan,
-                guidance_scale=config.deployed_scale(name),
-                num_seeds=num_seeds,
-                pictures=None if name == BEST_OF else target / "pictures",
-            )
+        rows += measure(
+            policy,
+            prompts,
+            judge,
+            rt,
+            name=name,
+            config=plan,
+            guidance_scale=config.deployed_scale(name),
+            num_seeds=num_seeds,
+            pictures=None if is_best_of else target / "pictures",
+        )
     write_rows(target / "scores.jsonl", rows)
 
 
@@ -197,6 +207,6 @@ def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Pro
 
 def all_scores(config: RunConfig, folder: Path) -> list[Row]:
     """The rows of every policy measured so far."""
-    names = [job.split("/", 1)[1] for job in config.jobs() if job.startswith("measure/")]
+    names = (*BASES, *config.stages)
     files = [folder / "evaluation" / name / "scores.jsonl" for name in names]
     return [row for file in files if file.is_file() for row in read_scores(file)]

@@ -317,8 +317,7 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
         if result["score"] is None:
             yield f"There are no scores of {where}."
         elif not result["is_valid"]:
-            count = result["num_failed"]
-            yield f"The scores of {where} are invalid: {count} pictures could not be scored."
+            yield f"The scores of {where} are invalid: {result['num_failed']} pictures have none."
     for space in summary["headroom"]:
         if space["best"] is None:
             yield f"There is no best-of-{summary['best_of']} of the base on {space['task']}."
@@ -344,8 +343,8 @@ def shown(number: Number, *, signed: bool = False, digits: int = 3, scale: float
 def table(summary: Mapping[str, Any]) -> Table:
     """What a run prints at its end: scores, and gains and shares with their intervals."""
     title = f"{summary['name']}: {summary['headline']} on held-out prompts, 95 % intervals"
-    found = _table(title, ("policy",), ("NFE", "score", "gain over base", "", "% of teacher"))
-    found.columns[4].header = f"% to best-{summary['best_of']}"
+    best = f"% to best-{summary['best_of']}"
+    found = _table(title, ("policy",), ("NFE", "score", "gain over base", best, "% of teacher"))
     policies = {policy["policy"]: policy for policy in summary["policies"]}
     kept = {(k["student"], k["task"]): k["kept"] for k in summary["distillation"]}
     for task in policies[BASE]["tasks"]:
@@ -386,7 +385,7 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
         spent = "missing" if minutes is None else f"{minutes:.1f}"
         for rate in stage["rates"]:
             rates = (rate["per_1000_images"], rate["per_minute"])
-            gains = (shown(one, signed=True, digits=1, scale=100.0) for one in rates)
+            gains = (shown(one, digits=1, scale=100.0) for one in rates)
             found.add_row(name, method, rate["task"], drawn, spent, *gains)
     return found
 

@@ -17,8 +17,8 @@ from burnish import checkpoint, runtime
 from burnish.config import ConfigError, parse
 from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.tracking import Run, RunError
-from burnish.training import StageConfig, train
+from burnish.tracking import Run
+from burnish.training import SelfCheckError, StageConfig, train
 
 REWARDS = {
     "content": {"kind": "oracle", "dimension": "composite"},
@@ -159,16 +159,16 @@ def test_a_teacher_of_another_encoder_is_refused(model: Path, tmp_path: Path) ->
         start(tmp_path / "run", model, data)
 
 
-def test_a_task_without_a_teacher_is_refused(model: Path, tmp_path: Path) -> None:
+def test_a_task_without_a_teacher_is_refused(model: Path) -> None:
     data = settings("distill", model)
     data["prompts"]["tasks"] = ["edit"]
     with pytest.raises(ConfigError, match="need a teacher for task 'edit'"):
-        start(tmp_path, model, data)
+        parse(StageConfig, data)
 
 
 def test_weights_that_do_not_move_stop_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: None)
-    with pytest.raises(RunError, match="self-check: need weights that move"):
+    with pytest.raises(SelfCheckError, match="need weights that move"):
         start(tmp_path, model, settings("distill", model))

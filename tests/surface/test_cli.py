@@ -43,20 +43,25 @@ def prompts(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def recipe(tmp_path: Path, model: Path, prompts: Path) -> Path:
-    """One teacher in two tiny steps."""
+    """A model distilled into itself, guidance included, in two tiny steps."""
     plan = {
         "name": "tiny",
         "policy": {"path": str(model), "resolution": 64},
         "runtime": {"device": "cpu", "threads": 1},
         "stages": {
-            "teacher": {
+            "student": {
                 "steps": 2,
                 "prompts_per_step": 2,
                 "save_every": 1,
                 "prompts": {"path": str(prompts), "tasks": ["t2i"]},
-                "rollout": {"num_steps": 2, "group_size": 2, "window": 0, "keep": "none"},
-                "rewards": {"quality": {"kind": "oracle", "dimension": "quality"}},
-                "algorithm": {"kind": "nft", "num_levels": 1},
+                "rollout": {
+                    "num_steps": 2,
+                    "guidance_scale": 1.0,
+                    "group_size": 1,
+                    "window": 0,
+                    "keep": 1,
+                },
+                "algorithm": {"kind": "distill", "teachers": {"t2i": {"path": str(model)}}},
                 "optimizer": {"num_updates": 1},
             }
         },
@@ -198,7 +203,7 @@ def test_teachers_must_be_given(refused: Refused, model: Path) -> None:
         ('{"txt": "a cat"}', 'need an object with a "text"'),
         ('{"text": "a cat", "categry": "x"}', "did you mean 'category'?"),
         ('{"text": "brighter", "source": "cut.png"}', "need a whole PNG"),
-        ('{"text": "brighter", "source": "none.png"}', "need the image none.png"),
+        ('{"text": "brighter", "source": "none.png"}', "none.png: No such file"),
     ],
 )
 def test_a_broken_prompt_is_named_by_line(
@@ -215,9 +220,9 @@ def test_a_broken_prompt_is_named_by_line(
 
 def test_prompts_must_fit_the_stages(refused: Refused, recipe: Path) -> None:
     """A task without prompts, and a step that wants more than there are."""
-    assert "none in" in refused("run", recipe, "stages.teacher.prompts.tasks=[edit]")
-    said = refused("run", recipe, "stages.teacher.prompts_per_step=3")
-    assert "stages.teacher.prompts_per_step: need at least 3 prompts" in said
+    assert "none in" in refused("run", recipe, "stages.student.prompts.tasks=[edit]")
+    said = refused("run", recipe, "stages.student.prompts_per_step=3")
+    assert "stages.student.prompts_per_step: need at least 3 prompts" in said
 
 
 @pytest.mark.parametrize(
@@ -229,7 +234,8 @@ def test_a_bad_source_is_refused(kind: str, words: str, refused: Refused, tmp_pa
     path = tmp_path / "source.png"
     side = 8000 if kind == "large" else 64
     Image.new("1", (side, side)).save(path)
-    data = {"text": b"no image", "cut": path.read_bytes()[:60], "large": path.read_bytes()}[kind]
+    whole = path.read_bytes()
+    data = {"text": b"no image", "cut": whole[: len(whole) // 2], "large": whole}[kind]
     path.write_bytes(data)
     assert words in refused("sample", "brighter", "--source", path)
 
@@ -277,19 +283,19 @@ def test_a_run_is_trained_measured_and_reported(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["folder"] == str(out) and Path(found["report"]).is_file()
     assert (out / "config.yaml").is_file() and found["summary"]["name"] == "tiny"
-    rows = (out / "stages" / "teacher" / "metrics.jsonl").read_bytes()
+    rows = (out / "stages" / "student" / "metrics.jsonl").read_bytes()
     assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
-    assert (out / "stages" / "teacher" / "metrics.jsonl").read_bytes() == rows
+    assert (out / "stages" / "student" / "metrics.jsonl").read_bytes() == rows
     capsys.readouterr()
     assert cli.main(["run", str(recipe), "seed=1", "--out", str(out)]) == 2
     said = capsys.readouterr().err
     assert "belongs to another run (seed: 0 there, 1 here)" in said and said.count("\n") == 1
     picture = tmp_path / "picture.png"
     command = ["sample", "a cat", "a dog", "--count", "3", "--out", str(picture)]
-    assert cli.main([*command, "--model", str(out / "teacher")]) == 0
+    assert cli.main([*command, "--model", str(out / "student")]) == 0
     assert Image.open(picture).size == (3 * 64 + 4, 2 * 64 + 2)
     assert cli.main([*command, "--model", str(out)]) == 2
-    assert f"take {out / 'teacher'}" in capsys.readouterr().err
+    assert f"take {out / 'student'}" in capsys.readouterr().err
     assert cli.main(["report", str(out)]) == 0
 
 
@@ -300,7 +306,7 @@ def test_a_damaged_checkpoint_is_told(
     out = tmp_path / "run"
     monkeypatch.setattr(launcher, "run_jobs", lambda *_, **__: None)
     assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
-    command, stage = ["job", str(out), "train/teacher"], out / "stages" / "teacher"
+    command, stage = ["job", str(out), "train/student"], out / "stages" / "student"
     assert cli.main(command) == 0
     for damaged, code, words in ((2, 0, "falling back to the checkpoint of step 1"), (1, 2, "all")):
         (stage / "DONE").unlink(missing_ok=True)
@@ -311,6 +317,30 @@ def test_a_damaged_checkpoint_is_told(
         lines = [line for line in capsys.readouterr().err.splitlines() if "burnish: " in line]
         assert len(lines) == 1 and words in lines[0]
         assert lines[0].startswith(launcher.NOTE) == (code == 0)
+
+
+def test_a_run_that_was_refused_late_leaves_nothing(
+    recipe: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or else the corrected command would find the folder of another run."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise JobError("train/student: need a, got b; do c", 2)
+
+    monkeypatch.setattr(launcher, "run_jobs", fail)
+    said = refused("run", recipe, "--out", "fresh")
+    assert said == "burnish: train/student: need a, got b; do c\n"
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """With the exit code for it, and its folder kept."""
+    monkeypatch.setattr(launcher, "run_jobs", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == STOPPED
+    said = "burnish: stopped; start the same command again to resume\n"
+    assert capsys.readouterr().err == said
+    assert (tmp_path / "run" / "run.json").is_file()
 
 
 def test_the_doctor_says_what_to_do(

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.advantages import Advantages, group_advantages
+from burnish.advantages import Advantages, group_advantages, normalised_weights
 from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, scored_values
-from burnish.types import Group, LossOutput, Prompt, Signal
+from burnish.types import Group, LossOutput, Prompt, Signal, Task
 
 LearnsFrom = Literal["transitions", "samples", "path"]
 """Stochastic steps of the window, finished samples, or the states along an unguided path."""
@@ -36,6 +36,10 @@ class AlgorithmConfig(Config, ABC):
     @abstractmethod
     def learns_from(self) -> LearnsFrom:
         """What of a rollout it reads, so that a rollout without it can be refused early."""
+
+    def covers(self, task: Task) -> bool:
+        """Whether it can train on prompts of this task."""
+        return True
 
     @property
     def one_task_per_step(self) -> bool:
@@ -199,8 +203,22 @@ def reward_advantages(
     for r, name in enumerate(names):
         if present[r].any():
             metrics[f"reward/{name}"] = float(values[r][present[r]].mean())
-    total = weights.sum(dim=0, keepdim=True).clamp_min(1e-9)
-    composite = ((weights / total)[..., None] * values).sum(dim=0)
-    metrics["reward/mean"] = float(composite.mean())
-    metrics["reward/group_std"] = float(composite.std(dim=1, correction=0).mean())
-    return advantages, metrics
+    return advantages, metrics | _composite(values, present, weights)
+
+
+def _composite(values: Tensor, present: Tensor, weights: Tensor) -> dict[str, float]:
+    """Mean weighted reward, and its mean spread within a group, of the samples with all scores."""
+    shares = normalised_weights(weights)[..., None]
+    counted = (present | (shares == 0)).all(dim=0) & (weights.sum(dim=0) > 0)[:, None]
+    composite = (shares * values).sum(dim=0)
+    spreads = [
+        float(row[kept].std(correction=0))
+        for row, kept in zip(composite, counted, strict=True)
+        if bool(kept.any())
+    ]
+    if not spreads:
+        return {}
+    return {
+        "reward/mean": float(composite[counted].mean()),
+        "reward/group_std": sum(spreads) / len(spreads),
+    }

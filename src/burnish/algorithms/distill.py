@@ -62,6 +62,9 @@ class DistillConfig(AlgorithmConfig):
     def needs_rewards(self) -> bool:
         return False
 
+    def covers(self, task: Task) -> bool:
+        return task in self.teachers
+
     @property
     def one_task_per_step(self) -> bool:
         return True

@@ -42,7 +42,7 @@ class AutoencoderPlan:
     """How long and how fast the autoencoder is trained."""
 
     steps: int = 1500
-    decoder_steps: int = 900
+    decoder_steps: int = 700
     """Further steps of the decoder alone: they cost half as much and make pictures crisper."""
     batch_size: int = 32
     learning_rate: float = 2e-3

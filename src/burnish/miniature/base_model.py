@@ -28,11 +28,12 @@ ENCODER_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layer
 class BasePlan:
     """How long and how fast the base model is trained."""
 
-    steps: int = 4000
-    batch_size: int = 64
+    steps: int = 5000
+    batch_size: int = 24
+    """Examples of each process and step."""
     noise_levels: int = 3
     """Noise levels per example and step, sharing one prefix."""
-    learning_rate: float = 1.0e-3
+    learning_rate: float = 1.2e-3
     drop_prompt: float = 0.1
     edit_share: float = 0.4
     ema: float = 0.998

@@ -76,17 +76,17 @@ def world_prompts(split: str, count: int, seed: int, *, is_held: bool) -> list[P
 def knowledge_prompts(per_kind: int, seed: int) -> list[Prompt]:
     """Named people (flat) and styles (all categories), `per_kind` of each person and style."""
     rng = np.random.default_rng(seed)
-    prompts = [
-        scene_prompt(
-            f"person-{name}-{k}", sample_scene(rng, person=name, style="flat"), rng, "person"
-        )
-        for name in PEOPLE
-        for k in range(per_kind)
-    ]
-    for style in STYLES[1:]:
-        for k in range(2 * per_kind):
-            scene = sample_scene(rng, category=CATEGORIES[k % len(CATEGORIES)], style=style)
-            prompts.append(scene_prompt(f"style-{style}-{k}", scene, rng, "style"))
+    prompts = []
+    # In rounds over people and styles, so that the first few prompts already show them all.
+    for k in range(per_kind):
+        for name in PEOPLE:
+            scene = sample_scene(rng, person=name, style="flat")
+            prompts.append(scene_prompt(f"person-{name}-{k}", scene, rng, "person"))
+        for style in STYLES[1:]:
+            for half in range(2):
+                category = CATEGORIES[(2 * k + half) % len(CATEGORIES)]
+                scene = sample_scene(rng, category=category, style=style)
+                prompts.append(scene_prompt(f"style-{style}-{2 * k + half}", scene, rng, "style"))
     return prompts
 
 

@@ -28,6 +28,7 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa:
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -73,9 +74,11 @@ def learned_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Qwen's tokenizer class around byte pairs learnt elsewhere, with the pipeline's special
     tokens."""
-    return Qwen2TokenizerFast(
+    # Its annotation says text, its code also takes the pairs that a learner gives.
+    pairs: Any = list(merges)
+    return Qwen2Tokenizer(
         vocab=dict(vocabulary),
-        merges=list(merges),
+        merges=pairs,
         additional_special_tokens=list(SPECIAL_TOKENS[1:]),
     )
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -120,7 +121,13 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
                 f"need a {QwenImage21Pipeline.__name__} in {folder}, got {name}; "
                 "choose the family of that pipeline"
             )
-        pipeline = QwenImage21Pipeline.from_pretrained(folder, dtype=dtype).to(device)
+        try:
+            pipeline = QwenImage21Pipeline.from_pretrained(folder, dtype=dtype).to(device)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
+            ) from error
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
 

@@ -68,7 +68,7 @@ def measures(prompt: Prompt, pixels: np.ndarray) -> Measures:
 
 
 # Several dimensions of one picture are usually asked for one after the other.
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)
 def _measured(facts: str, pixels: bytes) -> Measures:
     known = json.loads(facts)
     picture = np.frombuffer(pixels, dtype=np.float32)

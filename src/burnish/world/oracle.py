@@ -12,12 +12,13 @@ else.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from burnish.world.edits import Edit
-from burnish.world.flaws import alternatives
+from burnish.world.flaws import alternatives, blur
 from burnish.world.render import render
 from burnish.world.scenes import LOOK, Scene, Value, attribute, domain
 
@@ -65,27 +66,49 @@ def _highpass(pixels: np.ndarray) -> np.ndarray:
     return pixels - np.mean(window, axis=0)
 
 
-def quality(pixels: np.ndarray, explanation: np.ndarray) -> float:
-    """Sharpness, speckle, bands and any other misfit against the best explanation; the worst
-    counts.
+@dataclass(frozen=True)
+class _Detail:
+    """What the fine structure of a right picture is like."""
 
-    Both `height width 3` in [0, 1]; the result is in [0, 1].
+    fine: np.ndarray
+    energy: float
+    blurred: float
+    """Sharpness that is left when the picture is out of focus."""
+    plain: np.ndarray
+    """True where there is no structure, so that any is noise."""
+
+
+@lru_cache(maxsize=4096)
+def _detail(scene: Scene) -> _Detail:
+    fine = _highpass(render(scene))
+    energy = max(float((fine**2).sum()), 1e-6)
+    blurred = float((_highpass(blur(render(scene))) * fine).sum()) / energy
+    return _Detail(fine, energy, blurred, np.abs(fine).max(axis=2) < 0.02)
+
+
+def quality(pixels: np.ndarray, seen: Scene) -> float:
+    """Sharpness, speckle, bands and any other misfit against what is seen; the worst counts.
+
+    Args:
+        pixels: `height width 3` in [0, 1].
+        seen: the scene that explains the picture best.
+
+    Returns:
+        A value in [0, 1].
     """
-    fine, fine_right = _highpass(pixels), _highpass(explanation)
-    sharpness = float((fine * fine_right).sum()) / max(float((fine_right**2).sum()), 1e-6)
-    rest = pixels - explanation
-    plain = np.abs(fine_right).max(axis=2) < 0.02
-    speckle = float(np.sqrt((_highpass(rest)[plain] ** 2).mean())) if plain.any() else 0.0
+    right = _detail(seen)
+    sharpness = float((_highpass(pixels) * right.fine).sum()) / right.energy
+    rest = pixels - render(seen)
+    speckle = float(np.sqrt((_highpass(rest)[right.plain] ** 2).mean())) if right.plain.any() else 0
     rows = rest.mean(axis=(1, 2))
-    bands = float(
-        np.sqrt(((rows - np.convolve(rows, np.ones(8) / 8, mode="same"))[4:-4] ** 2).mean())
-    )
+    smooth = np.convolve(rows, np.ones(8) / 8, mode="same")
+    bands = float(np.sqrt(((rows - smooth)[4:-4] ** 2).mean()))
     misfit = float(np.sqrt((rest**2).mean()))
     return min(
-        _ramp(sharpness, 0.45, 0.8),
-        1 - _ramp(speckle, 0.03, 0.06),
-        1 - _ramp(bands, 0.02, 0.06),
-        1 - _ramp(misfit, 0.055, 0.11),
+        _ramp(sharpness, right.blurred + 0.03, right.blurred + 0.20),
+        1 - _ramp(speckle, 0.018, 0.040),
+        1 - _ramp(bands, 0.030, 0.070),
+        1 - _ramp(misfit, 0.050, 0.100),
     )
 
 
@@ -138,7 +161,7 @@ def measure_scene(pixels: np.ndarray, scene: Scene) -> Measures:
     stated = [v for k, v in scores.items() if k not in scene.free and attribute(k) not in _PORTRAIT]
     measures = {
         "alignment": _strict_mean(stated),
-        "quality": quality(pixels, render(seen)),
+        "quality": quality(pixels, seen),
     }
     if scene.category == "portrait":
         measures["portrait"] = _strict_mean([v for k, v in scores.items() if k in _PORTRAIT])
@@ -166,7 +189,7 @@ def measure_edit(pixels: np.ndarray, edit: Edit) -> Measures:
     measures = {
         "instruction": instruction,
         "preservation": instruction * _strict_mean(list(kept.values())),
-        "quality": quality(pixels, render(seen)),
+        "quality": quality(pixels, seen),
     }
     measures["composite"] = float(np.mean(list(measures.values())))
     if edit.source.category == "portrait":
