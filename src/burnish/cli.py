@@ -213,7 +213,7 @@ def _finish(folder: Path, as_json: bool) -> None:
     page = report.write_report(folder)
     found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     console = Console()
-    console.print(summary.table(found))
+    console.print(summary.table(found), summary.cost_table(found))
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     if as_json:
         print(json.dumps({"folder": str(folder), "report": str(page), "summary": found}))

@@ -8,7 +8,7 @@ only method that sees gradients. Distillation is an algorithm like any other.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from burnish.advantages import Advantages, group_advantages, normalised_weights
 from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, scored_values
-from burnish.types import Group, LossOutput, Prompt, Signal, Task
+from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
 
 LearnsFrom = Literal["transitions", "samples", "path"]
 """Stochastic steps of the window, finished samples, or the states along an unguided path."""
@@ -27,24 +27,16 @@ LearnsFrom = Literal["transitions", "samples", "path"]
 class AlgorithmConfig(Config, ABC):
     """Base of the one config of each file on the shelf; its `kind` is the file's name."""
 
-    @property
-    @abstractmethod
-    def needs_rewards(self) -> bool:
-        """Whether groups must be scored before `credit`."""
-
-    @property
-    @abstractmethod
-    def learns_from(self) -> LearnsFrom:
-        """What of a rollout it reads, so that a rollout without it can be refused early."""
+    needs_rewards: ClassVar[bool] = True
+    """Whether groups must be scored before `credit`."""
+    learns_from: ClassVar[LearnsFrom]
+    """What of a rollout it reads, so that a rollout without it can be refused early."""
+    one_task_per_step: ClassVar[bool] = False
+    """Whether all prompts of a step must share one task."""
 
     def covers(self, task: Task) -> bool:
         """Whether it can train on prompts of this task."""
         return True
-
-    @property
-    def one_task_per_step(self) -> bool:
-        """Whether all prompts of a step must share one task."""
-        return False
 
     @abstractmethod
     def build(self, setting: "Setting") -> "Algorithm":
@@ -168,6 +160,17 @@ class Algorithm(ABC):
         """Mean loss over the states of one micro-batch."""
 
 
+def credited(
+    groups: Sequence[Group], advantages: Advantages
+) -> Iterator[tuple[Group, int, Trajectory, float]]:
+    """Group, place in it, trajectory and advantage of every sample of the groups worth training
+    on."""
+    for g, group in enumerate(groups):
+        if bool(advantages.keep[g]):
+            for place, trajectory in enumerate(group.trajectories):
+                yield group, place, trajectory, float(advantages.advantages[g, place])
+
+
 def reward_advantages(
     groups: Sequence[Group], configs: Mapping[str, RewardConfig]
 ) -> tuple[Advantages, dict[str, float]]:
@@ -200,6 +203,7 @@ def reward_advantages(
     advantages = group_advantages(values, present, weights, floors)
     asked = torch.tensor([[name in group.scores for group in groups] for name in names])
     metrics = {"reward/missing": 1.0 - float(present[asked].float().mean()) if asked.any() else 0.0}
+    metrics["data/dropped_groups"] = float((~advantages.keep).sum())
     for r, name in enumerate(names):
         if present[r].any():
             metrics[f"reward/{name}"] = float(values[r][present[r]].mean())

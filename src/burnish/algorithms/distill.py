@@ -13,7 +13,7 @@ that one on the device.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,9 @@ class TeacherConfig(Config):
 class DistillConfig(AlgorithmConfig):
     """Velocity matching on the student's own path."""
 
+    needs_rewards: ClassVar[bool] = False
+    learns_from: ClassVar[LearnsFrom] = "path"
+    one_task_per_step: ClassVar[bool] = True
     kind: Literal["distill"] = "distill"
     teachers: Mapping[Task, TeacherConfig]
     """Teacher of each task; a task without a teacher is an error, never a default."""
@@ -54,20 +57,8 @@ class DistillConfig(AlgorithmConfig):
             raise ValueError("need at least one teacher, got none; name one for each task")
         return self
 
-    @property
-    def learns_from(self) -> LearnsFrom:
-        return "path"
-
-    @property
-    def needs_rewards(self) -> bool:
-        return False
-
     def covers(self, task: Task) -> bool:
         return task in self.teachers
-
-    @property
-    def one_task_per_step(self) -> bool:
-        return True
 
     def build(self, setting: Setting) -> "Distill":
         return Distill(self, setting)

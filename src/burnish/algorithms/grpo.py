@@ -13,7 +13,7 @@ before the first update.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,7 @@ from burnish.algorithms.base import (
     Batch,
     LearnsFrom,
     Setting,
+    credited,
     evaluate,
     reward_advantages,
 )
@@ -36,19 +37,12 @@ from burnish.types import Group, LossOutput, Signal
 class GrpoConfig(AlgorithmConfig):
     """Clipped policy gradient over the transitions of the window."""
 
+    learns_from: ClassVar[LearnsFrom] = "transitions"
     kind: Literal["grpo"] = "grpo"
     gain: float = Field(default=1.0, gt=0)
     """1 is exact if both branches move alike, the guidance scale if only the conditional moves."""
     clip_range: float = Field(default=1e-3, gt=0)
     """On the normalised ratio, which is a mean over latent dimensions and stays close to 1."""
-
-    @property
-    def learns_from(self) -> LearnsFrom:
-        return "transitions"
-
-    @property
-    def needs_rewards(self) -> bool:
-        return True
 
     def build(self, setting: Setting) -> "Grpo":
         return Grpo(self, setting)
@@ -62,20 +56,16 @@ class Grpo(Algorithm):
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
         advantages, metrics = reward_advantages(groups, self._setting.rewards)
-        signals = []
-        for g, group in enumerate(groups):
-            for t, trajectory in enumerate(group.trajectories):
-                if not bool(advantages.keep[g]):
-                    continue
-                signals.append(
-                    Signal(
-                        prompt=group.prompt,
-                        latents=trajectory.latents,
-                        sigmas=trajectory.sigmas,
-                        fields={"sigmas_next": trajectory.sigmas_next, "noise": trajectory.noise},
-                        advantage=float(advantages.advantages[g, t]),
-                    )
-                )
+        signals = [
+            Signal(
+                prompt=group.prompt,
+                latents=trajectory.latents,
+                sigmas=trajectory.sigmas,
+                fields={"sigmas_next": trajectory.sigmas_next, "noise": trajectory.noise},
+                advantage=advantage,
+            )
+            for group, _, trajectory, advantage in credited(groups, advantages)
+        ]
         if self._setting.num_updates > 1:
             signals = self._with_old_velocity(signals)
         return signals, metrics

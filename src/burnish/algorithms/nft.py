@@ -17,7 +17,7 @@ and only the difference that reward makes is learnt.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -29,6 +29,7 @@ from burnish.algorithms.base import (
     Batch,
     LearnsFrom,
     Setting,
+    credited,
     evaluate,
     evaluate_guided,
     reward_advantages,
@@ -43,6 +44,7 @@ from burnish.types import Group, LossOutput, Signal
 class NftConfig(AlgorithmConfig):
     """Negative-aware fine-tuning on noised samples."""
 
+    learns_from: ClassVar[LearnsFrom] = "samples"
     kind: Literal["nft"] = "nft"
     beta: float = Field(default=1.0, gt=0)
     """Distance between the implied good and bad policies."""
@@ -61,14 +63,6 @@ class NftConfig(AlgorithmConfig):
             raise ValueError(f"need 0 <= low < high <= 1, got noise_range={self.noise_range}")
         return self
 
-    @property
-    def learns_from(self) -> LearnsFrom:
-        return "samples"
-
-    @property
-    def needs_rewards(self) -> bool:
-        return True
-
     def build(self, setting: Setting) -> "Nft":
         return Nft(self, setting)
 
@@ -82,15 +76,10 @@ class Nft(Algorithm):
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
         advantages, metrics = reward_advantages(groups, self._setting.rewards)
         signals = []
-        for g, group in enumerate(groups):
-            for t, trajectory in enumerate(group.trajectories):
-                if not bool(advantages.keep[g]):
-                    continue
-                names = (step, group.prompt.id, t)
-                draws = runtime.generator(self._setting.seed, "forward process", *names)
-                signals.append(
-                    self._noised(group, trajectory.clean, float(advantages.advantages[g, t]), draws)
-                )
+        for group, place, trajectory, advantage in credited(groups, advantages):
+            names = ("forward process", step, group.prompt.id, place)
+            draws = runtime.generator(self._setting.seed, *names)
+            signals.append(self._noised(group, trajectory.clean, advantage, draws))
         policy, chunk = self._setting.policy, self._setting.micro_batch
         if self._config.anchor == "guided":
             pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance_scale)

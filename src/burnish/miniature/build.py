@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 
 from burnish import runtime
 from burnish.miniature.autoencoder import AutoencoderPlan, train_autoencoder
@@ -76,6 +77,7 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     facts["processes"] = rt.world_size
     if rt.is_main:
         policy.save(out / "weights" / "base")
+        store_half(out / "weights" / "base")
         write_card(out / "weights" / "base", facts)
         for name, prompts in prompt_sets().items():
             write_prompts(out / "prompts" / f"{name}.jsonl", prompts)
@@ -135,6 +137,21 @@ class _Losses:
 def _losses(label: str, steps: int) -> Iterator[_Losses]:
     with progress(label, steps) as bar:
         yield _Losses(bar)
+
+
+def store_half(folder: Path) -> None:
+    """Rewrite all float32 weights below a folder as float16: half the package, the same pictures.
+
+    The configs go on saying float32, so that whoever loads the pipeline computes in float32.
+    """
+    for file in sorted(folder.rglob("*.safetensors")):
+        halves = {
+            name: tensor.half() if tensor.dtype == torch.float32 else tensor
+            for name, tensor in load_file(file).items()
+        }
+        if not all(bool(tensor.isfinite().all()) for tensor in halves.values()):
+            raise ValueError(f"need weights that float16 can hold, got larger ones in {file}")
+        save_file(halves, file, metadata={"format": "pt"})
 
 
 def write_card(folder: Path, facts: dict[str, Any]) -> None:
