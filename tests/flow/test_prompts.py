@@ -1,0 +1,92 @@
+"""Prompt sets: what is written reads back, what is broken is named, and draws are fair."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from burnish.config import ConfigError
+from burnish.images import encode_png
+from burnish.prompts import GroupSampler, read_prompts, write_prompts
+from burnish.types import Prompt
+
+SOURCE = encode_png(Image.new("RGB", (8, 8), "red"))
+
+
+def some(count: int, task: str = "t2i") -> list[Prompt]:
+    source = SOURCE if task == "edit" else None
+    names = [f"{task}-{number}" for number in range(count)]
+    return [Prompt(id=name, text=name, task=task, source=source) for name in names]  # type: ignore
+
+
+def file_with(path: Path, *lines: Any) -> Path:
+    path.write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n")
+    return path
+
+
+def test_a_written_set_reads_back(tmp_path: Path) -> None:
+    prompts = [
+        *some(2),
+        *some(2, "edit"),
+        Prompt(id="full", text="line\u2028end", category="portrait", tags=("a",), facts={"k": [1]}),
+    ]
+    write_prompts(tmp_path / "set.jsonl", prompts)
+    assert read_prompts(tmp_path / "set.jsonl") == prompts
+
+
+def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "red.png").write_bytes(SOURCE)
+    path = file_with(tmp_path / "set.jsonl", {"text": "make it blue", "source": "red.png"})
+    (prompt,) = read_prompts(path)
+    assert prompt.task == "edit" and prompt.source is not None and prompt.id == "set-1"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"', "need one JSON object"),
+        ({"txt": "a"}, "need an object with a"),
+        ({"text": "a", "categry": "x"}, "did you mean 'category'"),
+        ({"text": "a", "task": "draw"}, "need task t2i or edit"),
+        ({"text": "a", "task": "edit"}, "need a source image for an edit only"),
+        ({"text": "a", "source": "gone.png"}, "need a readable image file"),
+        ({"text": "a", "source": "data:image/png;base64,@@@"}, "need base64"),
+        ({"text": "a", "source": "data:image/png;base64,aGFsbG8="}, "need"),
+        ({"text": "a", "id": "../up"}, "need an id of letters"),
+        ({"text": "a", "tags": "abc"}, "need a list of tags"),
+        ({"text": "a", "id": "one"}, "need distinct ids"),
+    ],
+)
+def test_a_broken_line_is_named_by_file_and_number(line: Any, message: str, tmp_path: Path) -> None:
+    path = file_with(tmp_path / "set.jsonl", {"text": "fine", "id": "one"}, line)
+    with pytest.raises((ConfigError, ValueError), match=message) as caught:
+        read_prompts(path)
+    assert "set.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_prompt_comes_once_before_any_comes_again() -> None:
+    sampler = GroupSampler(some(12), per_step=3, seed=0)
+    epochs = [
+        [p.id for step in range(e * 4, e * 4 + 4) for p in sampler.prompts(step)] for e in (0, 1)
+    ]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(p.id for p in some(12))
+    assert epochs[0] != epochs[1]
+
+
+def test_draws_are_a_function_of_seed_and_step() -> None:
+    one, two, other = (GroupSampler(some(12), per_step=4, seed=s) for s in (0, 0, 1))
+    assert one.prompts(5) == two.prompts(5)
+    assert [one.prompts(s) for s in range(3)] != [other.prompts(s) for s in range(3)]
+
+
+def test_alternating_steps_have_one_task_each() -> None:
+    sampler = GroupSampler(some(6) + some(6, "edit"), per_step=2, seed=0, mixing="alternate")
+    tasks = [{prompt.task for prompt in sampler.prompts(step)} for step in range(6)]
+    assert tasks == [{"edit"}, {"t2i"}] * 3
+
+
+def test_too_few_prompts_for_a_step_are_refused() -> None:
+    with pytest.raises(ConfigError, match="need at least 5 prompts"):
+        GroupSampler(some(4), per_step=5, seed=0)
