@@ -14,6 +14,7 @@ class Loader(yaml.SafeLoader):
     """Safe loader by the 1.2 rules; a key that stands twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping, whose keys must differ."""
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for place, key in enumerate(keys):
             if key in keys[:place]:
@@ -27,6 +28,7 @@ class Dumper(yaml.SafeDumper):
     """Safe dumper by the same rules, so that what is written reads back the same."""
 
     def ignore_aliases(self, data: Any) -> bool:
+        """Write equal parts out instead of naming them."""
         return True
 
 

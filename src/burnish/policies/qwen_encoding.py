@@ -50,6 +50,7 @@ class EncodedPrompt:
 
     @property
     def num_bytes(self) -> int:
+        """Memory that keeping it costs."""
         return sum(part.nbytes for part in (self.embedding, self.is_image, self.source))
 
     @property

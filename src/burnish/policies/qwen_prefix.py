@@ -59,6 +59,7 @@ class KeyValueStore:
 
     @property
     def width(self) -> int:
+        """Padded number of prefix tokens."""
         return self.keys[0].shape[1]
 
     @classmethod
@@ -138,6 +139,7 @@ class GatheredCache:
         ]
 
     def get_layer(self, layer_idx: int) -> _GatheredLayer:
+        """The cache of one block."""
         return self.layers[layer_idx]
 
 
@@ -164,6 +166,7 @@ class QwenPrefix(Prefix):
 
     @classmethod
     def join(cls, prefixes: Sequence["QwenPrefix"]) -> "QwenPrefix":
+        """All samples of all prefixes, in order; parts of one join share their store."""
         stores = list({id(prefix.store): prefix.store for prefix in prefixes}.values())
         starts, start = {}, 0
         for store in stores:
