@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from burnish.algorithms.distill import DistillConfig
+from burnish.algorithms.distill import DistillConfig, TeacherConfig
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, write_rows
 from burnish.policies.base import Policy
@@ -75,6 +75,13 @@ class RunConfig(Config):
                         f"need stages that come before {name!r}, got {wanted!r}; did you mean "
                         f"{nearest(wanted, known) or known[-1]!r}?"
                     )
+            for teacher in _teachers(stage):
+                deployed = self.teacher_scale(teacher)
+                if teacher.guidance_scale not in (None, deployed):
+                    raise ValueError(
+                        f"need the scale {deployed:g} that {teacher.path} draws with, got "
+                        f"{teacher.guidance_scale:g}; leave the teacher's guidance_scale out"
+                    )
         return self
 
     def deployed_scale(self, policy: str) -> float:
@@ -82,6 +89,12 @@ class RunConfig(Config):
         if policy in self.stages:
             return self.stages[policy].rollout.guidance_scale
         return 1.0 if policy == UNGUIDED else self.evaluation.guidance_scale
+
+    def teacher_scale(self, teacher: TeacherConfig) -> float | None:
+        """Guidance of a teacher as it is deployed: a stage of this run has only one."""
+        if teacher.path.startswith(STAGE):
+            return self.deployed_scale(teacher.path.removeprefix(STAGE))
+        return teacher.guidance_scale
 
     def tasks(self, policy: str) -> tuple[str, ...]:
         """What a policy is measured on: a stage's own tasks, everything for the base."""
@@ -102,20 +115,29 @@ class RunConfig(Config):
         return jobs
 
 
+def _teachers(stage: StageConfig) -> list[TeacherConfig]:
+    if not isinstance(stage.algorithm, DistillConfig):
+        return []
+    return list(stage.algorithm.teachers.values())
+
+
 def _referred(stage: StageConfig) -> tuple[str, ...]:
     """Stages that a stage names by path: its teachers."""
-    if not isinstance(stage.algorithm, DistillConfig):
-        return ()
-    paths = [teacher.path for teacher in stage.algorithm.teachers.values()]
+    paths = [teacher.path for teacher in _teachers(stage)]
     return tuple(path.removeprefix(STAGE) for path in paths if path.startswith(STAGE))
 
 
-def with_folders(stage: StageConfig, folder: Path) -> StageConfig:
-    """The stage with `stage:` paths resolved into a run folder."""
+def with_folders(config: RunConfig, stage: StageConfig, folder: Path) -> StageConfig:
+    """The stage with `stage:` paths resolved into a run folder, teachers as they are deployed."""
     if not isinstance(stage.algorithm, DistillConfig):
         return stage
     teachers = {
-        task: teacher.model_copy(update={"path": str(model_folder(folder, teacher.path))})
+        task: teacher.model_copy(
+            update={
+                "path": str(model_folder(folder, teacher.path)),
+                "guidance_scale": config.teacher_scale(teacher),
+            }
+        )
         for task, teacher in stage.algorithm.teachers.items()
     }
     algorithm = stage.algorithm.model_copy(update={"teachers": teachers})
@@ -164,7 +186,7 @@ def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     policy = load_policy(config.policy, model_folder(folder, start), rt)
     # By its own words, so that a run can be moved; what it refers to is looked up here.
     run = Run.create(job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
-    train(with_folders(stage, folder), policy, run, rt, seed=config.seed, label=name)
+    train(with_folders(config, stage, folder), policy, run, rt, seed=config.seed, label=name)
 
 
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:

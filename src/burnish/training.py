@@ -23,6 +23,7 @@ from burnish.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
     LearnsFrom,
+    SelfCheckError,
     Setting,
     chunks,
     stack,
@@ -50,10 +51,6 @@ else:
         reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
     ]
     AnyReward = reduce(or_, shelf("burnish.rewards", RewardConfig))
-
-
-class SelfCheckError(RuntimeError):
-    """The program found itself wrong; nothing in the user's input would mend it."""
 
 
 class OptimizerConfig(Config):
@@ -295,10 +292,10 @@ def _update(
 ) -> dict[str, float]:
     """All optimizer steps on the signals of one rollout."""
     plan, parameters = config.optimizer, [p for _, p in state.policy.trainable()]
-    order = torch.randperm(len(signals), generator=runtime.generator(seed, "order", state.step))
+    turns = _turns(signals, plan.num_updates, runtime.generator(seed, "order", state.step))
     totals: dict[str, list[float]] = {}
     for update in range(plan.num_updates):
-        part = [signals[int(row)] for row in sorted(order[update :: plan.num_updates].tolist())]
+        part = [s for s, turn in zip(signals, turns, strict=True) if turn == update]
         states = sum(len(signal.sigmas) for signal in part)
         for chunk in chunks(part, plan.micro_batch):
             batch = stack(chunk, state.policy.device)
@@ -310,6 +307,11 @@ def _update(
             if state.step == update == 0:
                 _check_ratio(output.metrics, plan.num_updates)
         norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+        if not bool(norm.isfinite()):
+            raise RunError(
+                f"need a finite gradient, got {float(norm)} at step {state.step}; lower "
+                "optimizer.learning_rate and start again, the last checkpoint is as it was"
+            )
         totals.setdefault("policy/grad_norm", []).append(float(norm))
         _set_rate(config, state, state.step * plan.num_updates + update)
         witness = _moved(parameters) if state.step == update == 0 else None
@@ -331,6 +333,18 @@ def _check_ratio(metrics: Mapping[str, float], num_updates: int) -> None:
     ratio = metrics.get("policy/ratio_max", 1.0)
     if abs(ratio - 1) > allowed:
         raise SelfCheckError(f"need a ratio of 1 before the first update, got {ratio:.8g}")
+
+
+def _turns(signals: Sequence[Signal], num_updates: int, draws: torch.Generator) -> list[int]:
+    """Update of each signal: every group is dealt out evenly, so that advantages stay balanced."""
+    groups: dict[str, list[int]] = {}
+    for row, signal in enumerate(signals):
+        groups.setdefault(signal.prompt.id, []).append(row)
+    turns = [0] * len(signals)
+    for first, rows in enumerate(groups.values()):
+        for place, member in enumerate(torch.randperm(len(rows), generator=draws).tolist()):
+            turns[rows[member]] = (first + place) % num_updates
+    return turns
 
 
 def _moved(parameters: Sequence[Tensor]) -> Any:

@@ -18,7 +18,12 @@ from burnish.advantages import Advantages, group_advantages, normalised_weights
 from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, scored_values
-from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
+from burnish.types import Group, LossOutput, NotApplicable, Prompt, Signal, Task, Trajectory
+
+
+class SelfCheckError(RuntimeError):
+    """The program found itself wrong; nothing in the user's input would mend it."""
+
 
 LearnsFrom = Literal["transitions", "samples", "path"]
 """Stochastic steps of the window, finished samples, or the states along an unguided path."""
@@ -191,13 +196,7 @@ def reward_advantages(
                 if value is not None:
                     values[r, g, s], present[r, g, s] = value, True
     weights = torch.tensor(
-        [
-            [
-                configs[name].weight(g.prompt) * bool(present[r, i].any())
-                for i, g in enumerate(groups)
-            ]
-            for r, name in enumerate(names)
-        ]
+        [[configs[name].weight(g.prompt) * _has_say(g, name) for g in groups] for name in names]
     )
     floors = torch.tensor([configs[name].floor for name in names])
     advantages = group_advantages(values, present, weights, floors)
@@ -208,6 +207,12 @@ def reward_advantages(
         if present[r].any():
             metrics[f"reward/{name}"] = float(values[r][present[r]].mean())
     return advantages, metrics | _composite(values, present, weights)
+
+
+def _has_say(group: Group, name: str) -> bool:
+    """Whether a reward applies to a group; one that failed applies, and its samples drop out."""
+    scores = group.scores.get(name, ())
+    return any(not isinstance(score, NotApplicable) for score in scores)
 
 
 def _composite(values: Tensor, present: Tensor, weights: Tensor) -> dict[str, float]:

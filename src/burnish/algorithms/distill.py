@@ -38,7 +38,8 @@ class TeacherConfig(Config):
 
     path: str
     """A diffusers folder, or `stage:<name>` for the result of an earlier stage of the run."""
-    guidance_scale: float = Field(default=3.0, ge=1)
+    guidance_scale: float | None = Field(default=None, ge=1)
+    """None is the scale that its own stage drew with; a teacher from elsewhere must have one."""
 
 
 class DistillConfig(AlgorithmConfig):
@@ -120,6 +121,12 @@ class Distill(Algorithm):
 
     def __init__(self, config: DistillConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
+        for task, teacher in config.teachers.items():
+            if teacher.guidance_scale is None:
+                raise ConfigError(
+                    f"need the guidance scale that the teacher in {teacher.path} is deployed with, "
+                    f"got none; set algorithm.teachers.{task}.guidance_scale"
+                )
         self._teachers = Teachers(setting.policy, config.teachers)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
@@ -135,6 +142,7 @@ class Distill(Algorithm):
             for t in group.trajectories
         ]
         scale = self._config.teachers[task].guidance_scale
+        assert scale is not None, "refused when the algorithm was built"
         targets = evaluate_guided(teacher, signals, self._setting.micro_batch, scale)
         return [
             signal.with_fields(target=guided)

@@ -23,6 +23,7 @@ from burnish.algorithms.base import (
     AlgorithmConfig,
     Batch,
     LearnsFrom,
+    SelfCheckError,
     Setting,
     credited,
     evaluate,
@@ -33,6 +34,9 @@ from burnish.objectives import clipped_policy_loss, is_clipped
 from burnish.policies.base import Policy
 from burnish.types import Group, LossOutput, Signal
 
+LARGEST_REPLAY_GAP = 0.05
+"""Relative difference of velocities that other batch shapes in bfloat16 can make."""
+
 
 class GrpoConfig(AlgorithmConfig):
     """Clipped policy gradient over the transitions of the window."""
@@ -41,7 +45,7 @@ class GrpoConfig(AlgorithmConfig):
     kind: Literal["grpo"] = "grpo"
     gain: float = Field(default=1.0, gt=0)
     """1 is exact if both branches move alike, the guidance scale if only the conditional moves."""
-    clip_range: float = Field(default=1e-3, gt=0)
+    clip_range: float = Field(default=1e-5, gt=0)
     """On the normalised ratio, which is a mean over latent dimensions and stays close to 1."""
 
     def build(self, setting: Setting) -> "Grpo":
@@ -66,8 +70,12 @@ class Grpo(Algorithm):
             )
             for group, _, trajectory, advantage in credited(groups, advantages)
         ]
-        if self._setting.num_updates > 1:
-            signals = self._with_old_velocity(signals)
+        if step == 0 or self._setting.num_updates > 1:
+            with_old = self._with_old_velocity(signals)
+            if step == 0:
+                check_replay(groups, with_old)
+            if self._setting.num_updates > 1:
+                signals = with_old
         return signals, metrics
 
     def _with_old_velocity(self, signals: list[Signal]) -> list[Signal]:
@@ -100,3 +108,27 @@ class Grpo(Algorithm):
                 "policy/change": float((velocity - old).pow(2).mean().sqrt()),
             }
         return LossOutput(loss=losses.mean(), metrics=metrics)
+
+
+def check_replay(groups: Sequence[Group], signals: Sequence[Signal]) -> None:
+    """Prove that the trainer's conditional velocity is the one that drew the samples.
+
+    The first ratio compares new and old mean. Were the old one guided and the new one conditional,
+    or computed by another model, the recomputed velocity would not be the kept one.
+
+    Args:
+        groups: as they were drawn.
+        signals: with the recomputed conditional velocity as the field `old`.
+
+    Raises:
+        SelfCheckError: they differ by more than rounding in bfloat16 explains.
+    """
+    kept = {id(t.latents): t.conditional for group in groups for t in group.trajectories}
+    for signal in signals:
+        drawn, replayed = kept[id(signal.latents)], signal.fields["old"]
+        gap = float((drawn - replayed).pow(2).mean().sqrt() / drawn.pow(2).mean().sqrt())
+        if not gap <= LARGEST_REPLAY_GAP:
+            raise SelfCheckError(
+                f"need a replayed velocity equal to the sampled one, got {gap:.1%} difference for "
+                f"prompt {signal.prompt.id}; sampler and trainer do not run the same model"
+            )

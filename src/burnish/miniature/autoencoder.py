@@ -84,6 +84,10 @@ def train_autoencoder(
     vae = new_autoencoder()
     _fit(vae, list(vae.parameters()), draw, plan, runtime, range(plan.steps), on_step)
     mean, std = latent_statistics(vae, draw(512))
+    # Every process draws other pictures, and all must normalise alike.
+    statistics = torch.tensor([mean, std])
+    runtime.broadcast([statistics])
+    mean, std = statistics.tolist()
     vae.register_to_config(latents_mean=mean, latents_std=std)
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
     extra = range(plan.steps, plan.steps + plan.decoder_steps)

@@ -1,7 +1,7 @@
 """The miniature's prompt sets: what is trained on, what is held out, and what no reward rewards.
 
 * `train`: flat scenes and edits without held-out combinations, without named people and styles;
-* `held-out`: combinations that neither the base model nor any stage has seen;
+* `held-out`: combinations that no prompt of the base model's training or of a stage asks for;
 * `knowledge`: named people and styles, to see what a stage forgets.
 """
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from burnish.world.edits import Edit
-from burnish.world.flaws import alternatives, blur
+from burnish.world.flaws import alternatives
 from burnish.world.render import render
 from burnish.world.scenes import LOOK, Scene, Value, attribute, domain
 
@@ -34,7 +34,7 @@ def _ramp(value: float, low: float, high: float) -> float:
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=768)
 def _contrasts(scene: Scene) -> tuple[tuple[tuple[str, Value], ...], np.ndarray]:
     """(key, value) of every visible alternative, and A - T over |A - T|^2, one row each."""
     right = render(scene).ravel()
@@ -66,14 +66,21 @@ def _highpass(pixels: np.ndarray) -> np.ndarray:
     return pixels - np.mean(window, axis=0)
 
 
+_SHARPNESS = {
+    "general": (0.28, 0.36),
+    "landscape": (0.47, 0.58),
+    "portrait": (0.35, 0.60),
+    "typography": (0.20, 0.50),
+}
+"""Sharpness of a blurred and of a clean picture once the miniature's autoencoder has passed it."""
+
+
 @dataclass(frozen=True)
 class _Detail:
     """What the fine structure of a right picture is like."""
 
     fine: np.ndarray
     energy: float
-    blurred: float
-    """Sharpness that is left when the picture is out of focus."""
     plain: np.ndarray
     """True where there is no structure, so that any is noise."""
 
@@ -82,8 +89,7 @@ class _Detail:
 def _detail(scene: Scene) -> _Detail:
     fine = _highpass(render(scene))
     energy = max(float((fine**2).sum()), 1e-6)
-    blurred = float((_highpass(blur(render(scene))) * fine).sum()) / energy
-    return _Detail(fine, energy, blurred, np.abs(fine).max(axis=2) < 0.02)
+    return _Detail(fine, energy, np.abs(fine).max(axis=2) < 0.02)
 
 
 def quality(pixels: np.ndarray, seen: Scene) -> float:
@@ -105,7 +111,7 @@ def quality(pixels: np.ndarray, seen: Scene) -> float:
     bands = float(np.sqrt(((rows - smooth)[4:-4] ** 2).mean()))
     misfit = float(np.sqrt((rest**2).mean()))
     return min(
-        _ramp(sharpness, right.blurred + 0.03, right.blurred + 0.20),
+        _ramp(sharpness, *_SHARPNESS[seen.category]),
         1 - _ramp(speckle, 0.018, 0.040),
         1 - _ramp(bands, 0.030, 0.070),
         1 - _ramp(misfit, 0.050, 0.100),
@@ -139,7 +145,7 @@ def attribute_scores(pixels: np.ndarray, scene: Scene) -> tuple[dict[str, float]
         if raw < scores.get(key, np.inf):
             scores[key], seen[key] = float(raw), value
     suspects = [{key: seen[key]} for key, raw in scores.items() if raw < 0.5]
-    ramped = {key: _ramp(raw, 0.25, 0.75) for key, raw in scores.items()}
+    ramped = {key: _ramp(raw, 0.20, 0.60) for key, raw in scores.items()}
     return ramped, _explain(pixels, scene, suspects)
 
 

@@ -172,7 +172,7 @@ def _styled(canvas: Image.Image, style: str) -> np.ndarray:
     raise ValueError(f"need a style the renderer knows, got {style!r}")
 
 
-@lru_cache(maxsize=20_000)
+@lru_cache(maxsize=6_000)
 def _render(scene: Scene) -> np.ndarray:
     canvas = Image.new("RGB", (CANVAS, CANVAS))
     _PAINTERS[scene.category](ImageDraw.Draw(canvas), scene)
