@@ -77,6 +77,11 @@ class RunConfig(Config):
                     )
             for teacher in _teachers(stage):
                 deployed = self.teacher_scale(teacher)
+                if deployed is None:
+                    raise ValueError(
+                        f"need the guidance scale that the teacher in {teacher.path} is deployed "
+                        f"with, got none; set stages.{name}.algorithm.teachers.*.guidance_scale"
+                    )
                 if teacher.guidance_scale not in (None, deployed):
                     raise ValueError(
                         f"need the scale {deployed:g} that {teacher.path} draws with, got "

@@ -61,7 +61,10 @@ def recipe(tmp_path: Path, model: Path, prompts: Path) -> Path:
                     "window": 0,
                     "keep": 1,
                 },
-                "algorithm": {"kind": "distill", "teachers": {"t2i": {"path": str(model)}}},
+                "algorithm": {
+                    "kind": "distill",
+                    "teachers": {"t2i": {"path": str(model), "guidance_scale": 3.0}},
+                },
                 "optimizer": {"num_updates": 1},
             }
         },
@@ -141,7 +144,7 @@ def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]
     assert cli.main(["recipes"]) == 0
     out = capsys.readouterr().out
     names = [line.split(" (")[0] for line in out.splitlines() if line and line[0] != " "]
-    assert names == ["distill", "grpo", "miniature", "nft", "smoke"]
+    assert names == ["distill", "grpo", "miniature", "nft", "objectives", "smoke"]
     for word in ("burnish ", "Hardware: ", "Time: ", "Result: "):
         assert out.count(f"    {word}") >= len(names)
 
@@ -218,9 +221,14 @@ def test_a_broken_prompt_is_named_by_line(
     assert f"{prompts}:3: " in said and words in said
 
 
-def test_prompts_must_fit_the_stages(refused: Refused, recipe: Path) -> None:
-    """A task without prompts, and a step that wants more than there are."""
-    assert "none in" in refused("run", recipe, "stages.student.prompts.tasks=[edit]")
+def test_prompts_must_fit_the_stages(refused: Refused, recipe: Path, model: Path) -> None:
+    """A task without a teacher or prompts, and a step that wants more than there are."""
+    edits = "stages.student.prompts.tasks=[edit]"
+    assert "need a teacher for task 'edit'" in refused("run", recipe, edits)
+    teacher = f"stages.student.algorithm.teachers.edit={{path: {model}, guidance_scale: 3.0}}"
+    assert "none in" in refused("run", recipe, teacher, edits)
+    without = f"stages.student.algorithm.teachers.t2i={{path: {model}}}"
+    assert "need the guidance scale" in refused("run", recipe, without)
     said = refused("run", recipe, "stages.student.prompts_per_step=3")
     assert "stages.student.prompts_per_step: need at least 3 prompts" in said
 
