@@ -146,7 +146,7 @@ Mixing = Literal["together", "alternate"]
 
 
 class GroupSampler:
-    """Which prompts a step draws: no prompt twice in an epoch, which leaves out an odd remainder."""
+    """Which prompts a step draws: none twice in an epoch, which leaves out an odd remainder."""
 
     def __init__(
         self, prompts: Sequence[Prompt], *, per_step: int, seed: int, mixing: Mixing = "together"

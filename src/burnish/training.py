@@ -3,7 +3,8 @@
 One loop for every algorithm; it never asks which one runs. All random draws are functions of seed
 and step, so a resumed run repeats an uninterrupted one bit for bit. Before it spends anything the
 loop proves on its first step that weights move (and `grpo` that sampler and trainer agree); before
-it calls a result done it proves that the written weights are the trained ones. One process trains one stage.
+it calls a result done it proves that the written weights are the trained ones. One process trains
+one stage.
 """
 
 import shutil
