@@ -44,11 +44,11 @@ class Advantages:
     """What the loss is told; 0 for samples that count in no baseline."""
     contributions: Float[Tensor, "reward group sample"]
     """Weighted z-scores; they sum over rewards to the advantages before batch scale and clamp."""
-    share: Float[Tensor, "reward"]
+    share: Float[Tensor, " reward"]
     """Each reward's part in the sum of absolute contributions; sums to 1, or is all 0."""
     is_below_floor: Bool[Tensor, "reward group"]
     """The reward applies, but its std in the group is below its noise floor."""
-    keep: Bool[Tensor, "group"]
+    keep: Bool[Tensor, " group"]
     """Some sample of the group has a nonzero advantage; the others can be dropped and counted."""
 
 
@@ -145,7 +145,7 @@ def group_advantages(
     rewards: Float[Tensor, "reward group sample"],
     present: Bool[Tensor, "reward group sample"],
     weights: Float[Tensor, "reward group"],
-    floors: Float[Tensor, "reward"],
+    floors: Float[Tensor, " reward"],
     *,
     std_mode: StdMode = "group",
     combination: Combination = "each",
@@ -207,7 +207,7 @@ def group_range(
     rewards: Float[Tensor, "reward group sample"],
     present: Bool[Tensor, "reward group sample"],
     weights: Float[Tensor, "reward group"],
-) -> Float[Tensor, "group"]:
+) -> Float[Tensor, " group"]:
     """Range of the raw composite reward in each group: max_i C_i - min_i C_i, C = sum_k w_k R_k.
 
     The measure of prompt curation, which keeps a prompt if its range is larger than a threshold. It

@@ -24,7 +24,7 @@ from torch import Tensor
 
 Latents = Float[Tensor, "batch *latent"]
 """Anything shaped like the latents: the target's only, without padding or source-image tokens."""
-PerSample = Float[Tensor, "batch"]
+PerSample = Float[Tensor, " batch"]
 """One number per sample."""
 
 LARGEST_EULER_STD = 0.45

@@ -246,9 +246,9 @@ def velocity_pair(
 class Absorption:
     """How far the conditional branch has moved along the reference's guidance direction."""
 
-    cosine: Float[Tensor, "batch"]
+    cosine: Float[Tensor, " batch"]
     """Direction of the move, in [-1, 1]; 0 if nothing moved."""
-    projection: Float[Tensor, "batch"]
+    projection: Float[Tensor, " batch"]
     """Length of the move along guidance, in units of guidance: p raises the scale seen to 1 + p."""
 
 

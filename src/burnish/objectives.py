@@ -15,7 +15,7 @@ from torch import Tensor
 
 Velocity = Float[Tensor, "batch *latent"]
 """A velocity, noise - clean, shaped like the latents of the target."""
-PerSample = Float[Tensor, "batch"]
+PerSample = Float[Tensor, " batch"]
 """One number per sample."""
 
 SMALLEST_CLEAN_ERROR = 1e-5
@@ -75,7 +75,7 @@ def clipped_policy_loss(
 
 def is_clipped(
     log_ratio: PerSample, advantage: PerSample, *, clip_range: float
-) -> Bool[Tensor, "batch"]:
+) -> Bool[Tensor, " batch"]:
     """Where the clip decides the policy loss, so that a sample has no gradient.
 
         A > 0 and rho > 1 + clip_range,   or   A < 0 and rho < 1 - clip_range

@@ -32,7 +32,7 @@ from burnish.algorithms.base import (
 from burnish.config import Config, ConfigError, located, shelf
 from burnish.policies.base import Policy
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts
-from burnish.rewards.base import AsyncRubric, RewardConfig, Rubric
+from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.tracking import Run, RunError, progress, writing
@@ -43,15 +43,18 @@ if TYPE_CHECKING:
     from burnish.algorithms.grpo import GrpoConfig
     from burnish.algorithms.nft import NftConfig
     from burnish.rewards.oracle import OracleConfig
+    from burnish.rewards.vlm import VlmConfig
 
     AnyAlgorithm = GrpoConfig | NftConfig | DistillConfig
-    AnyReward = OracleConfig
+    AnyReward = OracleConfig | VlmConfig
 else:
     # What is on the shelf can be configured; nothing else lists it.
     AnyAlgorithm = Annotated[
         reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
     ]
-    AnyReward = reduce(or_, shelf("burnish.rewards", RewardConfig))
+    AnyReward = Annotated[
+        reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")
+    ]
 
 
 class OptimizerConfig(Config):
@@ -261,7 +264,7 @@ def _step(
     mine = sampler.prompts(state.step)
     with run.timer("rollout"), rt.autocast():
         if config.rewards:
-            with AsyncRubric(Rubric.build(config.rewards)) as scorer:
+            with AsyncRewardSet(RewardSet.build(config.rewards)) as scorer:
                 drawn = sample(
                     state.policy,
                     mine,

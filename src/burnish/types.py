@@ -40,16 +40,16 @@ class Trajectory:
     ones."""
 
     seed: int
-    latents: Float[Tensor, "step *latent"]
+    latents: Float[Tensor, " step *latent"]
     """State at the start of each kept step."""
-    next_latents: Float[Tensor, "step *latent"]
+    next_latents: Float[Tensor, " step *latent"]
     sigmas: Float[Tensor, " step"]
     sigmas_next: Float[Tensor, " step"]
-    noise: Float[Tensor, "step *latent"]
+    noise: Float[Tensor, " step *latent"]
     """Injected standard normal noise of each kept step; zero where the step was an ODE step."""
-    guided: Float[Tensor, "step *latent"]
+    guided: Float[Tensor, " step *latent"]
     """The velocity that moved the sample (equal to `conditional` where guidance is off)."""
-    conditional: Float[Tensor, "step *latent"]
+    conditional: Float[Tensor, " step *latent"]
     clean: Float[Tensor, "*latent"]
     """Latents at sigma = 0."""
     image: Float[Tensor, "3 height width"]
@@ -110,7 +110,7 @@ class Signal:
     """
 
     prompt: Prompt
-    latents: Float[Tensor, "step *latent"]
+    latents: Float[Tensor, " step *latent"]
     """Constant states at which the policy's velocity is wanted."""
     sigmas: Float[Tensor, " step"]
     fields: Mapping[str, Tensor] = field(default_factory=dict)

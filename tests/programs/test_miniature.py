@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from burnish import runtime
 from burnish.config import located
+from burnish.miniature.autoencoder import new_autoencoder, patches, to_input
+from burnish.miniature.base_model import BasePlan, make_pool, train_base
 from burnish.miniature.build import build
+from burnish.miniature.linear_start import principal_components, start_linear
 from burnish.miniature.pictures import FLAWED, edit_example, text_example
 from burnish.miniature.prompt_sets import prompt_sets
 from burnish.miniature.tokenizer import build_tokenizer
@@ -20,7 +24,10 @@ from burnish.prompts import read_prompts
 from burnish.rewards.oracle import measures
 from burnish.rollout import draw
 from burnish.world.edits import Edit
-from burnish.world.scenes import Scene, is_held_out
+from burnish.world.flaws import PIXEL_FLAWS, spoil
+from burnish.world.oracle import measure_scene
+from burnish.world.render import render
+from burnish.world.scenes import CATEGORIES, Scene, is_held_out, sample_scene
 
 SHIPPED = located("embedded:weights/base")
 
@@ -113,6 +120,80 @@ def test_the_card_says_how_the_base_was_made() -> None:
 def test_shipped_weights_stay_small() -> None:
     total = sum(file.stat().st_size for file in located("embedded:weights").rglob("*"))
     assert total < 40e6
+
+
+def test_the_autoencoder_starts_as_whitened_principal_components() -> None:
+    rng = np.random.default_rng(0)
+    images = to_input(np.stack([text_example(rng).pixels for _ in range(120)]))
+    values = patches(images)
+    found = principal_components(values, 63)
+    centred = values - found.mean
+    best = centred - centred @ found.directions @ found.directions.T
+    vae = new_autoencoder()
+    start_linear(vae, values)
+    with torch.no_grad():
+        latents = vae.encode(images, return_dict=False)[0].mode()
+        images_again = vae.decode(latents, return_dict=False)[0]
+    error = float((images_again - images).pow(2).mean().sqrt())
+    # The norm is not quite constant, and the decoder clips: close to the optimum, not equal to it.
+    assert error < 1.6 * float(best.pow(2).mean().sqrt())
+    flat = latents.squeeze(2).transpose(0, 1).flatten(1)[:63]
+    assert torch.allclose(flat.std(dim=1), torch.ones(63), atol=0.35)
+    covariance = torch.corrcoef(flat) - torch.eye(63)
+    assert float(covariance.abs().mean()) < 0.1
+
+
+def through_autoencoder(base: QwenImage21Policy, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """What the shipped autoencoder makes of pictures, `height width 3` in [0, 1]."""
+    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
+    return [i.permute(1, 2, 0).numpy() for i in base.decode(base.encode_images(images))]
+
+
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_the_oracle_tells_clean_from_flawed_through_the_autoencoder(
+    base: QwenImage21Policy, category: str
+) -> None:
+    rng = np.random.default_rng(0)
+    scenes = [sample_scene(rng, category=category, style="flat") for _ in range(12)]
+    clean = [render(scene) for scene in scenes]
+
+    def mean(pictures: list[np.ndarray], name: str) -> float:
+        seen = through_autoencoder(base, pictures)
+        found = [measure_scene(x, s)[name] for x, s in zip(seen, scenes, strict=True)]
+        return float(np.mean(found))
+
+    assert mean(clean, "quality") > 0.9 and mean(clean, "alignment") > 0.95
+    for spoil_picture in PIXEL_FLAWS.values():
+        assert mean([spoil_picture(picture) for picture in clean], "quality") < 0.3
+    spoilt = [render(spoil(scene, rng)) for scene in scenes]
+    assert mean(spoilt, "composite") < 0.85
+
+
+def test_a_build_that_was_cut_off_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [text_example(rng, str(n)) for n in range(6)]
+    edits = [edit_example(rng, str(n)) for n in range(6)]
+    plan = BasePlan(steps=6, batch_size=2, noise_levels=1, save_every=2)
+
+    def trained(folder: Path, stop_at: int | None = None) -> dict[str, torch.Tensor]:
+        policy = QwenImage21Policy.tiny()
+        done: list[dict[str, float]] = []
+
+        def on_step(losses: dict[str, float]) -> None:
+            done.append(losses)
+            if len(done) == stop_at:
+                raise KeyboardInterrupt
+
+        pools = make_pool(policy, texts), make_pool(policy, edits)
+        losses = train_base(policy, *pools, plan, runtime.start(), folder=folder, on_step=on_step)
+        assert losses[-len(done) :] == done and len(losses) == plan.steps
+        return policy.transformer.state_dict()
+
+    whole = trained(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", stop_at=5)
+    cut = trained(tmp_path / "cut")
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
 @pytest.mark.slow

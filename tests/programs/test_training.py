@@ -83,7 +83,7 @@ start(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))
 """
 
 
-@pytest.mark.parametrize("kind", ["nft", "distill"])
+@pytest.mark.parametrize("kind", ["nft", "grpo", "distill"])
 def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     kind: str, model: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.algorithms.base import AlgorithmConfig, Setting, evaluate_guided, stack
+from burnish.algorithms.base import AlgorithmConfig, SelfCheckError, Setting, evaluate_guided, stack
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, Teachers
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.algorithms.nft import NftConfig
@@ -141,6 +141,15 @@ class TestEveryAlgorithm:
         for one, other in zip(first, again, strict=True):
             assert torch.equal(one.latents, other.latents)
             assert all(torch.equal(one.fields[k], other.fields[k]) for k in one.fields)
+
+
+def test_a_trainer_of_another_model_than_the_sampler_is_found_out(
+    policy: QwenImage21Policy, folder: Path
+) -> None:
+    drawn = groups(policy, "grpo")
+    stranger = QwenImage21Policy.tiny(seed=1)
+    with pytest.raises(SelfCheckError, match="replayed velocity"):
+        build("grpo", stranger, folder).credit(drawn, 0)
 
 
 @pytest.mark.parametrize("kind", ["grpo", "nft"])

@@ -1,15 +1,19 @@
-"""One contract for every reward on the shelf, and for the rubric that joins them."""
+"""One contract for every reward on the shelf, and for the set that joins them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from burnish.config import located, shelf
+from burnish import runtime
+from burnish.config import ConfigError, located, shelf
+from burnish.policies.qwen_assembly import assemble, byte_tokenizer
 from burnish.prompts import read_prompts
-from burnish.rewards.base import AsyncRubric, Reward, RewardConfig, Rubric, scored_values
+from burnish.rewards.base import AsyncRewardSet, Reward, RewardConfig, RewardSet, scored_values
 from burnish.rewards.oracle import OracleConfig
+from burnish.rewards.vlm import Judge, Vlm, VlmConfig
 from burnish.types import (
     Failed,
     Group,
@@ -34,24 +38,92 @@ def requests(prompts: Sequence[Prompt], seed: int = 0) -> list[ScoreRequest]:
     ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.__name__)
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny judge with random weights."""
+    folder = tmp_path_factory.mktemp("judge")
+    with runtime.seeded(0, "judge"):
+        pipeline = assemble(byte_tokenizer(), encoder={"hidden_size": 64})
+    pipeline.text_encoder.save_pretrained(folder)
+    pipeline.processor.save_pretrained(folder)
+    (folder / "rubrics").mkdir()
+    (folder / "rubrics" / "alignment.md").write_text("Is everything there?")
+    (folder / "judge.json").write_text('{"longest_answer": 6}')
+    return folder
+
+
+@pytest.fixture(params=CONFIGS, ids=lambda config: config.__name__)
+def reward(request: pytest.FixtureRequest, judge: Path) -> Reward:
+    """A reward of each file of the shelf."""
+    known = {"path": str(judge), "dimension": "alignment"}
+    fields = request.param.model_fields.items()
+    return request.param(**{n: known[n] for n, field in fields if field.is_required()}).build()
+
+
 class TestEveryReward:
-    def test_one_score_for_each_request_finite_or_named(self, config: type[RewardConfig]) -> None:
-        for score in config().build().score(requests(SOME)):
+    def test_one_score_for_each_request_finite_or_named(self, reward: Reward) -> None:
+        for score in reward.score(requests(SOME)):
             if isinstance(score, Scored):
                 assert abs(score.value) < float("inf")
             else:
                 assert score.reason
 
-    def test_order_and_batching_change_nothing(self, config: type[RewardConfig]) -> None:
-        reward, asked = config().build(), requests(SOME)
+    def test_order_and_batching_change_nothing(self, reward: Reward) -> None:
+        asked = requests(SOME)
         whole = reward.score(asked)
         assert reward.score(asked[::-1]) == whole[::-1]
         assert [reward.score([request])[0] for request in asked] == whole
 
-    def test_an_image_that_is_not_finite_fails_by_name(self, config: type[RewardConfig]) -> None:
+    def test_an_image_that_is_not_finite_fails_by_name(self, reward: Reward) -> None:
         request = replace(requests(SOME[:1])[0], image=torch.full((3, 64, 64), torch.nan))
-        assert isinstance(config().build().score([request])[0], Failed)
+        assert isinstance(reward.score([request])[0], Failed)
+
+
+@pytest.fixture(scope="module")
+def vlm(judge: Path) -> Vlm:
+    return Vlm(Judge.load(judge), "alignment", reasoning=False)
+
+
+class TestVlm:
+    @pytest.mark.parametrize("task", ["t2i", "edit"])
+    def test_digits_are_read_where_a_plain_call_would_find_them(self, vlm: Vlm, task: str) -> None:
+        chosen = [prompt for prompt in PROMPTS if prompt.task == task][:3]
+        asked = vlm._ask(requests(chosen))
+        marker = list(vlm._alphabet.marker)
+        answers = {0: marker, 2: [65, 66, 67, *marker]}
+        together = vlm._digit_log_probs(asked, answers)
+        for row, place in ((0, 0), (2, 1)):
+            alone = vlm._ask([requests(chosen)[row]])
+            (plain,) = vlm._digit_log_probs(alone, {0: answers[row]})
+            ids = torch.tensor([[*alone.inputs["input_ids"][0].tolist(), *answers[row]]])
+            logits = vlm._judge.model(
+                input_ids=ids,
+                mm_token_type_ids=torch.cat(
+                    [alone.inputs["mm_token_type_ids"], torch.zeros(1, len(answers[row])).long()],
+                    dim=1,
+                ),
+                **alone.pictures_of([0]),
+            ).logits[0, -1]
+            expected = logits.log_softmax(dim=-1)[list(vlm._alphabet.digits)]
+            assert torch.allclose(plain, expected, atol=1e-5)
+            assert torch.allclose(together[place], expected, atol=1e-4)
+
+    def test_probability_elsewhere_than_on_the_digits_is_a_failure(self, vlm: Vlm) -> None:
+        (score,) = vlm.score(requests(PROMPTS[:1]))
+        assert isinstance(score, Failed) and "probability on the digits" in score.reason
+
+    def test_a_judge_that_writes_no_marker_failed(self, judge: Path) -> None:
+        (score,) = Vlm(Judge.load(judge), "alignment").score(requests(PROMPTS[:1]))
+        assert isinstance(score, Failed) and "one score marker" in score.reason
+
+    def test_an_unknown_dimension_names_the_nearest(self, judge: Path) -> None:
+        with pytest.raises(ConfigError, match="did you mean 'alignment'"):
+            VlmConfig(path=str(judge), dimension="alignement").build()
+
+    def test_a_folder_that_is_no_judge_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="need a judge's folder") as caught:
+            VlmConfig(path=str(tmp_path), dimension="alignment").build()
+        assert "\n" not in str(caught.value)
 
 
 def test_the_oracle_has_no_say_without_facts() -> None:
@@ -88,31 +160,31 @@ class Brightness(Reward):
         return [Scored(value=m) if m > 0 else Failed(reason="black") for m in means]
 
 
-def rubric() -> Rubric:
+def reward_set() -> RewardSet:
     configs = {
         "all": OracleConfig(),
         "portraits": OracleConfig(weights={"portrait": 2.0, "default": 0.0}),
     }
-    return Rubric(configs, {"all": Brightness(), "portraits": Brightness()})
+    return RewardSet(configs, {"all": Brightness(), "portraits": Brightness()})
 
 
-def test_a_rubric_asks_a_reward_only_where_it_has_weight() -> None:
+def test_a_set_asks_a_reward_only_where_it_has_weight() -> None:
     prompts = [replace(PROMPTS[0], id="p", category="portrait"), replace(PROMPTS[0], id="g")]
-    portrait, other = rubric().score([group(prompt) for prompt in prompts])
+    portrait, other = reward_set().score([group(prompt) for prompt in prompts])
     assert set(portrait.scores) == {"all", "portraits"}
     assert set(other.scores) == {"all"}
 
 
 def test_a_failure_stays_a_failure_in_its_place() -> None:
-    (scored,) = rubric().score([group(PROMPTS[0])])
+    (scored,) = reward_set().score([group(PROMPTS[0])])
     assert isinstance(scored.scores["all"][0], Failed)
     assert scored_values(scored.scores["all"]) == [None, pytest.approx(0.1), pytest.approx(0.2)]
 
 
 def test_asynchronous_scores_are_those_of_one_call() -> None:
     groups = [group(prompt) for prompt in SOME]
-    expected = {g.prompt.id: g.scores for g in rubric().score(groups)}
-    with AsyncRubric(rubric(), workers=3) as scorer:
+    expected = {g.prompt.id: g.scores for g in reward_set().score(groups)}
+    with AsyncRewardSet(reward_set(), workers=3) as scorer:
         for start in range(0, len(groups), 2):
             scorer.submit(groups[start : start + 2])
         collected = scorer.collect()

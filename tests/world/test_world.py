@@ -1,5 +1,7 @@
 """Laws of the embedded world: drawing, words, edits, flaws, and the oracle that measures them."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,15 +11,20 @@ from burnish.world.edits import EDITABLE, Edit, sample_edit
 from burnish.world.flaws import PIXEL_FLAWS, misspellings, spoil
 from burnish.world.grammar import say
 from burnish.world.oracle import measure_edit, measure_scene
+from burnish.world.raters import ANATOMY, Raters, alignment_truth, rate_edit, rate_scene
 from burnish.world.render import render
 from burnish.world.scenes import (
     CATEGORIES,
+    COMBINED,
+    DOMAINS,
     LOOK,
     PEOPLE,
     STYLES,
     WORDS,
     Scene,
+    attribute,
     domain,
+    held_out_combinations,
     is_held_out,
     sample_scene,
 )
@@ -133,11 +140,15 @@ def test_a_prompt_says_what_is_not_left_open(seed: int, category: str) -> None:
             assert f'"{scene.values["word"]}"' in text
 
 
-def test_held_out_combinations_are_a_minority_of_every_category() -> None:
+@pytest.mark.parametrize("category", CATEGORIES)
+def test_an_eighth_of_the_combinations_is_held_out_and_asked_for_in_words(category: str) -> None:
     rng = np.random.default_rng(3)
-    for category in CATEGORIES:
-        share = np.mean([is_held_out(sample_scene(rng, category=category)) for _ in range(400)])
-        assert 0.02 < share < 0.3, (category, share)
+    combinations = math.prod(len(DOMAINS[name]) for name in COMBINED[category])
+    assert combinations // 11 <= len(held_out_combinations(category)) <= combinations // 8
+    scenes = [sample_scene(rng, category=category) for _ in range(400)]
+    held = [scene for scene in scenes if is_held_out(scene)]
+    assert 0.05 < len(held) / len(scenes) < 0.3
+    assert not any(scene.free & set(COMBINED[category]) for scene in held)
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -146,3 +157,54 @@ def test_misspellings_differ_from_the_word_and_can_be_drawn(word: str) -> None:
     for wrong in misspellings(word):
         assert wrong != word
         assert render(scene.changed({"word": wrong})).shape == (64, 64, 3)
+
+
+PANEL = Raters.hire()
+
+
+@few
+@given(seeds, categories)
+def test_raters_praise_the_right_picture(seed: int, category: str) -> None:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, category=category, style="flat")
+    for opinion in rate_scene(render(scene), scene, PANEL, rng):
+        assert opinion.truth == pytest.approx(5.0)
+        assert opinion.mean > 4 and "wrong" not in opinion.reasoning
+
+
+@few
+@given(seeds, categories)
+def test_raters_mark_down_a_flaw_and_name_it(seed: int, category: str) -> None:
+    rng = np.random.default_rng(seed)
+    scene = sample_scene(rng, category=category, style="flat")
+    flawed = spoil(scene, rng)
+    (wrong,) = [key for key in scene.values if scene.values[key] != flawed.values[key]]
+    found = {o.dimension: o for o in rate_scene(render(flawed), scene, PANEL, rng)}
+    opinion = found["portrait" if attribute(wrong) in ANATOMY else "alignment"]
+    assert opinion.truth < 4.6
+    assert f"{attribute(wrong).replace('_', ' ')} {scene.values[wrong]} wrong" in opinion.reasoning
+
+
+def test_what_is_missing_caps_alignment() -> None:
+    assert alignment_truth({"0.shape": 0.0, "0.colour": 1.0, "0.place": 1.0}) <= 2
+    assert alignment_truth({"0.shape": 1.0, "0.colour": 0.0, "0.place": 1.0}) > 2
+
+
+@few
+@given(seeds, categories)
+def test_an_edit_left_undone_is_capped(seed: int, category: str) -> None:
+    rng = np.random.default_rng(seed)
+    edit = sample_edit(rng, category=category)
+    done, undone = (
+        rate_edit(render(scene), edit, PANEL, rng)[0] for scene in (edit.target, edit.source)
+    )
+    assert done.truth == pytest.approx(5.0) and undone.truth <= 2
+
+
+def test_raters_differ_by_bias_and_mood_and_agree_on_average() -> None:
+    rng = np.random.default_rng(0)
+    truths = rng.uniform(1.5, 4.5, 400)
+    opinions = [PANEL.rate("alignment", float(truth), "", rng) for truth in truths]
+    errors = [o.mean - truth for o, truth in zip(opinions, truths, strict=True)]
+    assert abs(float(np.mean(errors))) < 0.05
+    assert 0.3 < float(np.mean([o.std for o in opinions])) < 0.8

@@ -73,12 +73,12 @@ class Batch:
     """The distinct prompts."""
     rows: tuple[int, ...]
     """Prompt of each state."""
-    latents: Float[Tensor, "state *latent"]
+    latents: Float[Tensor, " state *latent"]
     sigmas: Float[Tensor, " state"]
     fields: Mapping[str, Tensor]
     advantages: Float[Tensor, " state"]
 
-    def velocity(self, policy: Policy[Any, Any]) -> Float[Tensor, "state *latent"]:
+    def velocity(self, policy: Policy[Any, Any]) -> Float[Tensor, " state *latent"]:
         """The policy's conditional velocity at every state; the prefix is computed once per
         prompt."""
         return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
@@ -128,7 +128,7 @@ def _split(values: Tensor, signals: Sequence[Signal]) -> list[Tensor]:
 @torch.no_grad()
 def evaluate(
     policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int
-) -> list[Float[Tensor, "step *latent"]]:
+) -> list[Float[Tensor, " step *latent"]]:
     """Conditional velocity at the states of every signal."""
     found: list[Tensor] = []
     for chunk in chunks(signals, micro_batch):
@@ -140,7 +140,7 @@ def evaluate(
 @torch.no_grad()
 def evaluate_guided(
     policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int, scale: float
-) -> list[tuple[Float[Tensor, "step *latent"], Float[Tensor, "step *latent"]]]:
+) -> list[tuple[Float[Tensor, " step *latent"], Float[Tensor, " step *latent"]]]:
     """(guided, conditional) velocity at the states of every signal."""
     found: list[tuple[Tensor, Tensor]] = []
     for chunk in chunks(signals, micro_batch):

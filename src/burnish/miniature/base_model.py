@@ -8,16 +8,17 @@ matters. The weights kept are an exponential moving average.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from burnish.flow import shift_sigmas
+from burnish import checkpoint
 from burnish.miniature.pictures import Example
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.runtime import Runtime
+from burnish.runtime import Runtime, derived_seed, generator
 
 SIZES = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}
 """The transformer: 3.2 million parameters."""
@@ -28,7 +29,7 @@ ENCODER_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layer
 class BasePlan:
     """How long and how fast the base model is trained."""
 
-    steps: int = 5000
+    steps: int = 6000
     batch_size: int = 24
     """Examples of each process and step."""
     noise_levels: int = 3
@@ -37,6 +38,7 @@ class BasePlan:
     drop_prompt: float = 0.1
     edit_share: float = 0.4
     ema: float = 0.998
+    save_every: int = 250
     seed: int = 0
 
 
@@ -81,11 +83,53 @@ def flow_matching_loss(
     # Stratified over the batch: every step sees the whole range of noise levels.
     count = len(clean)
     uniform = (torch.randperm(count) + torch.rand(count)) / count
-    sigmas = shift_sigmas(uniform.clamp(1e-3, 1 - 1e-3), 0.5)
+    sigmas = uniform.clamp(1e-3, 1 - 1e-3)
     noise = torch.randn_like(clean)
     noisy = torch.lerp(clean, noise, sigmas[:, None, None])
     velocity = policy.velocity(noisy, sigmas, prefix.take([*range(len(rows))] * levels))
     return ((velocity - (noise - clean)) ** 2).mean()
+
+
+class _Training:
+    """Parameters, their running average and the optimizer, which a checkpoint holds together."""
+
+    def __init__(self, policy: QwenImage21Policy, plan: BasePlan, runtime: Runtime) -> None:
+        self.modules = torch.nn.ModuleList([policy.transformer, policy.text_encoder])
+        self.modules.requires_grad_(True).train()
+        self.parameters = list(self.modules.parameters())
+        runtime.broadcast(self.parameters)
+        self.average = [p.detach().clone() for p in self.parameters]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+        )
+        self.losses: list[dict[str, float]] = []
+        """One entry for each step done."""
+
+    def save(self, folder: Path) -> None:
+        tensors, state = checkpoint.optimizer_state(self.optimizer)
+        named = {"optimizer": tensors}
+        for group, values in (("parameters", self.parameters), ("average", self.average)):
+            named[group] = {str(n): value.detach() for n, value in enumerate(values)}
+        state = {"optimizer": state, "losses": self.losses}
+        checkpoint.save(folder, len(self.losses), named, state, keep=1)
+
+    @torch.no_grad()
+    def resume(self, folder: Path) -> None:
+        found = checkpoint.latest(folder)
+        if found is None:
+            return
+        for group, values in (("parameters", self.parameters), ("average", self.average)):
+            for n, value in enumerate(values):
+                value.copy_(found.tensors[group][str(n)])
+        saved = found.tensors["optimizer"], found.state["optimizer"]
+        checkpoint.load_optimizer_state(self.optimizer, *saved)
+        self.losses = found.state["losses"]
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for parameter, mean in zip(self.parameters, self.average, strict=True):
+            parameter.copy_(mean)
+        self.modules.requires_grad_(False).eval()
 
 
 def train_base(
@@ -95,43 +139,62 @@ def train_base(
     plan: BasePlan,
     runtime: Runtime,
     *,
-    on_step: Callable[[int, dict[str, float]], None] = lambda step, metrics: None,
-) -> None:
-    """Train `policy.transformer` and `policy.text_encoder` in place; they end as their averages."""
-    torch.manual_seed(plan.seed * runtime.world_size + runtime.rank)
-    rng = np.random.default_rng([plan.seed, runtime.rank])
-    tasks = np.random.default_rng(plan.seed)
-    modules = torch.nn.ModuleList([policy.transformer, policy.text_encoder])
-    modules.requires_grad_(True).train()
-    parameters = list(modules.parameters())
-    runtime.broadcast(parameters)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    folder: Path | None = None,
+    on_step: Callable[[dict[str, float]], None] = lambda losses: None,
+) -> list[dict[str, float]]:
+    """Train `policy.transformer` and `policy.text_encoder` in place; they end as their averages.
+
+    Args:
+        policy: of random weights.
+        text_pool: examples of drawing.
+        edit_pool: examples of editing.
+        plan: how long and how fast.
+        runtime: ranks that share each step.
+        folder: checkpoints go here, and a training that was cut off goes on from the newest.
+        on_step: called with the losses of each step done now.
+
+    Returns:
+        The losses of every step by task, those before a training was cut off included.
+    """
+    training = _Training(policy, plan, runtime)
+    if folder is not None:
+        training.resume(folder)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, plan.learning_rate, total_steps=plan.steps, pct_start=0.05
+        training.optimizer,
+        plan.learning_rate,
+        total_steps=plan.steps,
+        pct_start=0.05,
+        last_epoch=len(training.losses) - 1,
     )
-    average = [p.detach().clone() for p in parameters]
-    for step in range(plan.steps):
-        is_edit = tasks.random() < plan.edit_share
-        pool = edit_pool if is_edit else text_pool
-        rows = rng.integers(len(pool.examples), size=plan.batch_size).tolist()
-        dropped = (rng.random(plan.batch_size) < plan.drop_prompt).tolist()
-        with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            loss = flow_matching_loss(policy, pool, rows, dropped, plan.noise_levels)
-        optimizer.zero_grad(set_to_none=True)
+    for step in range(len(training.losses), plan.steps):
+        torch.manual_seed(derived_seed(plan.seed, "base model", step, runtime.rank))
+        is_edit = (
+            float(torch.rand(1, generator=generator(plan.seed, "task", step))) < plan.edit_share
+        )
+        loss = _loss(policy, edit_pool if is_edit else text_pool, plan)
+        training.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        runtime.all_reduce_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
+        runtime.all_reduce_gradients(training.parameters)
+        torch.nn.utils.clip_grad_norm_(training.parameters, 1.0)
+        training.optimizer.step()
         schedule.step()
         decay = min(plan.ema, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        on_step(step, {"edit" if is_edit else "t2i": float(loss.detach())})
-    with torch.no_grad():
-        for parameter, mean in zip(parameters, average, strict=True):
-            parameter.copy_(mean)
-    modules.requires_grad_(False).eval()
+        current = [p.detach() for p in training.parameters]
+        torch._foreach_lerp_(training.average, current, 1 - decay)
+        training.losses.append({"edit" if is_edit else "t2i": float(loss.detach())})
+        on_step(training.losses[-1])
+        if folder is not None and runtime.is_main and (step + 1) % plan.save_every == 0:
+            training.save(folder)
+    training.finish()
+    return training.losses
+
+
+def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan) -> Tensor:
+    """Of a random batch of a pool, drawn from torch's global generator."""
+    rows = torch.randint(len(pool.examples), (plan.batch_size,)).tolist()
+    dropped = (torch.rand(plan.batch_size) < plan.drop_prompt).tolist()
+    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        return flow_matching_loss(policy, pool, rows, dropped, plan.noise_levels)
 
 
 def examples(

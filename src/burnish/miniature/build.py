@@ -11,7 +11,7 @@ Started by torchrun, the processes share the work of each step:
 import contextlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from burnish import runtime
-from burnish.miniature.autoencoder import AutoencoderPlan, train_autoencoder
+from burnish import checkpoint, runtime
+from burnish.miniature.autoencoder import (
+    AutoencoderKLQwenImage21,
+    AutoencoderPlan,
+    new_autoencoder,
+    train_autoencoder,
+)
 from burnish.miniature.base_model import (
     ENCODER_SIZES,
     SIZES,
@@ -45,6 +50,8 @@ SEED = 0
 def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     """Build everything below `out`: `weights/base` and `prompts`.
 
+    A build that was cut off goes on where its last checkpoint in `out/checkpoints` stands.
+
     Args:
         out: made if missing; existing files are replaced.
         quick: far fewer examples and steps; the models learn, but draw badly.
@@ -61,20 +68,25 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     facts: dict[str, Any] = {"seed": SEED, "text_examples": counts[0], "edit_examples": counts[1]}
     pixels = np.stack([e.pixels for e in texts + edits])
     plan = AutoencoderPlan(steps=60, decoder_steps=20) if quick else AutoencoderPlan()
-    facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt)
+    facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt, out)
     base_plan = BasePlan(steps=60, batch_size=16) if quick else BasePlan()
-    with _losses("base model", base_plan.steps) as losses:
-        train_base(
+    folder = out / "checkpoints" / "base"
+    done = max(checkpoint.steps(folder), default=0)
+    with _losses("base model", base_plan.steps, done) as shown:
+        losses = train_base(
             policy,
             make_pool(policy, texts),
             make_pool(policy, edits),
             replace(base_plan, seed=SEED),
             rt,
-            on_step=losses.add,
+            folder=folder,
+            on_step=shown.add,
         )
-    facts |= {f"base_loss_{task}": ends for task, ends in losses.ends().items()}
-    facts["minutes"] = round((time.monotonic() - started) / 60, 1)
-    facts["processes"] = rt.world_size
+    facts |= {f"base_loss_{task}": ends for task, ends in _ends(losses).items()}
+    facts |= {"autoencoder_steps": plan.steps + plan.decoder_steps, "base_steps": base_plan.steps}
+    facts |= {"processes": rt.world_size, "batch_of_each_process": base_plan.batch_size}
+    if not done:
+        facts["minutes"] = round((time.monotonic() - started) / 60, 1)
     if rt.is_main:
         policy.save(out / "weights" / "base")
         store_half(out / "weights" / "base")
@@ -90,53 +102,72 @@ def _assemble() -> Any:
 
 
 def _train_autoencoder(
-    policy: QwenImage21Policy, pixels: np.ndarray, plan: AutoencoderPlan, rt: Runtime
+    policy: QwenImage21Policy, pixels: np.ndarray, plan: AutoencoderPlan, rt: Runtime, out: Path
 ) -> list[float]:
     """Train on random pictures of the pool and put the result into the pipeline; first and last
-    loss."""
+    loss. What a build that was cut off had finished is taken over."""
+    folder = out / "checkpoints" / "autoencoder"
+    if found := checkpoint.latest(folder):
+        vae = new_autoencoder(**found.state["statistics"])
+        vae.load_state_dict(dict(found.tensors["autoencoder"]))
+        _take_over(policy, vae.eval())
+        return found.state["loss"]
     rng = np.random.default_rng([SEED, rt.rank])
     torch.manual_seed(SEED)
 
     def draw(count: int) -> np.ndarray:
         return pixels[rng.integers(len(pixels), size=count)]
 
-    with _losses("autoencoder", plan.steps + plan.decoder_steps) as losses:
+    with _losses("autoencoder", plan.steps + plan.decoder_steps) as shown:
         vae = train_autoencoder(
-            draw, plan, rt, on_step=lambda step, loss: losses.add(step, {"pixels": loss})
+            draw, plan, rt, on_step=lambda step, loss: shown.add({"pixels": loss})
         )
+    ends = _ends(shown.losses)["pixels"]
+    if rt.is_main:
+        statistics = {"mean": vae.config["latents_mean"], "std": vae.config["latents_std"]}
+        state = {"statistics": statistics, "loss": ends}
+        checkpoint.save(folder, plan.steps, {"autoencoder": vae.state_dict()}, state)
+    _take_over(policy, vae)
+    return ends
+
+
+def _take_over(policy: QwenImage21Policy, vae: AutoencoderKLQwenImage21) -> None:
     policy.pipeline.register_modules(vae=vae)
     policy.vae = vae.requires_grad_(False)
-    return losses.ends()["pixels"]
 
 
 @dataclass
 class _Losses:
-    """Losses of a training by name, shown while it runs."""
+    """Losses of a training, one entry for each step, shown while it runs."""
 
     bar: Progress
-    values: dict[str, list[float]] = field(default_factory=dict)
+    losses: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, step: int, found: dict[str, float]) -> None:
-        for name, value in found.items():
-            self.values.setdefault(name, []).append(value)
-        self.bar.advance(
-            note=", ".join(f"{k} {np.mean(v[-20:]):.4f}" for k, v in self.values.items())
-        )
-
-    def ends(self) -> dict[str, list[float]]:
-        """Mean of the first and of the last tenth of each loss."""
-        found = {}
-        for name, values in self.values.items():
-            tenth = max(1, len(values) // 10)
-            parts = (values[:tenth], values[-tenth:])
-            found[name] = [round(float(np.mean(part)), 5) for part in parts]
-        return found
+    def add(self, found: dict[str, float]) -> None:
+        self.losses.append(found)
+        means = _by_name(self.losses[-30:])
+        self.bar.advance(note=", ".join(f"{k} {np.mean(v):.4f}" for k, v in means.items()))
 
 
 @contextlib.contextmanager
-def _losses(label: str, steps: int) -> Iterator[_Losses]:
-    with progress(label, steps) as bar:
+def _losses(label: str, steps: int, done: int = 0) -> Iterator[_Losses]:
+    with progress(label, steps, done=done) as bar:
         yield _Losses(bar)
+
+
+def _by_name(losses: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    names = sorted({name for found in losses for name in found})
+    return {name: [found[name] for found in losses if name in found] for name in names}
+
+
+def _ends(losses: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Mean of the first and of the last tenth of each loss."""
+    ends = {}
+    for name, values in _by_name(losses).items():
+        tenth = max(1, len(values) // 10)
+        parts = (values[:tenth], values[-tenth:])
+        ends[name] = [round(float(np.mean(part)), 5) for part in parts]
+    return ends
 
 
 def store_half(folder: Path) -> None:

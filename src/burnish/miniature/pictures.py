@@ -5,6 +5,7 @@ An example is a prompt and a picture that may not honour it. Every flaw is a cri
 learning can gain.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +23,10 @@ FLAWED = 0.6
 """Share of training pictures with one flaw."""
 PIXEL_SHARE = 0.4
 """Share of the flaws that spoil the whole picture rather than its content."""
-PERSON_SHARE = 0.08
-"""Share of text-to-image examples that show a named person."""
+PERSON_SHARE = 0.06
+"""Share of examples that show a named person."""
+CATEGORY_SHARES = {"general": 0.40, "portrait": 0.25, "landscape": 0.07, "typography": 0.28}
+"""Shares of the others: what is hard to learn is shown more often."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +49,29 @@ def _pixel_flaw(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return PIXEL_FLAWS[names[int(rng.integers(len(names)))]](pixels)
 
 
+def _trainable(draw: Callable[[], Scene]) -> Scene:
+    """The first scene drawn whose combinations are not held out."""
+    while is_held_out(scene := draw()):
+        pass
+    return scene
+
+
 def draw_scene(rng: np.random.Generator) -> Scene:
     """A scene whose combinations are not held out."""
-    while True:
-        person = None
-        if rng.random() < PERSON_SHARE:
-            person = list(PEOPLE)[int(rng.integers(len(PEOPLE)))]
-        scene = sample_scene(rng, person=person)
-        if not is_held_out(scene):
-            return scene
+    return _trainable(lambda: sample_scene(rng, **_subject(rng)))
+
+
+def _subject(rng: np.random.Generator) -> dict[str, str]:
+    """Whom, or what kind of thing, the next picture shows."""
+    if rng.random() < PERSON_SHARE:
+        return {"person": str(rng.choice(list(PEOPLE)))}
+    return {"category": str(rng.choice(list(CATEGORY_SHARES), p=list(CATEGORY_SHARES.values())))}
 
 
 def draw_edit(rng: np.random.Generator) -> Edit:
     """An edit whose source and target are not held out."""
     while True:
-        edit = sample_edit(rng)
+        edit = sample_edit(rng, **_subject(rng))
         if not (is_held_out(edit.source) or is_held_out(edit.target)):
             return edit
 
@@ -71,7 +82,7 @@ def text_example(rng: np.random.Generator, name: str = "") -> Example:
     shown, is_flawed = scene, rng.random() < FLAWED
     spoil_pixels = is_flawed and rng.random() < PIXEL_SHARE
     if is_flawed and not spoil_pixels:
-        shown = spoil(scene, rng)
+        shown = _trainable(lambda: spoil(scene, rng))
     pixels = render(shown)
     if spoil_pixels:
         pixels = _pixel_flaw(pixels, rng)
@@ -85,7 +96,8 @@ def edit_example(rng: np.random.Generator, name: str = "") -> Example:
     shown, is_flawed = edit.target, rng.random() < FLAWED
     spoil_pixels = is_flawed and rng.random() < PIXEL_SHARE
     if is_flawed and not spoil_pixels:
-        shown = edit.source if rng.random() < 0.5 else _drifted(edit, rng)
+        is_undone = rng.random() < 0.5
+        shown = edit.source if is_undone else _trainable(lambda: _drifted(edit, rng))
     pixels = render(shown)
     if spoil_pixels:
         pixels = _pixel_flaw(pixels, rng)

@@ -41,7 +41,7 @@ class EncodedPrompt:
     key: str
     """Hash of task, text and source image; equal keys are equal prompts."""
     embedding: Float[Tensor, "slot channel"]
-    is_image: Bool[Tensor, "slot"]
+    is_image: Bool[Tensor, " slot"]
     """Slots that the encoder reserved for the source image; on the CPU, as it shapes the layout."""
     source: Float[Tensor, "token latent_channel"]
     """Normalised latents of the source image; no tokens for text-to-image."""

@@ -241,7 +241,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
             frequencies=self._frame_frequencies(),
         )
 
-    def _frame_frequencies(self) -> Float[Tensor, "pair"]:
+    def _frame_frequencies(self) -> Float[Tensor, " pair"]:
         rope = self.transformer.pos_embed
         num_channels = rope.axes_dim[0]
         exponents = torch.arange(0, num_channels, 2, device=self.device).float() / num_channels
@@ -250,7 +250,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     def velocity(
         self,
         latents: Float[Tensor, "batch token channel"],
-        sigmas: Float[Tensor, "batch"],
+        sigmas: Float[Tensor, " batch"],
         prefix: QwenPrefix,
     ) -> Float[Tensor, "batch token channel"]:
         batch, num_tokens, _ = latents.shape
@@ -280,7 +280,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     def guided(
         self,
         latents: Float[Tensor, "batch token channel"],
-        sigmas: Float[Tensor, "batch"],
+        sigmas: Float[Tensor, " batch"],
         prefix: QwenPrefix,
         null_prefix: QwenPrefix,
         scale: float,
@@ -300,7 +300,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
         drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         return torch.cat(drawn).to(self.device).transpose(1, 2).contiguous()
 
-    def schedule(self, num_steps: int) -> Float[Tensor, "steps_plus_one"]:
+    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
         # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         sigmas = self.pipeline.config.sample_sigmas

@@ -24,8 +24,8 @@ from burnish.policies.qwen_encoding import EncodedPrompt
 
 def turn_frame_axis(
     keys: Float[Tensor, "prompt token head channel"],
-    steps: Float[Tensor, "prompt"],
-    frequencies: Float[Tensor, "pair"],
+    steps: Float[Tensor, " prompt"],
+    frequencies: Float[Tensor, " pair"],
 ) -> Float[Tensor, "prompt token head channel"]:
     """Move rotary-embedded keys `steps` positions forward on the frame axis.
 
@@ -54,7 +54,7 @@ class KeyValueStore:
     values: tuple[Tensor, ...]
     lengths: tuple[int, ...]
     """Valid tokens of each prompt."""
-    frequencies: Float[Tensor, "pair"]
+    frequencies: Float[Tensor, " pair"]
     """Angular frequencies of the frame axis."""
 
     @property
@@ -69,7 +69,7 @@ class KeyValueStore:
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
         prompts: Sequence[EncodedPrompt],
-        frequencies: Float[Tensor, "pair"],
+        frequencies: Float[Tensor, " pair"],
     ) -> "KeyValueStore":
         """Take keys as the transformer embedded them, with every prompt starting at position 0."""
         width = keys[0].shape[1]

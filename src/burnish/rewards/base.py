@@ -1,7 +1,7 @@
 """What a reward must offer, and how several become one opinion per image.
 
 Local and remote rewards, pointwise and group-wide ones, are the same method. A failure is a value
-with a name, never a number; not-applicable is decided per prompt. A rubric is a set of named
+with a name, never a number; not-applicable is decided per prompt. A reward set is a set of named
 rewards with a weight vector per category of prompts, as in the paper (arXiv 2606.27608, section
 4.2).
 """
@@ -57,14 +57,14 @@ class RewardConfig(Config, ABC):
 
 
 @dataclass(frozen=True)
-class Rubric:
+class RewardSet:
     """Named rewards with their weights."""
 
     configs: Mapping[str, RewardConfig]
     rewards: Mapping[str, Reward]
 
     @classmethod
-    def build(cls, configs: Mapping[str, RewardConfig]) -> "Rubric":
+    def build(cls, configs: Mapping[str, RewardConfig]) -> "RewardSet":
         """Build every reward of a recipe."""
         return cls(configs, {name: config.build() for name, config in configs.items()})
 
@@ -85,28 +85,28 @@ class Rubric:
         return [replace(g, scores={**g.scores, **s}) for g, s in zip(groups, scores, strict=True)]
 
 
-class AsyncRubric:
+class AsyncRewardSet:
     """Scores micro-batches on other threads while the next ones are sampled.
 
     Submit as images appear, then `collect` at the barrier before advantages; the result is the same
     as scoring everything at once, in the order of submission.
     """
 
-    def __init__(self, rubric: Rubric, workers: int = 1) -> None:
-        self._rubric = rubric
+    def __init__(self, rewards: RewardSet, workers: int = 1) -> None:
+        self._rewards = rewards
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
         self._pending: list[Future[list[Group]]] = []
 
     def submit(self, groups: list[Group]) -> None:
         """Start scoring complete groups; returns at once."""
-        self._pending.append(self._pool.submit(self._rubric.score, groups))
+        self._pending.append(self._pool.submit(self._rewards.score, groups))
 
     def collect(self) -> dict[str, Group]:
         """Wait for everything submitted; scored groups by prompt id."""
         pending, self._pending = self._pending, []
         return {group.prompt.id: group for future in pending for group in future.result()}
 
-    def __enter__(self) -> "AsyncRubric":
+    def __enter__(self) -> "AsyncRewardSet":
         return self
 
     def __exit__(

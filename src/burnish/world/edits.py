@@ -122,10 +122,16 @@ def _options(scene: Scene, name: str) -> list[tuple[str, Value]]:
     ]
 
 
-def sample_edit(rng: np.random.Generator, *, category: str | None = None) -> Edit:
+def sample_edit(
+    rng: np.random.Generator, *, category: str | None = None, person: str | None = None
+) -> Edit:
     """Draw a source scene and one instruction; sources are flat in style, and always say
-    everything."""
-    person = str(rng.choice(list(PEOPLE))) if category is None and rng.random() < 0.05 else None
+    everything.
+
+    Without category and person, one source in twenty shows a named person.
+    """
+    if category is None and person is None and rng.random() < 0.05:
+        person = str(rng.choice(list(PEOPLE)))
     scene = sample_scene(rng, category=category, person=person, style="flat")
     scene = Scene(scene.category, scene.values, frozenset(), scene.person)
     kinds = EDITABLE[scene.category]

@@ -8,7 +8,7 @@ Number = int | float
 Colour = tuple[int, int, int]
 
 _DARK: Colour = (40, 34, 38)
-_EYE_DX, _EYE_Y = 30, 124
+_EYE_DX, _EYE_Y = 30, 122
 
 
 def _ellipse(
@@ -46,25 +46,25 @@ def _paint_eyes(draw: ImageDraw.ImageDraw, cx: Number, iris: Colour, line: str) 
         # An uneven face is the flaw of a drawing: one eye slips down and shrinks.
         slip = line == "uneven" and side == 1
         y, size = (_EYE_Y + 18, 0.62) if slip else (_EYE_Y, 1.0)
-        _ellipse(draw, x, y, 19 * size, 14 * size, (252, 252, 252))
-        _ellipse(draw, x, y, 12 * size, 12 * size, iris)
+        _ellipse(draw, x, y, 22 * size, 18 * size, (252, 252, 252))
+        _ellipse(draw, x, y, 15 * size, 15 * size, iris)
 
 
 def _paint_mouth(draw: ImageDraw.ImageDraw, cx: Number, kind: str) -> None:
     lips = (172, 44, 58)
     if kind == "smile":
-        draw.chord((cx - 30, 146, cx + 30, 194), 10, 170, fill=lips)
+        draw.chord((cx - 38, 140, cx + 38, 202), 10, 170, fill=lips)
     elif kind == "frown":
-        draw.arc((cx - 28, 172, cx + 28, 212), 200, 340, fill=lips, width=10)
+        draw.arc((cx - 36, 168, cx + 36, 228), 200, 340, fill=lips, width=14)
     else:
-        _ellipse(draw, cx, 180, 17, 19, lips)
+        _ellipse(draw, cx, 180, 19, 23, lips)
 
 
 def _paint_mark(
     draw: ImageDraw.ImageDraw, cx: Number, kind: str, hair: Colour, skin: Colour
 ) -> None:
     if kind == "moustache":
-        draw.rounded_rectangle((cx - 34, 156, cx + 34, 170), 7, fill=_shade(hair, 0.8))
+        draw.rounded_rectangle((cx - 36, 148, cx + 36, 164), 7, fill=_shade(hair, 0.8))
     elif kind == "freckles":
         for side in (-1, 1):
             for dx, dy in ((34, 150), (46, 146), (42, 160), (28, 162)):
@@ -74,7 +74,7 @@ def _paint_mark(
 
 
 def _paint_hand(draw: ImageDraw.ImageDraw, fingers: int, skin: Colour) -> None:
-    tone = _shade(skin, 0.9)
+    tone = _shade(skin, 0.8)
     draw.rounded_rectangle((160, 186, 250, 256), 14, fill=tone)
     for k in range(fingers):
         x = 160 + k * 19
@@ -99,7 +99,7 @@ def paint_portrait(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     if v["glasses"] == "glasses":
         for side in (-1, 1):
             x = cx + side * _EYE_DX
-            box = (x - 26, _EYE_Y - 22, x + 26, _EYE_Y + 22)
+            box = (x - 27, _EYE_Y - 24, x + 27, _EYE_Y + 24)
             draw.ellipse(box, outline=_DARK, width=8)
         draw.rectangle((cx - 6, _EYE_Y - 4, cx + 6, _EYE_Y + 3), fill=_DARK)
     if v["hat"] != "none":

@@ -74,18 +74,21 @@ def spoil(scene: Scene, rng: np.random.Generator) -> Scene:
 
 
 def blur(pixels: np.ndarray) -> np.ndarray:
-    """Out of focus: a Gaussian of 1.6 pixels."""
+    """Out of focus: a Gaussian of 2.4 pixels."""
     image = Image.fromarray((pixels * 255).round().astype(np.uint8))
-    return np.asarray(image.filter(ImageFilter.GaussianBlur(1.6)), dtype=np.float32) / 255
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(2.4)), dtype=np.float32) / 255
 
 
-_BLOCKS = np.random.default_rng(7).choice([-1.0, 0.0, 1.0], size=(16, 16, 1)).astype(np.float32)
+_BLOCKS = np.random.default_rng(7).choice([-1.0, 0.0, 1.0], size=(4, 4, 1)).astype(np.float32)
 _BANDS = np.where((np.arange(64) // 4) % 2 == 0, 1.0, -1.0).astype(np.float32)[:, None, None]
 
 
 def blocks(pixels: np.ndarray) -> np.ndarray:
-    """Noise in blocks of four pixels, one fixed pattern: coarse enough for a small autoencoder."""
-    return np.clip(pixels + 0.13 * _BLOCKS.repeat(4, axis=0).repeat(4, axis=1), 0, 1)
+    """Speckle in blocks of four pixels, one pattern repeated every sixteen: a small autoencoder
+    can learn it."""
+    return np.clip(
+        pixels + 0.13 * np.tile(_BLOCKS.repeat(4, axis=0).repeat(4, axis=1), (4, 4, 1)), 0, 1
+    )
 
 
 def banding(pixels: np.ndarray) -> np.ndarray:

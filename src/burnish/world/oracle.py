@@ -67,10 +67,10 @@ def _highpass(pixels: np.ndarray) -> np.ndarray:
 
 
 _SHARPNESS = {
-    "general": (0.28, 0.36),
-    "landscape": (0.47, 0.58),
-    "portrait": (0.35, 0.60),
-    "typography": (0.20, 0.50),
+    "general": (0.15, 0.28),
+    "landscape": (0.35, 0.70),
+    "portrait": (0.35, 0.70),
+    "typography": (0.35, 0.70),
 }
 """Sharpness of a blurred and of a clean picture once the miniature's autoencoder has passed it."""
 
@@ -112,9 +112,9 @@ def quality(pixels: np.ndarray, seen: Scene) -> float:
     misfit = float(np.sqrt((rest**2).mean()))
     return min(
         _ramp(sharpness, *_SHARPNESS[seen.category]),
-        1 - _ramp(speckle, 0.018, 0.040),
-        1 - _ramp(bands, 0.030, 0.070),
-        1 - _ramp(misfit, 0.050, 0.100),
+        1 - _ramp(speckle, 0.020, 0.036),
+        1 - _ramp(bands, 0.025, 0.060),
+        1 - _ramp(misfit, 0.045, 0.090),
     )
 
 

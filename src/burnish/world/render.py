@@ -105,9 +105,9 @@ def _paint_general(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
             continue
         count = int(v[f"{i}.count"])
         dx, dy = PLACES[str(v[f"{i}.place"])]
-        radius = 52 if v[f"{i}.size"] == "large" else 28
+        radius = 58 if v[f"{i}.size"] == "large" else 30
         for k in range(count):
-            cx = CANVAS / 2 + dx * CANVAS / 4 + (k - (count - 1) / 2) * 62
+            cx = CANVAS / 2 + dx * CANVAS / 4 + (k - (count - 1) / 2) * 64
             cy = CANVAS / 2 + dy * CANVAS / 4
             _paint_shape(draw, str(v[f"{i}.shape"]), cx, cy, radius, COLOURS[str(v[f"{i}.colour"])])
 
@@ -117,16 +117,16 @@ def _paint_typography(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     draw.rectangle((0, 0, CANVAS, CANVAS), fill=GROUNDS[str(v["background"])])
     ink = COLOURS[str(v["colour"])]
     if v["frame"] == "framed":
-        draw.rectangle((8, 8, CANVAS - 9, CANVAS - 9), outline=(90, 92, 104), width=10)
-    word, dot = str(v["word"]), 10
-    left = (CANVAS - (6 * len(word) - 1) * dot) / 2
-    top = {"top": 34, "centre": 93, "bottom": 152}[str(v["level"])]
-    for n, letter in enumerate(word):
+        draw.rectangle((0, 0, CANVAS - 1, CANVAS - 1), outline=(90, 92, 104), width=7)
+    # Tall letters, one to a column of the latent grid and two of its rows high.
+    width, height = 10, 15
+    top = {"top": 12, "centre": 76, "bottom": 140}[str(v["level"])]
+    for n, letter in enumerate(str(v["word"])):
         for row, bits in enumerate(_GLYPHS[letter].split()):
             for column, bit in enumerate(bits):
                 if bit == "1":
-                    x, y = left + (6 * n + column) * dot, top + row * dot
-                    draw.rectangle((x, y, x + dot - 1, y + dot - 1), fill=ink)
+                    x, y = 13 + 60 * n + column * width, top + row * height
+                    draw.rectangle((x, y, x + width - 1, y + height - 1), fill=ink)
 
 
 _PAINTERS: dict[str, Callable[[ImageDraw.ImageDraw, Scene], None]] = {

@@ -1,0 +1,245 @@
+"""A vision-language judge in this process: it reasons, writes a marker, and is read at one digit.
+
+A judge is a folder: a Qwen-VL model and processor as transformers write them, `rubrics/*.md`, one
+for each dimension, and `judge.json` with what training found out about it (the calibration of each
+dimension, the longest answer). Two calls make a score, as with a server that knows no better: the
+first writes the reasoning greedily, the second reads the five digits' probabilities right after the
+marker. Without reasoning the second call is the only one, which is many times cheaper.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from burnish import images
+from burnish.config import ConfigError, located, nearest
+from burnish.judging import SCALE, Alphabet, Calibration, Rubric, question, read_score
+from burnish.rewards.base import Reward, RewardConfig
+from burnish.runtime import ensure_torchvision
+from burnish.types import Failed, Score, Scored, ScoreRequest
+
+# Before the import below: it fails where torch and torchvision are unequal builds.
+ensure_torchvision()
+
+from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+
+class VlmConfig(RewardConfig):
+    """One dimension of one judge."""
+
+    kind: Literal["vlm"] = "vlm"
+    path: str
+    """The judge's folder, or `embedded:...`."""
+    dimension: str
+    reasoning: bool = True
+    """Write the chain of thought first; False asks for the score at once."""
+    batch_size: int = 32
+
+    def build(self) -> "Vlm":
+        judge = Judge.load(located(self.path))
+        return Vlm(judge, self.dimension, reasoning=self.reasoning, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that was trained to judge, and how it is read."""
+
+    model: Any
+    processor: Any
+    rubrics: dict[str, Rubric]
+    calibrations: dict[str, Calibration]
+    longest_answer: int
+    """Most tokens of reasoning, marker included."""
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Judge":
+        """Read a judge's folder.
+
+        Raises:
+            ConfigError: it is no judge's folder, or its tokenizer's digits are not single tokens.
+        """
+        try:
+            facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+            model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+            processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"need a judge's folder with judge.json and a Qwen-VL model, got {folder}: {reason}"
+            ) from None
+        Alphabet.of(processor.tokenizer)
+        rubrics = {path.stem: Rubric.read(path) for path in sorted(folder.glob("rubrics/*.md"))}
+        knots = facts.get("calibrations", {})
+        return cls(
+            model=model.to(device).eval().requires_grad_(False),
+            processor=processor,
+            rubrics=rubrics,
+            calibrations={
+                name: Calibration(tuple(k["raw"]), tuple(k["calibrated"]))
+                for name, k in knots.items()
+            },
+            longest_answer=int(facts["longest_answer"]),
+        )
+
+    def rubric(self, dimension: str) -> Rubric:
+        """The rubric of a dimension.
+
+        Raises:
+            ConfigError: the judge does not know it; the nearest it knows is named.
+        """
+        if dimension not in self.rubrics:
+            known = sorted(self.rubrics)
+            hint = nearest(dimension, known) or (known[0] if known else "none")
+            raise ConfigError(
+                f"need a dimension of this judge ({', '.join(known)}), got {dimension!r}; "
+                f"did you mean {hint!r}?"
+            )
+        return self.rubrics[dimension]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Questions as tensors, padded on the left."""
+
+    inputs: dict[str, Tensor]
+    patches: list[int]
+    """Rows of `pixel_values` of each picture, question by question."""
+    pictures: int
+    """Pictures of each question."""
+
+    def pictures_of(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """The pictures of some questions."""
+        chosen = [row * self.pictures + n for row in rows for n in range(self.pictures)]
+        parts = self.inputs["pixel_values"].split(self.patches)
+        return {
+            "pixel_values": torch.cat([parts[n] for n in chosen]),
+            "image_grid_thw": self.inputs["image_grid_thw"][chosen],
+        }
+
+
+class Vlm(Reward):
+    """A judge as a reward: the value is its calibrated score, 1 to 5, the note its reasoning."""
+
+    def __init__(
+        self, judge: Judge, dimension: str, *, reasoning: bool = True, batch_size: int = 32
+    ) -> None:
+        self._judge, self._reasoning, self._batch_size = judge, reasoning, batch_size
+        self._rubric = judge.rubric(dimension)
+        self._calibration = judge.calibrations.get(dimension, Calibration())
+        self._alphabet = Alphabet.of(judge.processor.tokenizer)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        scores: dict[int, Score] = {}
+        for is_edit in (False, True):
+            rows = [n for n, r in enumerate(requests) if (r.prompt.task == "edit") == is_edit]
+            for start in range(0, len(rows), self._batch_size):
+                chunk = rows[start : start + self._batch_size]
+                answers = self._score_alike([requests[row] for row in chunk])
+                scores |= zip(chunk, answers, strict=True)
+        return [scores[row] for row in range(len(requests))]
+
+    @torch.no_grad()
+    def _score_alike(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        """Score requests with the same number of pictures in one batch."""
+        finite = [bool(request.image.isfinite().all()) for request in requests]
+        sound = [request for request, ok in zip(requests, finite, strict=True) if ok]
+        answers = iter(self._read(sound)) if sound else iter(())
+        broken = Failed(reason="the image is not finite")
+        return [next(answers) if ok else broken for ok in finite]
+
+    def _read(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        asked = self._ask(requests)
+        prefixes: list[list[int] | Failed] = [list(self._alphabet.marker) for _ in requests]
+        if self._reasoning:
+            prefixes = [self._up_to_digit(ids) for ids in self._answers(asked)]
+        sound = {row: ids for row, ids in enumerate(prefixes) if not isinstance(ids, Failed)}
+        found = iter(self._digit_log_probs(asked, sound).tolist() if sound else [])
+        return [
+            prefix if isinstance(prefix, Failed) else self._scored(prefix, next(found))
+            for prefix in prefixes
+        ]
+
+    def _scored(self, prefix: Sequence[int], log_probs: Sequence[float]) -> Score:
+        score = read_score(dict(zip(SCALE, log_probs, strict=True)), self._calibration)
+        if not isinstance(score, Scored):
+            return score
+        words = prefix[: -len(self._alphabet.marker)]
+        note = self._judge.processor.tokenizer.decode(words, skip_special_tokens=True)
+        return Scored(value=score.value, detail=score.detail, note=note.strip())
+
+    def _ask(self, requests: Sequence[ScoreRequest]) -> _Asked:
+        processor = self._judge.processor
+        texts, pictures = [], []
+        for request in requests:
+            turn = [{"role": "user", "content": question(self._rubric, request.prompt)}]
+            texts.append(
+                processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            )
+            pictures.append(pictures_of(request))
+        inputs = processor(
+            text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self._judge.model.device)
+        patches = inputs["image_grid_thw"].prod(dim=1).tolist()
+        return _Asked(dict(inputs), patches, len(pictures[0]))
+
+    def _answers(self, asked: _Asked) -> list[list[int]]:
+        """Greedy answers as token ids, without the question."""
+        written = self._judge.model.generate(
+            **asked.inputs,
+            max_new_tokens=self._judge.longest_answer,
+            do_sample=False,
+            pad_token_id=self._judge.processor.tokenizer.pad_token_id,
+        )
+        return written[:, asked.inputs["input_ids"].shape[1] :].tolist()
+
+    def _up_to_digit(self, ids: Sequence[int]) -> list[int] | Failed:
+        place = self._alphabet.place_of_digit(ids)
+        return place if isinstance(place, Failed) else list(ids[:place])
+
+    def _digit_log_probs(
+        self, asked: _Asked, answers: Mapping[int, Sequence[int]]
+    ) -> Float[Tensor, "row 5"]:
+        """Log-probabilities of the five digits after the answers of some rows."""
+        longest = max(len(ids) for ids in answers.values())
+        tokens, device = asked.inputs["input_ids"], asked.inputs["input_ids"].device
+        pad = self._judge.processor.tokenizer.pad_token_id
+        rows = list(answers)
+        extended: dict[str, list[Tensor]] = {}
+        for row, ids in answers.items():
+            fill = longest - len(ids)
+            added = torch.tensor(list(ids), dtype=tokens.dtype, device=device)
+            for name, value, start, end in (
+                ("input_ids", tokens[row], pad, added),
+                ("attention_mask", asked.inputs["attention_mask"][row], 0, torch.ones_like(added)),
+                (
+                    "mm_token_type_ids",
+                    asked.inputs.get("mm_token_type_ids", torch.zeros_like(tokens))[row],
+                    0,
+                    torch.zeros_like(added),
+                ),
+            ):
+                extended.setdefault(name, []).append(
+                    torch.cat([value.new_full((fill,), start), value, end.to(value)])
+                )
+        inputs = {name: torch.stack(values) for name, values in extended.items()}
+        if "mm_token_type_ids" not in asked.inputs:
+            del inputs["mm_token_type_ids"]
+        logits = self._judge.model(
+            **inputs, **asked.pictures_of(rows), logits_to_keep=1, use_cache=False
+        ).logits[:, -1]
+        digits = torch.tensor(self._alphabet.digits, device=device)
+        return logits.float().log_softmax(dim=-1)[:, digits]
+
+
+def pictures_of(request: ScoreRequest) -> list[Image.Image]:
+    """The source of an edit, and the picture to be judged."""
+    drawn = images.to_pil(request.image)
+    source = request.prompt.source
+    return [drawn] if source is None else [images.decode(source, where=request.prompt.id), drawn]

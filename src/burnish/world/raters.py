@@ -1,0 +1,172 @@
+"""Simulated raters: people of the embedded world who look at a picture and give 1 to 5.
+
+Each rater has a lasting bias and a passing mood; the truth behind them is the oracle's, read
+through the priorities of the paper (arXiv 2606.27608, section 3.2): presence and count before
+attributes before places before expression, and a picture that misses the first is capped low. Their
+reasoning names what they checked and what they saw, so that a judge can learn to reason before it
+scores. They stand in for an annotation campaign; a study of judges compares with the oracle.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from burnish.world.edits import Edit
+from burnish.world.oracle import attribute_scores, quality, resolve
+from burnish.world.scenes import Scene, Value, attribute
+
+PRIORITIES: tuple[tuple[str, ...], ...] = (
+    ("shape", "count", "word", "hair", "hat", "glasses", "trees", "water", "mountains"),
+    ("colour", "size", "skin", "hair_colour", "eyes", "season", "time", "background", "style"),
+    ("place", "level", "frame"),
+    ("mouth", "mark"),
+)
+"""What a rater of alignment checks, in the order of weight."""
+WEIGHTS = (0.45, 0.30, 0.15, 0.10)
+"""Weight of each priority; those that a scene lacks are left out."""
+CAP = 2.0
+"""Highest alignment of a picture that misses presence or count."""
+ANATOMY = ("fingers", "eye_line")
+"""What a rater of portraits checks."""
+
+
+@dataclass(frozen=True)
+class Opinion:
+    """What all raters together say of one picture in one dimension."""
+
+    dimension: str
+    mean: float
+    """Between 1 and 5."""
+    std: float
+    """Between raters."""
+    num_raters: int
+    truth: float
+    """What raters without bias and mood would say, between 1 and 5."""
+    reasoning: str
+
+
+@dataclass(frozen=True)
+class Raters:
+    """A panel with lasting biases."""
+
+    biases: tuple[float, ...]
+    mood: float = 0.35
+    """Standard deviation of one rater's passing mood, in points."""
+
+    @classmethod
+    def hire(cls, count: int = 5, spread: float = 0.3, seed: int = 0) -> "Raters":
+        """A panel whose biases are drawn from a normal distribution of `spread` points."""
+        drawn = np.random.default_rng(seed).normal(0, spread, size=count)
+        return cls(tuple(float(bias) for bias in drawn - drawn.mean()))
+
+    def rate(
+        self, dimension: str, truth: float, reasoning: str, rng: np.random.Generator
+    ) -> Opinion:
+        """Every rater gives a whole number of points for a truth between 1 and 5."""
+        felt = truth + np.asarray(self.biases) + rng.normal(0, self.mood, len(self.biases))
+        points = np.clip(np.round(felt), 1, 5)
+        return Opinion(
+            dimension=dimension,
+            mean=float(points.mean()),
+            std=float(points.std()),
+            num_raters=len(points),
+            truth=truth,
+            reasoning=reasoning,
+        )
+
+
+def alignment_truth(scores: Mapping[str, float]) -> float:
+    """Points from 1 to 5 for attribute scores in [0, 1], by `PRIORITIES`, with the cap."""
+    tiers = [[v for k, v in scores.items() if attribute(k) in names] for names in PRIORITIES]
+    present = [(w, tier) for w, tier in zip(WEIGHTS, tiers, strict=True) if tier]
+    if not present:
+        return 5.0
+    total = sum(weight for weight, _ in present)
+    share = sum(weight * _harsh(tier) for weight, tier in present) / total
+    points = 1 + 4 * share
+    return min(points, CAP) if tiers[0] and min(tiers[0]) < 0.5 else points
+
+
+def _harsh(values: Sequence[float]) -> float:
+    """Half mean, half worst."""
+    return 0.5 * float(np.mean(values)) + 0.5 * float(np.min(values))
+
+
+def rate_scene(
+    pixels: np.ndarray, scene: Scene, raters: Raters, rng: np.random.Generator
+) -> list[Opinion]:
+    """Alignment and aesthetic of a picture, and the anatomy of a portrait.
+
+    Args:
+        pixels: `height width 3` in [0, 1].
+        scene: what the prompt asks for.
+        raters: the panel.
+        rng: of their moods.
+    """
+    right = resolve(pixels, scene)
+    scores, seen = attribute_scores(pixels, right)
+    stated = {
+        k: v for k, v in scores.items() if k not in scene.free and attribute(k) not in ANATOMY
+    }
+    opinions = [
+        raters.rate("alignment", alignment_truth(stated), _checks(stated, right, seen), rng),
+        _aesthetic(pixels, seen, raters, rng),
+    ]
+    if scene.category == "portrait":
+        anatomy = {k: v for k, v in scores.items() if k in ANATOMY}
+        truth = 1 + 4 * _harsh(list(anatomy.values())) if anatomy else 5.0
+        opinions.append(raters.rate("portrait", truth, _checks(anatomy, right, seen), rng))
+    return opinions
+
+
+def rate_edit(
+    pixels: np.ndarray, edit: Edit, raters: Raters, rng: np.random.Generator
+) -> list[Opinion]:
+    """Instruction and aesthetic of an edited picture.
+
+    The change is the core of the instruction; what it did not mention is the rest. A change that
+    was not made is capped like a missing object, however well the rest was kept.
+    """
+    scores, seen = attribute_scores(pixels, edit.target)
+    core = {key: scores.get(key, 1.0) for key in edit.changes}
+    rest = {key: value for key, value in scores.items() if key not in edit.changes}
+    done = min(core.values())
+    points = 1 + 4 * (0.6 * done + 0.4 * done * (_harsh(list(rest.values())) if rest else 1.0))
+    truth = min(points, CAP) if done < 0.5 else points
+    spoilt = {key: value for key, value in rest.items() if value < 0.5}
+    said = "; ".join(
+        part
+        for part in (_checks(core, edit.target, seen), _checks(spoilt, edit.target, seen))
+        if part
+    )
+    return [raters.rate("instruction", truth, said, rng), _aesthetic(pixels, seen, raters, rng)]
+
+
+def _aesthetic(
+    pixels: np.ndarray, seen: Scene, raters: Raters, rng: np.random.Generator
+) -> Opinion:
+    found = quality(pixels, seen)
+    words = "clean" if found > 0.75 else "slightly spoilt" if found > 0.35 else "spoilt"
+    return raters.rate("aesthetic", 1 + 4 * found, f"picture {words}", rng)
+
+
+def _checks(scores: Mapping[str, float], right: Scene, seen: Scene) -> str:
+    """What was checked, in order of weight: `shape star right, colour red wrong blue`."""
+    order = {name: n for n, name in enumerate(n for names in PRIORITIES for n in names)}
+    parts = []
+    for key in sorted(scores, key=lambda k: (order.get(attribute(k), len(order)), k)):
+        wanted, found = right.values[key], seen.values[key]
+        if scores[key] >= 0.5:
+            parts.append(f"{_words(key)} {wanted} right")
+        else:
+            parts.append(f"{_words(key)} {wanted} wrong{_instead(wanted, found)}")
+    return ", ".join(parts)
+
+
+def _words(key: str) -> str:
+    return attribute(key).replace("_", " ")
+
+
+def _instead(wanted: Value, found: Value) -> str:
+    return "" if found == wanted else f" {found}"
