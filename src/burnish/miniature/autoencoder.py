@@ -2,10 +2,10 @@
 
 Sixteen tokens of 64 channels describe a 64 x 64 picture. The network works on patches of 16 x 16
 pixels, one to a token, and starts as what is best among linear autoencoders of such patches: their
-principal components, whitened. Training from there takes minutes where random weights take hours,
-and its latents stay nearly white. That matters more than the last digit of the error: where a few
-channels hold all the variance, a diffusion model sees the rest only at the very end of a path, and
-draws it as a smear.
+principal components, whitened. After 90 seconds on one core its error was a third of that from
+random weights, and its latents stay nearly white. That matters more than the last digit of the
+error: where a few channels hold all the variance, a diffusion model sees the rest only at the very
+end of a path, and draws it as a smear.
 
 The loss is the squared and the absolute error of the pixels: the absolute error alone would rather
 erase a thin letter than risk it. A diffusion model needs smooth latents more than a generative

@@ -68,10 +68,11 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     facts: dict[str, Any] = {"seed": SEED, "text_examples": counts[0], "edit_examples": counts[1]}
     pixels = np.stack([e.pixels for e in texts + edits])
     plan = AutoencoderPlan(steps=60, decoder_steps=20) if quick else AutoencoderPlan()
-    facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt, out)
+    # Apart, or a whole build would take over what a reduced one left in the same place.
+    folder = out / "checkpoints" / ("reduced" if quick else "whole")
+    facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt, folder / "autoencoder")
     base_plan = BasePlan(steps=60, batch_size=16) if quick else BasePlan()
-    folder = out / "checkpoints" / "base"
-    done = max(checkpoint.steps(folder), default=0)
+    done = max(checkpoint.steps(folder / "base"), default=0)
     with _losses("base model", base_plan.steps, done) as shown:
         losses = train_base(
             policy,
@@ -79,7 +80,7 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
             make_pool(policy, edits),
             replace(base_plan, seed=SEED),
             rt,
-            folder=folder,
+            folder=folder / "base",
             on_step=shown.add,
         )
     facts |= {f"base_loss_{task}": ends for task, ends in _ends(losses).items()}
@@ -102,11 +103,10 @@ def _assemble() -> Any:
 
 
 def _train_autoencoder(
-    policy: QwenImage21Policy, pixels: np.ndarray, plan: AutoencoderPlan, rt: Runtime, out: Path
+    policy: QwenImage21Policy, pixels: np.ndarray, plan: AutoencoderPlan, rt: Runtime, folder: Path
 ) -> list[float]:
     """Train on random pictures of the pool and put the result into the pipeline; first and last
     loss. What a build that was cut off had finished is taken over."""
-    folder = out / "checkpoints" / "autoencoder"
     if found := checkpoint.latest(folder):
         vae = new_autoencoder(**found.state["statistics"])
         vae.load_state_dict(dict(found.tensors["autoencoder"]))
