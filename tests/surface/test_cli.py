@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 
 from burnish import cli, launcher
+from burnish.cli import recipes
 from burnish.config import located
 from burnish.launcher import STOPPED, JobError, launch
 
@@ -149,7 +150,7 @@ def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]
         assert out.count(f"    {word}") >= len(names)
 
 
-@pytest.mark.parametrize("name", sorted(cli.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", sorted(recipes.RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
     """Every recipe that ships."""
     from burnish.config import load
@@ -252,7 +253,7 @@ def test_our_own_fault_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit code 1, and the last line says whom to tell."""
-    monkeypatch.setattr(cli, "_recipes", lambda: 1 // 0)
+    monkeypatch.setattr(recipes, "known_recipes", lambda: 1 // 0)
     assert cli.main(["recipes"]) == 1
     err = capsys.readouterr().err
     assert "Traceback" in err and "ZeroDivisionError" in err.splitlines()[-1]

@@ -1,0 +1,9 @@
+"""The commands. Their job is to read what the user means; what they do is written elsewhere.
+
+One file for each group of commands; importing it hangs them on the program.
+"""
+
+from burnish.cli import machine, pictures, recipes, runs
+from burnish.cli.program import main
+
+__all__ = ["machine", "main", "pictures", "recipes", "runs"]

@@ -1,0 +1,45 @@
+"""Commands about what is installed: `burnish doctor`, and building the embedded models."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from burnish.cli.options import Json
+from burnish.cli.program import app
+from burnish.cli.recipes import evidence, known_recipes
+
+miniature = typer.Typer(help="The embedded models.", rich_markup_mode=None)
+app.add_typer(miniature, name="miniature")
+
+
+@app.command(epilog="Example: burnish doctor --json")
+def doctor(as_json: Json = False) -> None:
+    """Examine installation and machine."""
+    from burnish import preflight
+
+    findings = preflight.examine()
+    findings += [
+        preflight.Finding(name=f"recipe {name}", is_fine=True, found=evidence(path))
+        for name, path in known_recipes().items()
+    ]
+    for finding in findings:
+        advice = "" if finding.is_fine else f"; {finding.advice}"
+        print(f"{'ok' if finding.is_fine else 'BROKEN':<8}{finding.name}: {finding.found}{advice}")
+    if as_json:
+        print(json.dumps({"findings": [dataclasses.asdict(finding) for finding in findings]}))
+    if not all(finding.is_fine for finding in findings):
+        raise typer.Exit(1)
+
+
+@miniature.command(epilog="Example: burnish miniature build --out /tmp/miniature --quick")
+def build(
+    out: Annotated[Path, typer.Option(help="Where to write.", metavar="DIR")] = Path("miniature"),
+    quick: Annotated[bool, typer.Option("--quick", help="Reduced: learns, draws badly.")] = False,
+) -> None:
+    """Build the embedded models and prompts from nothing, below DIR."""
+    from burnish.miniature.build import build
+
+    print(json.dumps(build(out, quick=quick)))

@@ -1,0 +1,99 @@
+"""`burnish sample`: draw with a model, or edit a picture."""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from burnish.cli.program import app
+from burnish.config import EMBEDDED, ConfigError, located
+
+if TYPE_CHECKING:
+    from burnish.stages import PolicyConfig
+
+
+@app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
+def sample(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="What to draw.")],
+    model: Annotated[
+        str, typer.Option(help="A pipeline folder, RUN/STAGE of a run folder, or embedded:...")
+    ] = "embedded:weights/base",
+    source: Annotated[Path | None, typer.Option(help="Picture to edit.", metavar="IMAGE")] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="1 is no guidance; a stage's own if left out.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=32, help="Side in pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of a prompt's first picture.")] = 0,
+    count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    out: Annotated[Path, typer.Option(help="PNG to write.", metavar="FILE")] = Path("sample.png"),
+) -> None:
+    """Draw, or edit a picture; one row per prompt.
+
+    Every row has the same seeds. A prompt says what to draw, or with --source what to change.
+    """
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
+    from burnish import images, rollout, runtime, stages, tracking
+    from burnish.types import Prompt
+
+    picture = None if source is None else images.encode_png(images.read(source))
+    model_folder, defaults = _model(model)
+    policy = defaults.policy.model_copy(
+        update={"resolution": resolution or defaults.policy.resolution}
+    )
+    rt = runtime.start()
+    drawer = stages.load_policy(policy, model_folder, rt)
+    asked = [
+        Prompt(id=str(row), text=text, task="t2i" if picture is None else "edit", source=picture)
+        for row, text in enumerate(prompts)
+        for _ in range(count)
+    ]
+    with rt.autocast():
+        drawn = rollout.draw(
+            drawer,
+            asked,
+            num_steps=steps or defaults.num_steps,
+            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            seeds=[seed + place for _ in prompts for place in range(count)],
+        )
+    sheet = images.grid([images.to_pil(image) for image in drawn], count)
+    with tracking.writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tracking.write_atomic(out, images.encode_png(sheet))
+    print(out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Defaults:
+    """How a model is drawn with unless the command says otherwise."""
+
+    policy: "PolicyConfig"
+    num_steps: int
+    guidance_scale: float
+
+
+def _model(text: str) -> tuple[Path, _Defaults]:
+    """The pipeline folder that `--model` means, and how its run draws with it."""
+    from burnish import stages, summary
+
+    place = located(text)
+    options = (place, place / "model", place.parent / "stages" / place.name / "model")
+    folder = next((path for path in options if (path / "model_index.json").is_file()), None)
+    if folder is None:
+        known = [str(place / path.parent.name) for path in sorted(place.glob("stages/*/model"))]
+        advice = f"take {known[-1]}" if known else "check --model"
+        raise ConfigError(f"need a folder that a pipeline was saved in, got {text}; {advice}")
+    name, ran = folder.parent.name, folder.parents[2] if len(folder.parents) > 2 else folder
+    if folder.name == "model" and (ran / "run.json").is_file():
+        if not stages.is_complete(ran, f"train/{name}"):
+            raise ConfigError(
+                f"need a stage that is complete, {name} of {ran} is not; resume its run first"
+            )
+        config = summary.read_run(ran)
+        scale = config.deployed_scale(name)
+        return folder, _Defaults(config.policy, config.evaluation.num_steps, scale)
+    if text.startswith(EMBEDDED):
+        return folder, _Defaults(stages.PolicyConfig(resolution=64), 10, 3.0)
+    return folder, _Defaults(stages.PolicyConfig(), 40, 4.0)

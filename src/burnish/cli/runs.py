@@ -1,0 +1,134 @@
+"""Commands that run a recipe, show what it found, and do one of its jobs."""
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from burnish import launcher
+from burnish.cli.options import Force, Json, Out, Overrides
+from burnish.cli.program import app
+from burnish.cli.recipes import recipe_path
+from burnish.config import ConfigError, load, nearest
+from burnish.launcher import JobError
+
+
+@app.command(epilog="Example: burnish run miniature seed=1 --out runs/second")
+def run(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Run a recipe: train, measure, report.
+
+    Start the same command again to resume a run that was stopped. `burnish recipes` lists the
+    recipes, and KEY=VALUE changes any setting of theirs.
+    """
+    _run(recipe, overrides, out, force, as_json)
+
+
+@app.command(epilog="Example: burnish grpo stages.teacher.steps=20 --out runs/grpo-short")
+def grpo(
+    overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Train by GRPO: `burnish run grpo`."""
+    _run("grpo", overrides, out, force, as_json)
+
+
+@app.command(epilog="Example: burnish nft policy.path=MODEL policy.resolution=512")
+def nft(
+    overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Train by the forward process: `burnish run nft`."""
+    _run("nft", overrides, out, force, as_json)
+
+
+@app.command(epilog="Example: burnish distill stages.student.algorithm.teachers.t2i.path=DIR ...")
+def distill(
+    overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Distill your teachers: `burnish run distill`."""
+    _run("distill", overrides, out, force, as_json)
+
+
+def _run(
+    recipe: str, overrides: Sequence[str] | None, out: Path | None, force: bool, as_json: bool
+) -> None:
+    path = recipe_path(recipe)
+    from burnish import preflight, runtime
+    from burnish.stages import RunConfig
+    from burnish.tracking import Run
+
+    config = load(RunConfig, path, overrides or ())
+    preflight.check_inputs(config)
+    device = runtime.choose_device(config.runtime.device)
+    dtype = runtime.choose_dtype(config.runtime.dtype, device)
+    here = runtime.Runtime(device=device, dtype=dtype).describe()
+    # Absolute, because the settings of a stage hold the folders of its teachers.
+    folder = (out or Path("runs") / config.name).resolve()
+    is_new = not folder.exists()
+    Run.create(folder, config, command=shlex.join(["burnish", *sys.argv[1:]]), environment=here)
+    try:
+        launcher.run_jobs(config, folder, force=force)
+    except JobError as error:
+        if is_new and error.exit_code == 2 and not _has_results(folder):
+            # Or else the corrected command would find the folder of another run.
+            shutil.rmtree(folder)
+        raise
+    _finish(folder, as_json)
+
+
+def _has_results(folder: Path) -> bool:
+    """Whether a run has anything that took time: a result, or a checkpoint to resume from."""
+    return any(folder.glob("*/*/DONE")) or any(folder.glob("stages/*/checkpoints/*"))
+
+
+def _finish(folder: Path, as_json: bool) -> None:
+    """Write and show what a run found."""
+    from rich.console import Console
+
+    from burnish import report, summary
+
+    page = report.write_report(folder)
+    found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    # Where no terminal says how wide it is, eighty columns would break the tables' words.
+    is_told = sys.stdout.isatty() or "COLUMNS" in os.environ
+    console = Console(width=None if is_told else 120)
+    console.print(summary.table(found), summary.cost_table(found))
+    console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+    if as_json:
+        print(json.dumps({"folder": str(folder), "report": str(page), "summary": found}))
+
+
+@app.command(hidden=True)
+def job(folder: Path, name: str) -> None:
+    """Do one job of a run in this process; `burnish run` starts these."""
+    # First of all, so that no child outlives its launcher while it still loads libraries.
+    launcher.follow_launcher()
+    from burnish import stages, summary
+
+    config = summary.read_run(folder)
+    if name not in config.jobs():
+        jobs = list(config.jobs())
+        raise ConfigError(
+            f"need a job of the run, got {name!r}; did you mean {nearest(name, jobs) or jobs[0]!r}?"
+        )
+    rt = config.runtime.build()
+    try:
+        stages.run_job(config, folder, name, rt)
+    finally:
+        rt.close()
+
+
+@app.command(epilog="Example: burnish report runs/miniature")
+def report(folder: Path, as_json: Json = False) -> None:
+    """Write report.html and the table of a run again."""
+    _finish(folder, as_json)
