@@ -37,7 +37,9 @@ class EvaluationConfig(Config):
     num_prompts: int = Field(default=96, ge=2)
     """Of each task."""
     num_seeds: int = Field(default=2, ge=1)
-    """Pictures per prompt."""
+    """Pictures per held-out prompt."""
+    num_knowledge: int = Field(default=96, ge=2)
+    """Knowledge prompts, one picture each."""
     best_of: int = Field(default=16, ge=1)
     """Pictures per prompt of the base, whose best marks how far re-weighting could go."""
     best_of_prompts: int = Field(default=48, ge=2)

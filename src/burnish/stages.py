@@ -210,7 +210,8 @@ def _measure_role(
     held_out = _some(read_prompts(located(plan.prompts)), tasks, wanted)
     sets = [(held_out, plan.best_of if is_best_of else plan.num_seeds)]
     if plan.knowledge is not None and not is_best_of:
-        sets.append((_some(read_prompts(located(plan.knowledge)), tasks, plan.num_prompts), 1))
+        knowledge = read_prompts(located(plan.knowledge))
+        sets.append((_some(knowledge, tasks, plan.num_knowledge), 1))
     judge = config.judge.build()
     rows: list[Row] = []
     for prompts, num_seeds in sets:

@@ -4,11 +4,18 @@ One model draws and edits. Each step sees a batch of either task; every example'
 once and shared by several noise levels, which is where most of a step's cost goes. The prompt is
 dropped with probability 0.1 (source images stay), so that classifier-free guidance works and
 matters. The weights kept are an exponential moving average.
+
+First the model sees good pictures alone, then the mixture of good and flawed: words are learnt
+faster where every picture honours its prompt, and the flaws are then added as modes of their own.
+The matrices of the transformer's blocks are trained by Muon, the rest by AdamW: from random weights
+Muon needed a little more than half of AdamW's steps for the same loss.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,11 +37,16 @@ class BasePlan:
     """How long and how fast the base model is trained."""
 
     steps: int = 6000
+    clean_steps: int = 3600
+    """The first steps, which see no flawed picture."""
     batch_size: int = 24
     """Examples of each process and step."""
-    noise_levels: int = 3
+    noise_levels: int = 4
     """Noise levels per example and step, sharing one prefix."""
     learning_rate: float = 1.2e-3
+    """AdamW's peak, for all that is not a matrix of the transformer's blocks."""
+    matrix_learning_rate: float = 3e-3
+    """Muon's peak, scaled to the size of an AdamW step."""
     drop_prompt: float = 0.1
     edit_share: float = 0.4
     ema: float = 0.998
@@ -60,6 +72,11 @@ class Pool:
     examples: Sequence[Example]
     latents: Tensor
     source_latents: Tensor | None
+
+    @cached_property
+    def clean(self) -> list[int]:
+        """Rows of the examples without a flaw."""
+        return [row for row, example in enumerate(self.examples) if not example.is_flawed]
 
 
 def make_pool(policy: QwenImage21Policy, examples: Sequence[Example]) -> Pool:
@@ -91,7 +108,7 @@ def flow_matching_loss(
 
 
 class _Training:
-    """Parameters, their running average and the optimizer, which a checkpoint holds together."""
+    """Parameters, their running average and the optimizers, which a checkpoint holds together."""
 
     def __init__(self, policy: QwenImage21Policy, plan: BasePlan, runtime: Runtime) -> None:
         self.modules = torch.nn.ModuleList([policy.transformer, policy.text_encoder])
@@ -99,18 +116,54 @@ class _Training:
         self.parameters = list(self.modules.parameters())
         runtime.broadcast(self.parameters)
         self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-        )
+        blocks = policy.transformer.transformer_blocks
+        matrices = {id(p): p for p in blocks.parameters() if p.ndim == 2}
+        others = [p for p in self.parameters if id(p) not in matrices]
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            "matrices": torch.optim.Muon(
+                list(matrices.values()),
+                lr=plan.matrix_learning_rate,
+                weight_decay=0.01,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            "others": torch.optim.AdamW(
+                others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            ),
+        }
         self.losses: list[dict[str, float]] = []
         """One entry for each step done."""
 
+    def schedules(self, steps: int) -> list[torch.optim.lr_scheduler.OneCycleLR]:
+        """One cycle over all steps for each optimizer, at the place where the training stands."""
+        return [
+            torch.optim.lr_scheduler.OneCycleLR(
+                optimizer,
+                [group.get("max_lr", group["lr"]) for group in optimizer.param_groups],
+                total_steps=steps,
+                pct_start=0.05,
+                cycle_momentum=False,
+                last_epoch=len(self.losses) - 1,
+            )
+            for optimizer in self.optimizers.values()
+        ]
+
+    def step(self, loss: Tensor, runtime: Runtime) -> None:
+        """One step of all optimizers down the mean gradient of all processes."""
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        runtime.all_reduce_gradients(self.parameters)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
     def save(self, folder: Path) -> None:
-        tensors, state = checkpoint.optimizer_state(self.optimizer)
-        named = {"optimizer": tensors}
+        named = {}
         for group, values in (("parameters", self.parameters), ("average", self.average)):
             named[group] = {str(n): value.detach() for n, value in enumerate(values)}
-        state = {"optimizer": state, "losses": self.losses}
+        state: dict[str, Any] = {"losses": self.losses}
+        for name, optimizer in self.optimizers.items():
+            named[name], state[name] = checkpoint.optimizer_state(optimizer)
         checkpoint.save(folder, len(self.losses), named, state, keep=1)
 
     @torch.no_grad()
@@ -121,8 +174,8 @@ class _Training:
         for group, values in (("parameters", self.parameters), ("average", self.average)):
             for n, value in enumerate(values):
                 value.copy_(found.tensors[group][str(n)])
-        saved = found.tensors["optimizer"], found.state["optimizer"]
-        checkpoint.load_optimizer_state(self.optimizer, *saved)
+        for name, optimizer in self.optimizers.items():
+            checkpoint.load_optimizer_state(optimizer, found.tensors[name], found.state[name])
         self.losses = found.state["losses"]
 
     @torch.no_grad()
@@ -159,25 +212,16 @@ def train_base(
     training = _Training(policy, plan, runtime)
     if folder is not None:
         training.resume(folder)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        training.optimizer,
-        plan.learning_rate,
-        total_steps=plan.steps,
-        pct_start=0.05,
-        last_epoch=len(training.losses) - 1,
-    )
+    schedules = training.schedules(plan.steps)
     for step in range(len(training.losses), plan.steps):
         torch.manual_seed(derived_seed(plan.seed, "base model", step, runtime.rank))
         is_edit = (
             float(torch.rand(1, generator=generator(plan.seed, "task", step))) < plan.edit_share
         )
-        loss = _loss(policy, edit_pool if is_edit else text_pool, plan)
-        training.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        runtime.all_reduce_gradients(training.parameters)
-        torch.nn.utils.clip_grad_norm_(training.parameters, 1.0)
-        training.optimizer.step()
-        schedule.step()
+        loss = _loss(policy, edit_pool if is_edit else text_pool, plan, step)
+        training.step(loss, runtime)
+        for schedule in schedules:
+            schedule.step()
         decay = min(plan.ema, (step + 1) / (step + 10))
         current = [p.detach() for p in training.parameters]
         torch._foreach_lerp_(training.average, current, 1 - decay)
@@ -189,9 +233,10 @@ def train_base(
     return training.losses
 
 
-def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan) -> Tensor:
+def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan, step: int) -> Tensor:
     """Of a random batch of a pool, drawn from torch's global generator."""
-    rows = torch.randint(len(pool.examples), (plan.batch_size,)).tolist()
+    choice = pool.clean if step < plan.clean_steps else range(len(pool.examples))
+    rows = [choice[n] for n in torch.randint(len(choice), (plan.batch_size,)).tolist()]
     dropped = (torch.rand(plan.batch_size) < plan.drop_prompt).tolist()
     with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         return flow_matching_loss(policy, pool, rows, dropped, plan.noise_levels)

@@ -25,7 +25,7 @@ PIXEL_SHARE = 0.4
 """Share of the flaws that spoil the whole picture rather than its content."""
 PERSON_SHARE = 0.06
 """Share of examples that show a named person."""
-CATEGORY_SHARES = {"general": 0.40, "portrait": 0.25, "landscape": 0.07, "typography": 0.28}
+CATEGORY_SHARES = {"general": 0.46, "portrait": 0.24, "landscape": 0.07, "typography": 0.23}
 """Shares of the others: what is hard to learn is shown more often."""
 
 
@@ -37,6 +37,7 @@ class Example:
     pixels: np.ndarray
     """uint8 `64 64 3`."""
     source_pixels: np.ndarray | None = None
+    is_flawed: bool = False
 
 
 def to_bytes(pixels: np.ndarray) -> np.ndarray:
@@ -87,7 +88,7 @@ def text_example(rng: np.random.Generator, name: str = "") -> Example:
     if spoil_pixels:
         pixels = _pixel_flaw(pixels, rng)
     prompt = Prompt(id=name, text=say(scene, rng), category=scene.category)
-    return Example(prompt, to_bytes(pixels))
+    return Example(prompt, to_bytes(pixels), is_flawed=is_flawed)
 
 
 def edit_example(rng: np.random.Generator, name: str = "") -> Example:
@@ -109,7 +110,7 @@ def edit_example(rng: np.random.Generator, name: str = "") -> Example:
         category=edit.source.category,
         source=encode_png(Image.fromarray(source)),
     )
-    return Example(prompt, to_bytes(pixels), source)
+    return Example(prompt, to_bytes(pixels), source, is_flawed)
 
 
 def _drifted(edit: Edit, rng: np.random.Generator) -> Scene:

@@ -95,5 +95,5 @@ def prompt_sets() -> dict[str, list[Prompt]]:
     return {
         "train": world_prompts("train", 480, seed=101, is_held=False),
         "held-out": world_prompts("held", 128, seed=102, is_held=True),
-        "knowledge": knowledge_prompts(8, seed=103),
+        "knowledge": knowledge_prompts(24, seed=103),
     }
