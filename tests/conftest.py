@@ -1,7 +1,11 @@
 """Settings of all tests: one thread, and no test that needs a GPU where there is none."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 # Two workers share two cores, and one thread gives the same bits every time.
 torch.set_num_threads(1)
@@ -14,3 +18,64 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture(scope="session")
+def small_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny judge that was taught, in seconds, to score how bright a picture is."""
+    # The imports take long, and most tests need no judge.
+    from burnish import runtime
+    from burnish.policies.qwen_assembly import assemble, byte_tokenizer
+
+    folder = tmp_path_factory.mktemp("small_judge")
+    with runtime.seeded(0, "small judge"):
+        pipeline = assemble(byte_tokenizer(), encoder={"hidden_size": 64})
+        teach(pipeline.text_encoder, pipeline.processor)
+    pipeline.text_encoder.save_pretrained(folder)
+    pipeline.processor.save_pretrained(folder)
+    (folder / "rubrics").mkdir()
+    (folder / "rubrics" / "alignment.md").write_text("Is it bright?")
+    (folder / "judge.json").write_text('{"longest_answer": 16}')
+    return folder
+
+
+def teach(model: Any, processor: Any, steps: int = 120) -> None:
+    """Train on random pictures of one or two brightnesses, asked about in random words."""
+    from burnish import images
+    from burnish.judging import SCALE, Alphabet, Rubric, answer, question
+    from burnish.types import Prompt
+
+    tokenizer, rubric = processor.tokenizer, Rubric("alignment", "Is it bright?")
+    digits = torch.tensor(Alphabet.of(tokenizer).digits)
+    said = tokenizer(answer("ok.", 1) + "<|im_end|>")["input_ids"]
+    place = len(said) - 2
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(steps):
+        texts, pictures, targets = [], [], []
+        is_edit = bool(torch.rand(()) < 0.5)
+        for _ in range(4):
+            brightness = torch.rand(())
+            drawn = images.to_pil((torch.rand(3, 64, 64) * 0.2 + 0.8 * brightness).clamp(0, 1))
+            words = "".join(
+                chr(97 + int(n)) for n in torch.randint(26, (int(torch.randint(9, ())),))
+            )
+            prompt = Prompt(id="", text=words, task="edit" if is_edit else "t2i")
+            turn = [{"role": "user", "content": question(rubric, prompt)}]
+            head = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
+            # Any digit, so that the answer ends after each.
+            number = int(torch.randint(1, 6, ()))
+            texts.append(head + answer("ok.", number) + "<|im_end|>")
+            pictures.append([drawn] * (1 + is_edit))
+            targets.append(torch.softmax(-((torch.tensor(SCALE) - 1 - 4 * brightness) ** 2), 0))
+        inputs = processor(
+            text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt"
+        )
+        logits = model(**inputs, logits_to_keep=len(said) + 1).logits[:, :-1]
+        log_probs: Tensor = logits.log_softmax(dim=-1)
+        loss = -(torch.stack(targets) * log_probs[:, place][:, digits]).sum(dim=-1).mean()
+        for index, token in enumerate(said):
+            if index != place:
+                loss = loss - log_probs[:, index, token].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()

@@ -26,8 +26,9 @@ from burnish.types import Failed, Prompt, Score, Scored
 
 SCALE = (1, 2, 3, 4, 5)
 """The scores a judge may give."""
-MARKER = "\n<score>"
-"""Stands between the reasoning and the digit."""
+MARKER = " <score>"
+"""Stands between the reasoning and the digit. A space, because Qwen's tokenizer spells it alike
+after any text; a line break would be one token with the full stop before it."""
 SMALLEST_MASS = 0.9
 """Probability on the five digits below which an answer is off the scale."""
 

@@ -9,8 +9,7 @@ one stage.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from burnish import checkpoint, runtime
+from burnish import runtime
 from burnish.algorithms.base import (
     Algorithm,
     AlgorithmConfig,
@@ -30,13 +29,14 @@ from burnish.algorithms.base import (
     stack,
 )
 from burnish.config import Config, ConfigError, located, shelf
+from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.tracking import Run, RunError, progress, writing
-from burnish.types import Group, Signal, Task
+from burnish.types import Group, Prompt, Signal, Task
 
 if TYPE_CHECKING:
     from burnish.algorithms.distill import DistillConfig
@@ -55,24 +55,6 @@ else:
     AnyReward = Annotated[
         reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")
     ]
-
-
-class OptimizerConfig(Config):
-    """AdamW, its schedule, and how often it steps."""
-
-    learning_rate: float = Field(default=3e-4, gt=0)
-    warmup_steps: int = Field(default=3, ge=0)
-    """Optimizer steps over which the rate rises."""
-    decay: bool = True
-    """Fall to a tenth of the rate along a cosine by the end of the stage."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    num_updates: int = Field(default=4, ge=1)
-    """Optimizer steps on the groups of one rollout; each sees a part of every group."""
-    micro_batch: int = Field(default=192, ge=1)
-    """States in one forward pass; gradients are accumulated over the others."""
-    ema_decay: float = Field(default=0.0, ge=0, lt=1)
-    """Average of the weights over optimizer steps, written at the end; 0 writes the last ones."""
 
 
 class StageConfig(Config):
@@ -123,6 +105,11 @@ class StageConfig(Config):
                 f"need samples of the ODE for {name}, got a stochastic window of {draws.window} "
                 "steps; set rollout.window=0"
             )
+        if learns_from != "samples" and self.optimizer.draw_average:
+            raise ValueError(
+                f"need rollouts of the policy itself for {name}, got draw_average=true; leave "
+                "optimizer.draw_average out"
+            )
         if learns_from == "path" and (is_stochastic or draws.guidance_scale != 1):
             raise ValueError(
                 f"need the unguided ODE path of the student for {name}, got window={draws.window} "
@@ -133,43 +120,6 @@ class StageConfig(Config):
             raise ValueError(
                 f"need kept states for {name}, got keep={draws.keep}; set rollout.keep=4 or all"
             )
-
-
-@dataclass
-class _State:
-    """All that changes while a stage runs."""
-
-    policy: Policy[Any, Any]
-    optimizer: torch.optim.AdamW
-    average: list[Tensor]
-    step: int = 0
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        names = [name for name, _ in self.policy.trainable()]
-        return {
-            "policy": {name: p.detach() for name, p in self.policy.trainable()},
-            "average": dict(zip(names, self.average, strict=True)) if self.average else {},
-            "optimizer": checkpoint.optimizer_state(self.optimizer)[0],
-        }
-
-    def save(self, run: Run) -> None:
-        state = {"optimizer": checkpoint.optimizer_state(self.optimizer)[1]}
-        checkpoint.save(run.checkpoints, self.step, self.tensors(), state, keep=2)
-
-    def restore(self, run: Run) -> None:
-        """Continue where the newest whole checkpoint was written, if there is one."""
-        found = checkpoint.latest(run.checkpoints)
-        if found is not None:
-            with torch.no_grad():
-                for name, parameter in self.policy.trainable():
-                    parameter.copy_(found.tensors["policy"][name])
-                for (name, _), mean in zip(self.policy.trainable(), self.average, strict=False):
-                    mean.copy_(found.tensors["average"][name])
-            checkpoint.load_optimizer_state(
-                self.optimizer, found.tensors["optimizer"], found.state["optimizer"]
-            )
-            self.step = found.step
-        run.rewind(self.step - 1)
 
 
 def train(
@@ -195,11 +145,7 @@ def train(
     policy.transformer.requires_grad_(True)
     parameters = [parameter for _, parameter in policy.trainable()]
     before = [parameter.detach().clone() for parameter in parameters]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
-    )
-    keeps_average = config.optimizer.ema_decay > 0
-    state = _State(policy, optimizer, [p.clone() for p in before] if keeps_average else [])
+    state = State.start(policy, config.optimizer)
     state.restore(run)
     prompts = [
         prompt
@@ -224,10 +170,7 @@ def train(
                 state.save(run)
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
-    if state.average:
-        with torch.no_grad():
-            for parameter, mean in zip(parameters, state.average, strict=True):
-                parameter.copy_(mean)
+    state.finish()
     return _export(policy, before, run.folder / "model")
 
 
@@ -255,30 +198,17 @@ def _step(
     config: StageConfig,
     algorithm: Algorithm,
     sampler: GroupSampler,
-    state: _State,
+    state: State,
     run: Run,
     rt: Runtime,
     seed: int,
 ) -> dict[str, float]:
     """One rollout and its updates; returns metrics."""
-    mine = sampler.prompts(state.step)
-    with run.timer("rollout"), rt.autocast():
-        if config.rewards:
-            with AsyncRewardSet(RewardSet.build(config.rewards)) as scorer:
-                drawn = sample(
-                    state.policy,
-                    mine,
-                    config.rollout,
-                    seed=seed,
-                    step=state.step,
-                    on_batch=scorer.submit,
-                )
-                scored = scorer.collect()
-            groups: list[Group] = [scored[group.prompt.id] for group in drawn]
-        else:
-            groups = sample(state.policy, mine, config.rollout, seed=seed, step=state.step)
-    with run.timer("credit"), rt.autocast():
-        signals, metrics = algorithm.credit(groups, state.step)
+    with state.averaged(config.optimizer.draw_average):
+        with run.timer("rollout"), rt.autocast():
+            groups = _rollout(config, state, sampler.prompts(state.step), seed)
+        with run.timer("credit"), rt.autocast():
+            signals, metrics = algorithm.credit(groups, state.step)
     metrics["data/images"] = float(sum(len(group.trajectories) for group in groups))
     metrics["data/trained"] = float(len(signals))
     with run.timer("update"):
@@ -286,10 +216,23 @@ def _step(
     return metrics
 
 
+def _rollout(
+    config: StageConfig, state: State, prompts: Sequence[Prompt], seed: int
+) -> list[Group]:
+    """Groups of the policy as it is, scored if there are rewards."""
+    draw = partial(sample, state.policy, prompts, config.rollout, seed=seed, step=state.step)
+    if not config.rewards:
+        return draw()
+    with AsyncRewardSet(RewardSet.build(config.rewards)) as scorer:
+        drawn = draw(on_batch=scorer.submit)
+        scored = scorer.collect()
+    return [scored[group.prompt.id] for group in drawn]
+
+
 def _update(
     config: StageConfig,
     algorithm: Algorithm,
-    state: _State,
+    state: State,
     rt: Runtime,
     signals: list[Signal],
     seed: int,
@@ -317,8 +260,9 @@ def _update(
                 "optimizer.learning_rate and start again, the last checkpoint is as it was"
             )
         totals.setdefault("policy/grad_norm", []).append(float(norm))
-        _set_rate(config, state, state.step * plan.num_updates + update)
-        witness = _moved(parameters) if state.step == update == 0 else None
+        place = state.step * plan.num_updates + update
+        set_rate(state.optimizer, plan, update=place, total=config.steps * plan.num_updates)
+        witness = moved(parameters) if state.step == update == 0 else None
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         if witness is not None and signals and not witness():
@@ -349,25 +293,6 @@ def _turns(signals: Sequence[Signal], num_updates: int, draws: torch.Generator) 
         for place, member in enumerate(torch.randperm(len(rows), generator=draws).tolist()):
             turns[rows[member]] = (first + place) % num_updates
     return turns
-
-
-def _moved(parameters: Sequence[Tensor]) -> Any:
-    """Remember the weights; the answer tells whether any has changed since."""
-    before = [parameter.detach().clone() for parameter in parameters]
-    return lambda: any(
-        not torch.equal(a, b.detach()) for a, b in zip(before, parameters, strict=True)
-    )
-
-
-def _set_rate(config: StageConfig, state: _State, update: int) -> None:
-    plan = config.optimizer
-    total = config.steps * plan.num_updates
-    rate = min(1.0, (update + 1) / max(plan.warmup_steps, 1))
-    if plan.decay:
-        half_turn = torch.pi * min(update / max(total - 1, 1), 1.0)
-        rate *= 0.55 + 0.45 * float(torch.cos(torch.tensor(half_turn)))
-    for group in state.optimizer.param_groups:
-        group["lr"] = plan.learning_rate * rate
 
 
 def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) -> Path:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from burnish import checkpoint, runtime
 from burnish.config import ConfigError, parse
+from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.tracking import Run
@@ -44,6 +45,8 @@ def settings(kind: str, model: Path, **changes: Any) -> dict[str, Any]:
         "algorithm": {"kind": kind},
         "optimizer": {"num_updates": 2, "micro_batch": 16, "ema_decay": 0.5},
     }
+    if kind == "nft":
+        data["optimizer"]["draw_average"] = True
     if kind == "grpo":
         data["rollout"] |= {"num_steps": 4, "window": 1, "keep": "window"}
         data["optimizer"]["num_updates"] = 1
@@ -108,6 +111,36 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_the_average_is_lent_for_drawing_and_the_own_weights_come_back(
+    model: Path, tmp_path: Path
+) -> None:
+    policy = QwenImage21Policy.load(model, resolution=64)
+    state = State.start(policy, OptimizerConfig(ema_decay=0.5))
+    ((_, weight), *_) = policy.trainable()
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(1)
+    own = weight.detach().clone()
+    with state.averaged():
+        assert torch.equal(weight, before)
+    assert torch.equal(weight, own) and torch.equal(state.average[0], before)
+    with state.averaged(False):
+        assert torch.equal(weight, own)
+    state.finish()
+    assert torch.equal(weight, before)
+
+
+def test_the_old_velocities_are_those_of_the_average_that_drew(model: Path, tmp_path: Path) -> None:
+    """At the second step the policy has moved away from its average, so the change is not 0."""
+    data = settings("nft", model, steps=2)
+    data["optimizer"] |= {"num_updates": 1, "ema_decay": 0.9}
+    rows = start(tmp_path / "average", model, data)[0].metrics()
+    data["optimizer"]["draw_average"] = False
+    plain = start(tmp_path / "plain", model, data)[0].metrics()
+    assert rows[0]["policy/change"] == plain[0]["policy/change"]
+    assert rows[1]["policy/change"] > 10 * plain[1]["policy/change"]
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     model: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +174,12 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         ("nft", {"rewards": {}}, "need at least one reward"),
         ("nft", {"rollout": {"window": 0, "group_size": 1}}, "need group_size of at least 2"),
         ("nft", {"prompts_per_stp": 3}, "prompts_per_step"),
+        ("nft", {"optimizer": {"draw_average": True}}, "need an average to draw with"),
+        (
+            "grpo",
+            {"optimizer": {"draw_average": True, "ema_decay": 0.5}},
+            "need rollouts of the policy itself",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused_with_a_remedy(

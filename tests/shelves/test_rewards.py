@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,9 +54,10 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: config.__name__)
-def reward(request: pytest.FixtureRequest, judge: Path) -> Reward:
+def reward(request: pytest.FixtureRequest, judge: Path, fake: Any, rubric: Path) -> Reward:
     """A reward of each file of the shelf."""
     known = {"path": str(judge), "dimension": "alignment"}
+    known |= {"url": fake.url, "model": fake.model, "rubric": str(rubric)}
     fields = request.param.model_fields.items()
     return request.param(**{n: known[n] for n, field in fields if field.is_required()}).build()
 

@@ -1,0 +1,296 @@
+"""The miniature's judge: pictures, raters who look at them, and one tiny model for all dimensions.
+
+A judge has to be right where the policy draws, so its pictures are of two kinds. Half are rendered,
+with and without flaws, and passed through the base's autoencoder, so that no judge can tell them by
+their crisp edges; they hold what a trained policy may come to draw. Half are drawn by the base
+itself, at random guidance, with the smears and half-made things that no list of flaws holds.
+Several pictures of each prompt make a pair group, because training by groups asks for differences
+within a prompt.
+
+It is trained by `burnish.reward_training`, the same code as at full size, from random weights.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from burnish import images
+from burnish.annotations.base import write_annotations
+from burnish.annotations.schema import Annotation
+from burnish.miniature.pictures import draw_edit, draw_scene, to_bytes
+from burnish.miniature.prompt_sets import edit_prompt, scene_prompt
+from burnish.miniature.tokenizer import build_tokenizer
+from burnish.policies.qwen_assembly import assemble
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
+from burnish.rollout import draw
+from burnish.runtime import Runtime, derived_seed, seeded
+from burnish.tracking import track
+from burnish.types import Prompt
+from burnish.world.edits import Edit
+from burnish.world.flaws import PIXEL_FLAWS, spoil
+from burnish.world.raters import Raters, rate_edit, rate_scene
+from burnish.world.render import render
+from burnish.world.scenes import Scene
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    # 8 x 8 patches, merged two by two: sixteen tokens for a picture of 64 x 64.
+    "vision": {
+        "patch_size": 8,
+        "hidden_size": 160,
+        "intermediate_size": 320,
+        "depth": 4,
+        "num_heads": 5,
+        "num_position_embeddings": 64,
+    },
+}
+"""The judge's sizes, as differences from those of `assemble`."""
+ORIGIN = "Burnish, the embedded world"
+LICENCE = "Apache-2.0"
+_BLOCK = 16
+"""Prompts that are worked on together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesPlan:
+    """How many annotated pictures, and of what kind."""
+
+    rendered_scenes: int = 1500
+    """Prompts whose pictures are rendered."""
+    rendered_edits: int = 1100
+    sampled_scenes: int = 1500
+    """Prompts whose pictures the base draws."""
+    sampled_edits: int = 1100
+    members: int = 5
+    """Pictures of each prompt."""
+    num_steps: int = 6
+    """Sampler steps of the base."""
+    guidance: tuple[float, float] = (1.0, 3.0)
+    """Range of the base's guidance scale."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A prompt and what is right for it."""
+
+    prompt: Prompt
+    wanted: Scene | Edit
+
+
+def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Annotation]:
+    """Pictures of the embedded world with the opinions of raters, without held-out combinations.
+
+    Alignment and aesthetic of every picture drawn from text, and the anatomy of portraits;
+    instruction and aesthetic of every edit. A function of the base and the plan.
+
+    Args:
+        base: whose autoencoder all pictures pass, and who draws half of them.
+        plan: how many.
+    """
+    kinds = [
+        ("rendered", "t2i", plan.rendered_scenes),
+        ("rendered", "edit", plan.rendered_edits),
+        ("sampled", "t2i", plan.sampled_scenes),
+        ("sampled", "edit", plan.sampled_edits),
+    ]
+    raters = Raters.hire(seed=plan.seed)
+    found: list[Annotation] = []
+    for made, task, count in kinds:
+        name = f"{made}-{task}"
+        rng = np.random.default_rng(derived_seed(plan.seed, "annotated pictures", name))
+        subjects = [_subject(f"{name}-{number}", task, rng) for number in range(count)]
+        blocks = [subjects[start : start + _BLOCK] for start in range(0, count, _BLOCK)]
+        for block in track(blocks, f"{made} pictures, {task}"):
+            pictures = (
+                _rendered(base, block, plan, rng)
+                if made == "rendered"
+                else _sampled(base, block, plan, rng)
+            )
+            for subject, group in zip(block, pictures, strict=True):
+                found += _opinions(subject, group, raters, rng)
+    return found
+
+
+def new_judge() -> tuple[Any, Any]:
+    """A tiny `Qwen3VLForConditionalGeneration` with random weights, and its processor.
+
+    Its tokenizer is that of the base model, which spells words that only raters use letter by
+    letter.
+    """
+    with seeded(0, "new judge"):
+        pipeline = assemble(build_tokenizer(), encoder=SIZES)
+    return pipeline.text_encoder, pipeline.processor
+
+
+def judge_config(model: Path, annotations: Path, **changes: Any) -> RewardTrainingConfig:
+    """How the miniature's judge is trained; `changes` replace single settings.
+
+    Args:
+        model: the folder of `new_judge`.
+        annotations: the file of `annotated_pictures`.
+        changes: by name of the setting.
+    """
+    settings: dict[str, Any] = {
+        "path": str(model),
+        "annotations": (SourceConfig(path=str(annotations)),),
+        "rubrics": "embedded:rubrics",
+        "lora_rank": 0,
+        "learning_rate": 1e-3,
+        "warmup_steps": 100,
+        "batch_size": 32,
+        "epochs": 2.0,
+        # Both modes start from nothing, and the fast one is the one that training by groups uses.
+        "skip_reasoning": 0.4,
+        "save_every": 250,
+    }
+    return RewardTrainingConfig(**{**settings, **changes})
+
+
+def train_miniature_judges(
+    out: Path,
+    base_folder: Path,
+    rt: Runtime,
+    *,
+    pictures: PicturesPlan | None = None,
+    **changes: Any,
+) -> Path:
+    """Make the annotations, then train one judge of all dimensions on them.
+
+    What is there already is not made again, so a call that was cut off goes on where it stood.
+
+    Args:
+        out: made if missing; gets `annotations/`, `untrained/` and the run `training/`.
+        base_folder: the base model, as its pipeline is written.
+        rt: precision and ranks; bfloat16 pays on processors that have it.
+        pictures: how many annotated pictures.
+        changes: settings of the training that differ from `judge_config`.
+
+    Returns:
+        The judge's folder.
+    """
+    annotations, untrained = out / "annotations" / "pictures.jsonl", out / "untrained"
+    if rt.is_main and not annotations.is_file():
+        base = QwenImage21Policy.load(base_folder, resolution=64)
+        write_annotations(annotations, annotated_pictures(base, pictures or PicturesPlan()))
+    if rt.is_main:
+        model, processor = new_judge()
+        model.save_pretrained(untrained)
+        processor.save_pretrained(untrained)
+    rt.barrier()
+    config = judge_config(untrained, annotations, **changes)
+    return train_judge(config, out / "training", rt)
+
+
+def _subject(name: str, task: str, rng: np.random.Generator) -> _Subject:
+    if task == "edit":
+        edit = draw_edit(rng)
+        return _Subject(edit_prompt(name, edit), edit)
+    scene = draw_scene(rng)
+    return _Subject(scene_prompt(name, scene, rng), scene)
+
+
+def _rendered(
+    base: QwenImage21Policy, block: Sequence[_Subject], plan: PicturesPlan, rng: np.random.Generator
+) -> list[list[np.ndarray]]:
+    """Right and flawed pictures of each subject, as the autoencoder gives them back."""
+    drawn = [pixels for s in block for pixels in _versions(s.wanted, plan.members, rng)]
+    batch = torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        decoded = base.decode(base.encode_images(batch).float())
+    return _grouped(_bytes_of(decoded), plan.members)
+
+
+def _versions(wanted: Scene | Edit, count: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
+    """The right picture, and others of which each misses something, or is spoilt, or both."""
+    right = wanted.target if isinstance(wanted, Edit) else wanted
+    yield render(right)
+    flaws = sorted(PIXEL_FLAWS)
+    for _ in range(count - 1):
+        shown, draw_of = right, rng.random()
+        if isinstance(wanted, Edit) and draw_of < 0.3:
+            shown = wanted.source
+        elif draw_of < 0.75:
+            shown = spoil(right, rng)
+            if rng.random() < 0.3 and _shows_something(shown):
+                shown = spoil(shown, rng)
+        pixels = render(shown)
+        if shown is right or rng.random() < 0.4:
+            pixels = PIXEL_FLAWS[flaws[int(rng.integers(len(flaws)))]](pixels)
+        yield pixels
+
+
+def _shows_something(scene: Scene) -> bool:
+    """Whether there is anything left to spoil."""
+    return scene.values.get("0.shape") != "none"
+
+
+def _sampled(
+    base: QwenImage21Policy, block: Sequence[_Subject], plan: PicturesPlan, rng: np.random.Generator
+) -> list[list[np.ndarray]]:
+    """Pictures of each subject that the base draws, each round at a guidance of its own."""
+    prompts = [subject.prompt for subject in block]
+    rounds = []
+    for _ in range(plan.members):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            drawn = draw(
+                base,
+                prompts,
+                num_steps=plan.num_steps,
+                guidance_scale=float(rng.uniform(*plan.guidance)),
+                seeds=[int(seed) for seed in rng.integers(2**31, size=len(prompts))],
+            )
+        rounds.append(_bytes_of(drawn))
+    return [list(pictures) for pictures in zip(*rounds, strict=True)]
+
+
+def _bytes_of(batch: torch.Tensor) -> list[np.ndarray]:
+    pixels = batch.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    return [to_bytes(picture) for picture in pixels]
+
+
+def _grouped(pictures: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    return [list(pictures[start : start + size]) for start in range(0, len(pictures), size)]
+
+
+def _opinions(
+    subject: _Subject, pictures: Sequence[np.ndarray], raters: Raters, rng: np.random.Generator
+) -> Iterator[Annotation]:
+    """What the raters say of each picture of one prompt."""
+    prompt, wanted = subject.prompt, subject.wanted
+    for number, picture in enumerate(pictures):
+        # What was written to the file is what is rated.
+        seen = picture.astype(np.float32) / 255
+        opinions = (
+            rate_edit(seen, wanted, raters, rng)
+            if isinstance(wanted, Edit)
+            else rate_scene(seen, wanted, raters, rng)
+        )
+        output = images.encode_png(Image.fromarray(picture))
+        for opinion in opinions:
+            yield Annotation(
+                id=f"{prompt.id}-{number}-{opinion.dimension}",
+                task=prompt.task,
+                prompt=prompt.text,
+                sources=() if prompt.source is None else (prompt.source,),
+                output=output,
+                dimension=opinion.dimension,
+                score_mean=opinion.mean,
+                score_std=opinion.std,
+                num_raters=opinion.num_raters,
+                reasoning=opinion.reasoning,
+                pair_group=prompt.id,
+                category=prompt.category,
+                licence=LICENCE,
+                origin=ORIGIN,
+            )

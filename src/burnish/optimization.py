@@ -1,0 +1,142 @@
+"""The optimizer of a stage: its settings, the weights it changes, their average, their checkpoint.
+
+The average does two things. Written at the end it is a better model than the last weights, which
+still shake. Drawn with (`draw_average`) it is the old policy of the forward-process loss, as in
+DiffusionNFT (arXiv:2509.16117): weights that wander are pulled back to it, where an old policy that
+is renewed at every step follows them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from burnish import checkpoint
+from burnish.config import Config
+from burnish.policies.base import Policy
+from burnish.tracking import Run
+
+
+class OptimizerConfig(Config):
+    """AdamW, its schedule, and how often it steps."""
+
+    learning_rate: float = Field(default=3e-4, gt=0)
+    warmup_steps: int = Field(default=3, ge=0)
+    """Optimizer steps over which the rate rises."""
+    decay: bool = True
+    """Fall to a tenth of the rate along a cosine by the end of the stage."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    num_updates: int = Field(default=4, ge=1)
+    """Optimizer steps on the groups of one rollout; each sees a part of every group."""
+    micro_batch: int = Field(default=192, ge=1)
+    """States in one forward pass; gradients are accumulated over the others."""
+    ema_decay: float = Field(default=0.0, ge=0, lt=1)
+    """Average of the weights over optimizer steps, written at the end; 0 writes the last ones."""
+    draw_average: bool = False
+    """Draw the rollouts with the average, which then is the old policy that the loss holds on to:
+    it moves slowly, and what noise does to the weights in between is pulled back."""
+
+    @model_validator(mode="after")
+    def _average_exists(self) -> "OptimizerConfig":
+        if self.draw_average and self.ema_decay == 0:
+            raise ValueError("need an average to draw with, got ema_decay=0; set it, e.g. to 0.9")
+        return self
+
+
+@dataclass
+class State:
+    """All that changes while a stage runs."""
+
+    policy: Policy[Any, Any]
+    optimizer: torch.optim.AdamW
+    average: list[Tensor]
+    step: int = 0
+
+    @classmethod
+    def start(cls, policy: Policy[Any, Any], config: OptimizerConfig) -> "State":
+        """The policy as it is, all of its trainable weights in one optimizer."""
+        parameters = [parameter for _, parameter in policy.trainable()]
+        optimizer = torch.optim.AdamW(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        average = [p.detach().clone() for p in parameters] if config.ema_decay > 0 else []
+        return cls(policy, optimizer, average)
+
+    @contextlib.contextmanager
+    def averaged(self, is_wanted: bool = True) -> Iterator[None]:
+        """The policy has the average of its weights inside, and its own again afterwards."""
+        if not is_wanted:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for (_, parameter), mean in zip(self.policy.trainable(), self.average, strict=True):
+            own = parameter.detach().clone()
+            parameter.copy_(mean)
+            mean.copy_(own)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """The policy becomes its average, if one was kept."""
+        for (_, parameter), mean in zip(self.policy.trainable(), self.average, strict=False):
+            parameter.copy_(mean)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds."""
+        names = [name for name, _ in self.policy.trainable()]
+        return {
+            "policy": {name: p.detach() for name, p in self.policy.trainable()},
+            "average": dict(zip(names, self.average, strict=True)) if self.average else {},
+            "optimizer": checkpoint.optimizer_state(self.optimizer)[0],
+        }
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint of the step that comes next."""
+        state = {"optimizer": checkpoint.optimizer_state(self.optimizer)[1]}
+        checkpoint.save(run.checkpoints, self.step, self.tensors(), state, keep=2)
+
+    def restore(self, run: Run) -> None:
+        """Continue where the newest whole checkpoint was written, if there is one."""
+        found = checkpoint.latest(run.checkpoints)
+        if found is not None:
+            with torch.no_grad():
+                for name, parameter in self.policy.trainable():
+                    parameter.copy_(found.tensors["policy"][name])
+                for (name, _), mean in zip(self.policy.trainable(), self.average, strict=False):
+                    mean.copy_(found.tensors["average"][name])
+            checkpoint.load_optimizer_state(
+                self.optimizer, found.tensors["optimizer"], found.state["optimizer"]
+            )
+            self.step = found.step
+        run.rewind(self.step - 1)
+
+
+def moved(parameters: Sequence[Tensor]) -> Callable[[], bool]:
+    """Remember the weights; the answer tells whether any has changed since."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    return lambda: any(
+        not torch.equal(a, b.detach()) for a, b in zip(before, parameters, strict=True)
+    )
+
+
+def set_rate(
+    optimizer: torch.optim.Optimizer, plan: OptimizerConfig, *, update: int, total: int
+) -> None:
+    """Learning rate of one of `total` updates: warm-up, then a cosine to a tenth."""
+    rate = min(1.0, (update + 1) / max(plan.warmup_steps, 1))
+    if plan.decay:
+        half_turn = torch.pi * min(update / max(total - 1, 1), 1.0)
+        rate *= 0.55 + 0.45 * float(torch.cos(torch.tensor(half_turn)))
+    for group in optimizer.param_groups:
+        group["lr"] = plan.learning_rate * rate

@@ -1,0 +1,384 @@
+"""Train a vision-language judge from annotations: reasoning, then one digit that is an expectation.
+
+A judge is taught with raters' reasoning and must do with its own, so agreement and calibration are
+taken from held-out pictures that it reads as a reward would, out of prompts that it never saw. A
+share of the lessons leaves the reasoning out, which makes the fast mode. What comes out is a folder
+that `rewards.vlm` reads: merged weights, rubrics, `judge.json`.
+
+The loop is transformers' `Trainer`, so checkpoints are its own: weights as safetensors, but
+optimizer and random states written by `torch.save` and read with `weights_only`, which runs no code
+of the file. No draw depends on these states, as the order of lessons is a function of the seed; a
+resumed training repeats an uninterrupted one.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
+from torch import nn
+
+from burnish import runtime
+from burnish.agreement import measured
+from burnish.algorithms.base import SelfCheckError
+from burnish.annotations.base import split
+from burnish.annotations.schema import Annotation
+from burnish.config import Config, ConfigError, located
+from burnish.judge_trainer import (
+    SCALE_NAME,
+    JudgeTrainer,
+    Objective,
+    Reporter,
+    ScoreLoss,
+    add_pair_scale,
+    latest_checkpoint,
+)
+from burnish.judging import Rubric
+from burnish.lessons import (
+    Collator,
+    Curriculum,
+    SourceConfig,
+    exercises,
+    read_sources,
+    spoken,
+)
+from burnish.rewards.vlm import Judge
+from burnish.runtime import Runtime
+from burnish.tracking import Run, progress, write_json, writing
+
+# Before the import below: it fails where torch and torchvision are unequal builds.
+runtime.ensure_torchvision()
+
+from transformers import (  # noqa: E402
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    TrainingArguments,
+)
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+# A run shows its own progress; this would show a bar for every load.
+transformers_logging.disable_progress_bar()
+
+RUBRICS = Path(__file__).parent / "rubrics"
+"""The rubrics that ship with the package."""
+LANGUAGE_MATRICES = (
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+"""What a LoRA adapts: the language side of the Qwen-VL line, never its vision tower."""
+
+
+class RewardTrainingConfig(Config):
+    """How a judge is trained."""
+
+    path: str
+    """A Qwen-VL model and processor as transformers write them."""
+    annotations: tuple[SourceConfig, ...]
+    dimensions: tuple[str, ...] = ()
+    """What is judged; empty takes every dimension of the annotations."""
+    rubrics: str | None = None
+    """A folder with a Markdown file for each dimension; None takes those of the package."""
+    loss: ScoreLoss = "soft_label"
+    """At the digit; `expected` is the paper's."""
+    reasoning_weight: float = Field(default=1.0, ge=0)
+    score_weight: float = Field(default=1.0, ge=0)
+    mass_weight: float = Field(default=1.0, ge=0)
+    """Of the penalty on probability beside the digits; 0 ends in judges that are off the scale."""
+    skip_reasoning: float = Field(default=0.15, ge=0, le=1)
+    """Share of the lessons that teach the score without reasoning."""
+    lora_rank: int = Field(default=64, ge=0)
+    """Of an adapter on the language side; 0 trains all weights."""
+    learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak, which a cosine brings down to 0; 1e-5 is a usual start for all weights."""
+    warmup_steps: int = Field(default=50, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    epochs: float = Field(default=1.0, gt=0)
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps; given, it is used in the place of `epochs`."""
+    batch_size: int = Field(default=8, ge=1)
+    """Annotations, or pairs of them, in one forward pass of each process."""
+    accumulate: int = Field(default=1, ge=1)
+    """Forward passes for one optimizer step."""
+    max_pixels: int | None = Field(default=None, ge=1024)
+    """Larger pictures are shrunk to so many pixels, in training and in use; None keeps the
+    processor's own limit."""
+    held_out: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the prompts on which agreement is measured and the calibration fitted."""
+    held_out_limit: int = Field(default=1000, ge=1)
+    """Most held-out pictures of a dimension that are read."""
+    reasoning: bool = True
+    """Whether they are read with reasoning: the mode for which the calibration is right."""
+    save_every: int = Field(default=500, ge=1)
+    """Optimizer steps between checkpoints."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that decode pictures."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _Student:
+    """A judge in training."""
+
+    model: Any
+    collator: Collator
+    dtype: torch.dtype
+    """Of the weights as they were read, and as they will be written."""
+
+
+def train_judge(
+    config: RewardTrainingConfig,
+    out: Path,
+    rt: Runtime,
+    *,
+    label: str = "judge",
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Path:
+    """Train a judge to its end, from its newest checkpoint, and write its folder.
+
+    Args:
+        config: what to do.
+        out: the run folder; made if missing. A judge that is done in it is not trained again.
+        rt: device, precision and ranks; torchrun's processes share each step.
+        label: shown with the progress.
+        on_step: called with the number of steps done, after each.
+
+    Returns:
+        `out/judge`, which `rewards.vlm.Judge.load` reads.
+
+    Raises:
+        ConfigError: no annotations, or none that fit the loss; an unknown dimension or one without
+            a rubric; a model that cannot be read or whose digits are not single tokens.
+        RunError: the folder is another run's, or the loss is not finite any more.
+        SelfCheckError: what was written is not what was trained.
+    """
+    annotations, rubrics = _material(config)
+    training, held_out = split(annotations, held_out=config.held_out, seed=config.seed)
+    chosen = exercises(training, in_pairs=config.loss == "pairwise")
+    run = Run.create(out, config, environment=rt.describe()) if rt.is_main else None
+    folder = out / "judge"
+    if (folder / "judge.json").is_file():
+        return folder
+    with runtime.seeded(config.seed, "judge"):
+        student = _student(config, rt)
+        curriculum = _curriculum(config, chosen, rubrics, rt)
+        scale = _fit(config, student, curriculum, out / "checkpoints", run, rt, label, on_step)
+        if rt.is_main:
+            facts = {
+                "base": config.path,
+                "loss": config.loss,
+                "pair_scale": scale,
+                "exercises": len(chosen),
+                "rubrics": {rubric.dimension: rubric.digest for rubric in rubrics},
+                "longest_answer": _longest_answer(student.collator, training),
+            }
+            _write(config, student, rubrics, held_out, facts, folder, rt)
+    rt.barrier()
+    return folder
+
+
+def _material(config: RewardTrainingConfig) -> tuple[list[Annotation], list[Rubric]]:
+    """The annotations of the wanted dimensions, and a rubric for each dimension."""
+    annotations = read_sources(config.annotations, config.dimensions)
+    folder = RUBRICS if config.rubrics is None else located(config.rubrics)
+    dimensions = sorted({annotation.dimension for annotation in annotations})
+    return annotations, [Rubric.read(folder / f"{name}.md") for name in dimensions]
+
+
+def _student(config: RewardTrainingConfig, rt: Runtime) -> _Student:
+    # The backward of the CPU's fused attention is several times slower at small sizes.
+    attention = {"attn_implementation": "eager"} if rt.device.type == "cpu" else {}
+    path, needed = located(config.path), "the folder of a Qwen-VL model and processor"
+    if not path.is_dir():
+        # Looked for as a name in the hub's cache, it would cost half a minute.
+        raise ConfigError(f"path: need {needed}, got {path}, which is none; check the path")
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, local_files_only=True, dtype="auto", **attention
+        )
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"path: need {needed}, got {path}: {reason}") from None
+    if config.max_pixels is not None:
+        # Transformers call an area an edge.
+        size, most = processor.image_processor.size, config.max_pixels
+        least = min(size["shortest_edge"], most)
+        processor.image_processor.size = type(size)(shortest_edge=least, longest_edge=most)
+    student = _Student(model, Collator.of(processor), model.dtype)
+    if not config.lora_rank:
+        # Steps are smaller than half precision can see.
+        return replace(student, model=model.float().requires_grad_(True))
+    adapter = LoraConfig(
+        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=LANGUAGE_MATRICES
+    )
+    return replace(student, model=get_peft_model(model, adapter))
+
+
+def _per_step(config: RewardTrainingConfig, rt: Runtime) -> int:
+    """Exercises of one optimizer step."""
+    return config.batch_size * config.accumulate * rt.world_size
+
+
+def _curriculum(
+    config: RewardTrainingConfig,
+    chosen: Sequence[tuple[Annotation, ...]],
+    rubrics: Sequence[Rubric],
+    rt: Runtime,
+) -> Curriculum:
+    """The lessons of all optimizer steps."""
+    per_step = _per_step(config, rt)
+    steps = config.steps or math.ceil(config.epochs * len(chosen) / per_step)
+    return Curriculum(
+        chosen,
+        rubrics,
+        length=steps * per_step,
+        skip_reasoning=config.skip_reasoning,
+        seed=config.seed,
+    )
+
+
+def _fit(
+    config: RewardTrainingConfig,
+    student: _Student,
+    curriculum: Curriculum,
+    folder: Path,
+    run: Run | None,
+    rt: Runtime,
+    label: str,
+    on_step: Callable[[int], None],
+) -> float | None:
+    """Train in place, from the newest checkpoint; the scale of the pairwise loss, if it is that."""
+    steps = len(curriculum) // _per_step(config, rt)
+    if config.loss == "pairwise":
+        add_pair_scale(student.model)
+    newest = latest_checkpoint(folder)
+    done = 0 if newest is None else newest[1]
+    if run is not None:
+        run.rewind(done - 1)
+    with progress(label, steps, done=done) as bar:
+        trainer = JudgeTrainer(
+            Objective(
+                loss=config.loss,
+                reasoning_weight=config.reasoning_weight,
+                score_weight=config.score_weight,
+                mass_weight=config.mass_weight,
+                digits=student.collator.alphabet.digits,
+                learning_rate=config.learning_rate,
+            ),
+            model=student.model,
+            args=_arguments(config, steps, folder, rt),
+            data_collator=student.collator,
+            train_dataset=curriculum,
+            callbacks=[Reporter(run, bar, on_step)],
+        )
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest[0]))
+    scale = trainer.log_scale()
+    if scale is None:
+        return None
+    delattr(student.model, SCALE_NAME)
+    return float(scale.detach().exp())
+
+
+def _arguments(
+    config: RewardTrainingConfig, steps: int, folder: Path, rt: Runtime
+) -> TrainingArguments:
+    found = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=config.warmup_steps,
+        max_grad_norm=config.max_grad_norm,
+        optim="adamw_torch",
+        bf16=rt.dtype == torch.bfloat16,
+        use_cpu=rt.device.type == "cpu",
+        # Every step, so that the rows do not depend on where a training was cut off.
+        logging_steps=1,
+        # A loss that is lost must be seen, not smoothed over.
+        logging_nan_inf_filter=False,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        seed=config.seed,
+        dataloader_num_workers=config.workers,
+        dataloader_pin_memory=rt.device.type == "cuda",
+        remove_unused_columns=False,
+        # The scale of the pairwise loss is used outside the model, where a search would miss it.
+        ddp_find_unused_parameters=False,
+        disable_tqdm=True,
+        report_to="none",
+    )
+    # Several GPUs are for torchrun. One process would share a batch out row by row, and pictures
+    # are no rows.
+    found._n_gpu = min(found.n_gpu, 1)
+    return found
+
+
+def _longest_answer(collator: Collator, annotations: Sequence[Annotation]) -> int:
+    """Tokens that an answer may take: those of the longest known one, and a quarter more."""
+    said = sorted({spoken(annotation) for annotation in annotations})
+    ids = collator.processor.tokenizer(said, add_special_tokens=False)["input_ids"]
+    # Marker, digit, end.
+    return math.ceil(1.25 * (max(map(len, ids)) + len(collator.alphabet.marker) + 2))
+
+
+def _write(
+    config: RewardTrainingConfig,
+    student: _Student,
+    rubrics: Sequence[Rubric],
+    held_out: Sequence[Annotation],
+    facts: dict[str, Any],
+    folder: Path,
+    rt: Runtime,
+) -> None:
+    """Write the judge, read it again, compare, measure, calibrate; it gets its name last."""
+    model = student.model
+    if isinstance(model, PeftModel):
+        model = model.merge_and_unload()
+    model = model.to(student.dtype)
+    # The trainer switched it off, and an answer is written token by token.
+    model.config.use_cache = True
+    _stop_at(model, student.collator.end)
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    with writing(folder):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        student.collator.processor.save_pretrained(unfinished)
+        (unfinished / "rubrics").mkdir()
+        for rubric in rubrics:
+            path = unfinished / "rubrics" / f"{rubric.dimension}.md"
+            path.write_text(rubric.text + "\n", encoding="utf-8")
+        write_json(unfinished / "judge.json", facts)
+    judge = Judge.load(unfinished, rt.device)
+    _compare(model, judge.model)
+    found = measured(
+        judge,
+        held_out,
+        limit=config.held_out_limit,
+        reasoning=config.reasoning,
+        batch_size=4 * config.batch_size,
+    )
+    write_json(unfinished / "judge.json", facts | found)
+    with writing(folder):
+        unfinished.replace(folder)
+
+
+def _stop_at(model: Any, end: int) -> None:
+    """Make generation end at a token."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    model.generation_config.eos_token_id = ends if end in ends else [*ends, end]
+
+
+def _compare(trained: nn.Module, written: nn.Module) -> None:
+    read = dict(written.named_parameters())
+    for name, parameter in trained.named_parameters():
+        if name not in read or not torch.equal(parameter.detach(), read[name]):
+            raise SelfCheckError(
+                f"need the written weights to be the trained ones, got other {name}"
+            )
