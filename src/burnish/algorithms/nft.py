@@ -55,6 +55,8 @@ class NftConfig(AlgorithmConfig):
     noise_range: tuple[float, float] = (0.3, 1.0)
     """Lowest and highest noise level; the paper trains the high ones."""
     anchor: Literal["conditional", "guided"] = "conditional"
+    error: Literal["clean", "velocity"] = "velocity"
+    """What is compared: velocities, or predicted clean latents, each error divided by its size."""
 
     @model_validator(mode="after")
     def _range_is_ordered(self) -> "NftConfig":
@@ -123,6 +125,7 @@ class Nft(Algorithm):
             batch.advantages,
             beta=self._config.beta,
             max_advantage=self._config.max_advantage,
+            clean_sigma=batch.sigmas if self._config.error == "clean" else None,
         )
         with torch.no_grad():
             change = float(velocity_kl(conditional, old).mean().sqrt())

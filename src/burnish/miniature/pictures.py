@@ -19,9 +19,9 @@ from burnish.world.grammar import say
 from burnish.world.render import render
 from burnish.world.scenes import LOOK, PEOPLE, Scene, is_held_out, sample_scene
 
-FLAWED = 0.6
+FLAWED = 0.8
 """Share of training pictures with one flaw."""
-PIXEL_SHARE = 0.4
+PIXEL_SHARE = 0.5
 """Share of the flaws that spoil the whole picture rather than its content."""
 PERSON_SHARE = 0.06
 """Share of examples that show a named person."""
