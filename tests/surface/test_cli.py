@@ -429,6 +429,9 @@ with (folder / "events").open("a") as file:
 """
 
 PARENT = """
+import signal
+# A test session in the background ignores SIGINT and would hand that on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import sys
 from pathlib import Path
 from burnish.launcher import Stopped, launch
