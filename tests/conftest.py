@@ -1,5 +1,6 @@
 """Settings of all tests: one thread, and no test that needs a GPU where there is none."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,31 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def small_judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_judge() -> Callable[..., Path]:
+    """Write a pipeline's encoder as a judge's folder, which is returned."""
+
+    def save(folder: Path, pipeline: Any, rubric: str, longest_answer: int) -> Path:
+        pipeline.text_encoder.save_pretrained(folder)
+        pipeline.processor.save_pretrained(folder)
+        (folder / "rubrics").mkdir()
+        (folder / "rubrics" / "alignment.md").write_text(rubric)
+        (folder / "judge.json").write_text(f'{{"longest_answer": {longest_answer}}}')
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def small_judge(tmp_path_factory: pytest.TempPathFactory, save_judge: Callable[..., Path]) -> Path:
     """The folder of a tiny judge that was taught, in seconds, to score how bright a picture is."""
     # The imports take long, and most tests need no judge.
     from burnish import runtime
     from burnish.policies.qwen_assembly import assemble, byte_tokenizer
 
-    folder = tmp_path_factory.mktemp("small_judge")
     with runtime.seeded(0, "small judge"):
         pipeline = assemble(byte_tokenizer(), encoder={"hidden_size": 64})
         teach(pipeline.text_encoder, pipeline.processor)
-    pipeline.text_encoder.save_pretrained(folder)
-    pipeline.processor.save_pretrained(folder)
-    (folder / "rubrics").mkdir()
-    (folder / "rubrics" / "alignment.md").write_text("Is it bright?")
-    (folder / "judge.json").write_text('{"longest_answer": 16}')
-    return folder
+    return save_judge(tmp_path_factory.mktemp("small_judge"), pipeline, "Is it bright?", 16)
 
 
 def teach(model: Any, processor: Any, steps: int = 120) -> None:

@@ -141,6 +141,17 @@ def test_the_old_velocities_are_those_of_the_average_that_drew(model: Path, tmp_
     assert rows[1]["policy/change"] > 10 * plain[1]["policy/change"]
 
 
+def test_errors_of_clean_latents_are_another_loss_on_the_same_samples(
+    model: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for error in ("velocity", "clean"):
+        data = settings("nft", model, steps=1, algorithm={"kind": "nft", "error": error})
+        (found[error],) = start(tmp_path / error, model, data)[0].metrics()
+    assert found["clean"]["reward/mean"] == found["velocity"]["reward/mean"]
+    assert found["clean"]["loss"] != found["velocity"]["loss"]
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     model: Path, tmp_path: Path
 ) -> None:

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from burnish.judging import MARKER, SCALE
+from burnish.types import Group, Prompt, Trajectory
 
 REASONING = "26 of 30 stars."
 """Holds numbers that are no score."""
@@ -272,3 +275,31 @@ def rubric(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("rubrics") / "alignment.md"
     path.write_text("Is everything there?")
     return path
+
+
+@pytest.fixture
+def grouped() -> Callable[[Prompt, Sequence[Tensor]], Group]:
+    """A group whose trajectories have images and nothing else."""
+    empty, steps = torch.zeros(0), torch.zeros(0, 2, 2)
+
+    def make(prompt: Prompt, drawn: Sequence[Tensor]) -> Group:
+        return Group(
+            prompt=prompt,
+            trajectories=tuple(
+                Trajectory(
+                    seed=number,
+                    latents=steps,
+                    next_latents=steps,
+                    sigmas=empty,
+                    sigmas_next=empty,
+                    noise=steps,
+                    guided=steps,
+                    conditional=steps,
+                    clean=torch.zeros(2, 2),
+                    image=image,
+                )
+                for number, image in enumerate(drawn)
+            ),
+        )
+
+    return make

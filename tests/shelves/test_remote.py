@@ -36,7 +36,7 @@ from burnish.protocol import (
 )
 from burnish.rewards.base import AsyncRewardSet, RewardSet
 from burnish.rewards.remote import Knots, Remote, RemoteConfig
-from burnish.types import Failed, Group, Prompt, Score, Scored, ScoreRequest, Trajectory
+from burnish.types import Failed, Group, Prompt, Score, Scored, ScoreRequest
 
 HIT = 2
 """The picture that a fault hits."""
@@ -528,32 +528,12 @@ def test_a_small_memory_forgets_the_oldest(build: Callable[..., Remote], fake: A
 
 
 def test_threads_share_one_handshake_and_get_the_scores_of_one_call(
-    build: Callable[..., Remote], fake: Any
+    build: Callable[..., Remote], fake: Any, grouped: Callable[..., Group]
 ) -> None:
     expected = build(fake).score(pictures())
     fake.recount()
     remote = build(fake)
-    empty, steps = torch.zeros(0), torch.zeros(0, 2, 2)
-    groups = [
-        Group(
-            prompt=request.prompt,
-            trajectories=(
-                Trajectory(
-                    seed=0,
-                    latents=steps,
-                    next_latents=steps,
-                    sigmas=empty,
-                    sigmas_next=empty,
-                    noise=steps,
-                    guided=steps,
-                    conditional=steps,
-                    clean=torch.zeros(2, 2),
-                    image=request.image,
-                ),
-            ),
-        )
-        for request in pictures()
-    ]
+    groups = [grouped(request.prompt, [request.image]) for request in pictures()]
     with AsyncRewardSet(RewardSet({"judge": remote._config}, {"judge": remote}), 3) as scorer:
         for group in groups:
             scorer.submit([group])

@@ -1,6 +1,6 @@
 """One contract for every reward on the shelf, and for the set that joins them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from burnish.types import (
     Score,
     Scored,
     ScoreRequest,
-    Trajectory,
 )
 
 CONFIGS = shelf("burnish.rewards", RewardConfig)
@@ -40,17 +39,11 @@ def requests(prompts: Sequence[Prompt], seed: int = 0) -> list[ScoreRequest]:
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def judge(tmp_path_factory: pytest.TempPathFactory, save_judge: Callable[..., Path]) -> Path:
     """The folder of a tiny judge with random weights."""
-    folder = tmp_path_factory.mktemp("judge")
     with runtime.seeded(0, "judge"):
         pipeline = assemble(byte_tokenizer(), encoder={"hidden_size": 64})
-    pipeline.text_encoder.save_pretrained(folder)
-    pipeline.processor.save_pretrained(folder)
-    (folder / "rubrics").mkdir()
-    (folder / "rubrics" / "alignment.md").write_text("Is everything there?")
-    (folder / "judge.json").write_text('{"longest_answer": 6}')
-    return folder
+    return save_judge(tmp_path_factory.mktemp("judge"), pipeline, "Is everything there?", 6)
 
 
 @pytest.fixture(params=CONFIGS, ids=lambda config: config.__name__)
@@ -133,25 +126,8 @@ def test_the_oracle_has_no_say_without_facts() -> None:
     assert isinstance(OracleConfig().build().score([request])[0], NotApplicable)
 
 
-def group(prompt: Prompt, size: int = 3) -> Group:
-    empty = torch.zeros(0)
-    steps = torch.zeros(0, 2, 2)
-    trajectories = tuple(
-        Trajectory(
-            seed=number,
-            latents=steps,
-            next_latents=steps,
-            sigmas=empty,
-            sigmas_next=empty,
-            noise=steps,
-            guided=steps,
-            conditional=steps,
-            clean=torch.zeros(2, 2),
-            image=torch.full((3, 64, 64), 0.1 * number),
-        )
-        for number in range(size)
-    )
-    return Group(prompt=prompt, trajectories=trajectories)
+SHADES = [torch.full((3, 64, 64), 0.1 * number) for number in range(3)]
+"""The images of a group, the first of them black."""
 
 
 class Brightness(Reward):
@@ -170,21 +146,21 @@ def reward_set() -> RewardSet:
     return RewardSet(configs, {"all": Brightness(), "portraits": Brightness()})
 
 
-def test_a_set_asks_a_reward_only_where_it_has_weight() -> None:
+def test_a_set_asks_a_reward_only_where_it_has_weight(grouped: Callable[..., Group]) -> None:
     prompts = [replace(PROMPTS[0], id="p", category="portrait"), replace(PROMPTS[0], id="g")]
-    portrait, other = reward_set().score([group(prompt) for prompt in prompts])
+    portrait, other = reward_set().score([grouped(prompt, SHADES) for prompt in prompts])
     assert set(portrait.scores) == {"all", "portraits"}
     assert set(other.scores) == {"all"}
 
 
-def test_a_failure_stays_a_failure_in_its_place() -> None:
-    (scored,) = reward_set().score([group(PROMPTS[0])])
+def test_a_failure_stays_a_failure_in_its_place(grouped: Callable[..., Group]) -> None:
+    (scored,) = reward_set().score([grouped(PROMPTS[0], SHADES)])
     assert isinstance(scored.scores["all"][0], Failed)
     assert scored_values(scored.scores["all"]) == [None, pytest.approx(0.1), pytest.approx(0.2)]
 
 
-def test_asynchronous_scores_are_those_of_one_call() -> None:
-    groups = [group(prompt) for prompt in SOME]
+def test_asynchronous_scores_are_those_of_one_call(grouped: Callable[..., Group]) -> None:
+    groups = [grouped(prompt, SHADES) for prompt in SOME]
     expected = {g.prompt.id: g.scores for g in reward_set().score(groups)}
     with AsyncRewardSet(reward_set(), workers=3) as scorer:
         for start in range(0, len(groups), 2):

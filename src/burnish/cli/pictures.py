@@ -95,5 +95,5 @@ def _model(text: str) -> tuple[Path, _Defaults]:
         scale = config.deployed_scale(name)
         return folder, _Defaults(config.policy, config.evaluation.num_steps, scale)
     if text.startswith(EMBEDDED):
-        return folder, _Defaults(stages.PolicyConfig(resolution=64), 10, 3.0)
+        return folder, _Defaults(stages.PolicyConfig(resolution=64), 6, 2.5)
     return folder, _Defaults(stages.PolicyConfig(), 40, 4.0)

@@ -56,7 +56,7 @@ class Judge:
     rubrics: dict[str, Rubric]
     calibrations: dict[str, Calibration]
     longest_answer: int
-    """Most tokens of reasoning, marker included."""
+    """Most tokens of an answer: reasoning, marker and digit."""
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Judge":
@@ -195,6 +195,8 @@ class Vlm(Reward):
             **asked.inputs,
             max_new_tokens=self._judge.longest_answer,
             do_sample=False,
+            # Whatever the folder's own settings say: a penalty would bend the score.
+            repetition_penalty=1.0,
             pad_token_id=self._judge.processor.tokenizer.pad_token_id,
         )
         return written[:, asked.inputs["input_ids"].shape[1] :].tolist()
