@@ -46,10 +46,11 @@ def check_inputs(config: RunConfig) -> None:
                 f" {advice}"
             )
     plan = config.evaluation
-    paths = [plan.prompts, plan.knowledge, *(s.prompts.path for s in config.stages.values())]
-    sets = {path: read_prompts(located(path)) for path in dict.fromkeys(paths) if path is not None}
+    for path in (plan.prompts, plan.knowledge):
+        if path is not None:
+            read_prompts(located(path))
     for name, stage in config.stages.items():
-        _check_prompts(name, stage, sets[stage.prompts.path])
+        _check_prompts(name, stage)
 
 
 def _models(config: RunConfig) -> dict[str, str]:
@@ -62,17 +63,12 @@ def _models(config: RunConfig) -> dict[str, str]:
     return {key: path for key, path in found.items() if not path.startswith(stages.STAGE)}
 
 
-def _check_prompts(name: str, stage: StageConfig, prompts: list[Prompt]) -> None:
+def _check_prompts(name: str, stage: StageConfig) -> None:
     """Raise unless there are prompts for every task and enough for a step."""
-    chosen: list[Prompt] = []
-    for task in stage.prompts.tasks:
-        of_task = [prompt for prompt in prompts if prompt.task == task][: stage.prompts.limit]
-        if not of_task:
-            raise ConfigError(
-                f"stages.{name}.prompts: need prompts for the task {task!r}, got none in"
-                f" {stage.prompts.path}; change stages.{name}.prompts.tasks"
-            )
-        chosen += of_task
+    try:
+        chosen = stage.prompts.read()
+    except ConfigError as error:
+        raise ConfigError(f"stages.{name}.prompts: {error}") from None
     mixing = "alternate" if stage.algorithm.one_task_per_step else "together"
     try:
         GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, mixing=mixing)

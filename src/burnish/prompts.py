@@ -9,6 +9,7 @@ import base64
 import binascii
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from burnish import images, runtime
-from burnish.config import Config, ConfigError, nearest
+from burnish.config import Config, ConfigError, located, nearest
 from burnish.types import Prompt, Task
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
@@ -26,10 +27,36 @@ _KEYS = ("id", "text", "task", "category", "source", "tags", "facts")
 class PromptsConfig(Config):
     """Which prompts a stage trains on."""
 
-    path: str
+    path: str | tuple[str, ...]
+    """A set, or several that are drawn from as one."""
     tasks: tuple[Task, ...] = ("t2i", "edit")
     limit: int | None = None
     """Take only the first so many of each task."""
+
+    def read(self) -> list[Prompt]:
+        """The prompts, task by task.
+
+        Raises:
+            ConfigError: a set that cannot be read, two prompts with the same id, or a task without
+                prompts.
+        """
+        paths = (self.path,) if isinstance(self.path, str) else self.path
+        every = [prompt for path in paths for prompt in read_prompts(located(path))]
+        twice = [name for name, count in Counter(p.id for p in every).items() if count > 1]
+        if twice:
+            raise ConfigError(
+                f"need distinct ids in all sets of a stage, got {twice[0]!r} twice; rename one"
+            )
+        chosen: list[Prompt] = []
+        for task in self.tasks:
+            of_task = [prompt for prompt in every if prompt.task == task][: self.limit]
+            if not of_task:
+                raise ConfigError(
+                    f"need prompts for the task {task!r}, got none in {', '.join(paths)}; "
+                    "change tasks"
+                )
+            chosen += of_task
+        return chosen
 
 
 def read_prompts(path: Path) -> list[Prompt]:

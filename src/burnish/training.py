@@ -28,15 +28,15 @@ from burnish.algorithms.base import (
     chunks,
     stack,
 )
-from burnish.config import Config, ConfigError, located, shelf
+from burnish.config import Config, shelf
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
-from burnish.prompts import GroupSampler, PromptsConfig, read_prompts
+from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.tracking import Run, RunError, progress, writing
-from burnish.types import Group, Prompt, Signal, Task
+from burnish.types import Group, Prompt, Signal
 
 if TYPE_CHECKING:
     from burnish.algorithms.distill import DistillConfig
@@ -147,15 +147,8 @@ def train(
     before = [parameter.detach().clone() for parameter in parameters]
     state = State.start(policy, config.optimizer)
     state.restore(run)
-    prompts = [
-        prompt
-        for task in config.prompts.tasks
-        for prompt in _of_task(
-            read_prompts(located(config.prompts.path)), task, config.prompts.limit
-        )
-    ]
     sampler = GroupSampler(
-        prompts,
+        config.prompts.read(),
         per_step=config.prompts_per_step,
         seed=seed,
         mixing="alternate" if config.algorithm.one_task_per_step else "together",
@@ -185,13 +178,6 @@ def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Settin
         seed=seed,
         rewards=config.rewards,
     )
-
-
-def _of_task(prompts: Sequence[Any], task: Task, limit: int | None) -> list[Any]:
-    found = [prompt for prompt in prompts if prompt.task == task][:limit]
-    if not found:
-        raise ConfigError(f"need prompts for the task {task!r}, got none; change prompts.tasks")
-    return found
 
 
 def _step(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from burnish.config import ConfigError
 from burnish.images import encode_png
-from burnish.prompts import GroupSampler, read_prompts, write_prompts
+from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, write_prompts
 from burnish.types import Prompt
 
 SOURCE = encode_png(Image.new("RGB", (8, 8), "red"))
@@ -64,6 +64,20 @@ def test_a_broken_line_is_named_by_file_and_number(line: Any, message: str, tmp_
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
         read_prompts(path)
     assert "set.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None:
+    first, second = str(tmp_path / "first.jsonl"), str(tmp_path / "second.jsonl")
+    write_prompts(Path(first), some(2))
+    write_prompts(Path(second), [*some(2, "edit"), Prompt(id="third", text="third")])
+    names = [prompt.id for prompt in PromptsConfig(path=(first, second)).read()]
+    assert names == ["t2i-0", "t2i-1", "third", "edit-0", "edit-1"]
+    assert len(PromptsConfig(path=(first, second), limit=1).read()) == 2
+    assert PromptsConfig(path=first, tasks=("t2i",)).read() == some(2)
+    with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in .*first"):
+        PromptsConfig(path=first).read()
+    with pytest.raises(ConfigError, match="need distinct ids in all sets"):
+        PromptsConfig(path=(first, first), tasks=("t2i",)).read()
 
 
 def test_every_prompt_comes_once_before_any_comes_again() -> None:

@@ -27,7 +27,7 @@ from burnish.world.edits import Edit
 from burnish.world.flaws import PIXEL_FLAWS, spoil
 from burnish.world.oracle import measure_scene
 from burnish.world.render import render
-from burnish.world.scenes import CATEGORIES, Scene, is_held_out, sample_scene
+from burnish.world.scenes import CATEGORIES, PEOPLE, STYLES, Scene, is_held_out, sample_scene
 
 SHIPPED = located("embedded:weights/base")
 
@@ -50,6 +50,18 @@ def test_training_prompts_contain_nothing_held_out_and_held_out_prompts_do() -> 
             else:
                 edit = Edit.from_json(prompt.facts)
                 assert (is_held_out(edit.source) or is_held_out(edit.target)) == expected
+
+
+def test_reminders_show_every_person_and_style_in_scenes_that_are_not_measured() -> None:
+    knowledge, shown = (
+        read_prompts(located(f"embedded:prompts/{name}.jsonl"))
+        for name in ("knowledge", "reminders")
+    )
+    scenes = [Scene.from_json(prompt.facts) for prompt in shown]
+    assert {scene.person for scene in scenes} >= set(PEOPLE)
+    assert {scene.values["style"] for scene in scenes} == set(STYLES)
+    assert not any(map(is_held_out, scenes))
+    assert not any(prompt.facts == other.facts for prompt in shown for other in knowledge)
 
 
 def test_training_pictures_are_flawed_as_often_as_said() -> None:

@@ -2,10 +2,12 @@
 
 * `train`: flat scenes and edits without held-out combinations, without named people and styles;
 * `held-out`: combinations that no prompt of the base model's training or of a stage asks for;
-* `knowledge`: named people and styles, to see what a stage forgets.
+* `knowledge`: named people and styles, to see what a stage forgets;
+* `reminders`: the same people and styles in other scenes, for a stage that needs no reward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -90,10 +92,22 @@ def knowledge_prompts(per_kind: int, seed: int) -> list[Prompt]:
     return prompts
 
 
+def reminders(knowledge: Sequence[Prompt], per_kind: int, seed: int) -> list[Prompt]:
+    """Knowledge prompts of scenes that are neither held out nor those of `knowledge`."""
+    measured = [prompt.facts for prompt in knowledge]
+    return [
+        replace(prompt, id=f"reminder-{prompt.id}")
+        for prompt in knowledge_prompts(per_kind, seed)
+        if prompt.facts not in measured and not is_held_out(Scene.from_json(prompt.facts))
+    ]
+
+
 def prompt_sets() -> dict[str, list[Prompt]]:
     """Every set that ships with the package, by file name."""
+    knowledge = knowledge_prompts(24, seed=103)
     return {
         "train": world_prompts("train", 480, seed=101, is_held=False),
         "held-out": world_prompts("held", 128, seed=102, is_held=True),
-        "knowledge": knowledge_prompts(24, seed=103),
+        "knowledge": knowledge,
+        "reminders": reminders(knowledge, 12, seed=104),
     }
