@@ -74,7 +74,7 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
     assert names == ["t2i-0", "t2i-1", "third", "edit-0", "edit-1"]
     assert len(PromptsConfig(path=(first, second), limit=1).read()) == 2
     assert PromptsConfig(path=first, tasks=("t2i",)).read() == some(2)
-    with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in .*first"):
+    with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in"):
         PromptsConfig(path=first).read()
     with pytest.raises(ConfigError, match="need distinct ids in all sets"):
         PromptsConfig(path=(first, first), tasks=("t2i",)).read()
