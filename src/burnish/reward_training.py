@@ -48,7 +48,7 @@ from burnish.lessons import (
     spoken,
 )
 from burnish.rewards.vlm import Judge
-from burnish.runtime import Runtime
+from burnish.runtime import Runtime, RuntimeConfig
 from burnish.tracking import Run, progress, write_json, writing
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
@@ -117,6 +117,7 @@ class RewardTrainingConfig(Config):
     workers: int = Field(default=0, ge=0)
     """Processes that decode pictures."""
     seed: int = 0
+    runtime: RuntimeConfig = RuntimeConfig()
 
 
 @dataclass(frozen=True)

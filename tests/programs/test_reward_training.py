@@ -1,5 +1,6 @@
 """Training of judges: from annotations to a folder that a reward reads, exactly resumable."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,6 +18,7 @@ from burnish import images, runtime
 from burnish.agreement import FEWEST, KNOTS, agreement, fit_calibration
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
+from burnish.cli import main
 from burnish.config import ConfigError, located
 from burnish.judge_trainer import Objective, judge_loss
 from burnish.judging import MARKER, Rubric, answer
@@ -24,8 +26,18 @@ from burnish.lessons import Collator, Curriculum, Lesson, compared, exercises, p
 from burnish.miniature.judges import (
     PicturesPlan,
     annotated_pictures,
-    judge_config,
     new_judge,
+    train_miniature_judges,
+)
+from burnish.miniature.sight import (
+    Reader,
+    SightPlan,
+    compare,
+    describe,
+    learn_to_see,
+    one_picture,
+    sample_texts,
+    two_pictures,
 )
 from burnish.policies.qwen_assembly import assemble, byte_tokenizer, learned_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
@@ -33,7 +45,7 @@ from burnish.reward_training import RUBRICS, RewardTrainingConfig, SourceConfig,
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.tracking import RunError, read_rows
 from burnish.types import Scored, ScoreRequest
-from burnish.world.scenes import Scene
+from burnish.world.scenes import Scene, sample_scene
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
 DIMENSIONS = ("aesthetic", "instruction")
@@ -112,6 +124,24 @@ def trained(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "judge" / "model.safetensors")
+
+
+def test_the_command_trains_and_tells_what_it_measured(
+    fresh: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "settings.yaml").write_text(
+        f"annotations: [{{path: {fresh / 'some.jsonl'}}}]\nrubrics: {fresh / 'rubrics'}\n"
+        "lora_rank: 0\nsteps: 1\nbatch_size: 4\nheld_out: 0.3\nreasoning: false\n"
+    )
+    settings = [f"path={fresh / 'model'}", "steps=2", "runtime.device=cpu"]
+    options = ["--config", tmp_path / "settings.yaml", "--out", tmp_path / "run", "--json"]
+    assert main(["reward", "train", *map(str, [*settings, *options])]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert set(found["held_out"]) == set(DIMENSIONS)
+    assert any(line.startswith("instruction: count ") for line in lines)
+    assert read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 1
+    assert Judge.load(Path(found["judge"])).rubrics.keys() == set(DIMENSIONS)
 
 
 class TestLessons:
@@ -436,8 +466,11 @@ def test_the_shipped_rubrics_can_be_read_and_fill_one_page_at_most() -> None:
     assert (RUBRICS / "consistency.md").is_file()
 
 
+TEXTS = list(sample_texts(50))
+
+
 def test_the_miniatures_judge_is_tiny_and_sees_sixteen_tokens_of_a_picture() -> None:
-    model, processor = new_judge()
+    model, processor = new_judge(TEXTS)
     assert 3e6 < sum(parameter.numel() for parameter in model.parameters()) < 4e6
     content = [{"type": "image"}, {"type": "text", "text": "Rate alignment."}]
     text = processor.apply_chat_template(
@@ -445,7 +478,7 @@ def test_the_miniatures_judge_is_tiny_and_sees_sixteen_tokens_of_a_picture() -> 
     )
     inputs = processor(text=[text], images=[[Image.new("RGB", (64, 64))]], return_tensors="pt")
     assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
-    again, _ = new_judge()
+    again, _ = new_judge(TEXTS)
     ours, theirs = model.state_dict(), again.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
@@ -460,14 +493,60 @@ def test_annotated_pictures_are_a_function_of_the_plan_and_train_a_judge(tmp_pat
     assert {a.dimension for a in found} >= {"alignment", "aesthetic", "instruction"}
     assert len({a.output for a in found}) >= 14
     assert len({a.pair_group for a in found}) == 8
-    path = tmp_path / "annotations" / "pictures.jsonl"
-    write_annotations(path, found)
-    model, processor = new_judge()
-    model.save_pretrained(tmp_path / "untrained")
-    processor.save_pretrained(tmp_path / "untrained")
-    chosen = judge_config(tmp_path / "untrained", path, steps=2, batch_size=4, held_out=0.0)
-    judge = Judge.load(train_judge(chosen, tmp_path / "run", CPU))
+    write_annotations(tmp_path / "annotations" / "pictures.jsonl", found)
+    sight = SightPlan(steps=2, batch_size=4)
+    changes = {"steps": 2, "batch_size": 4, "held_out": 0.0}
+    folder = located("embedded:weights/base")
+    judge = Judge.load(train_miniature_judges(tmp_path, folder, CPU, sight=sight, **changes))
     assert "alignment" in judge.rubrics
+
+
+def test_what_is_said_of_pictures_names_what_differs() -> None:
+    rng = np.random.default_rng(0)
+    source = sample_scene(rng, category="typography", style="flat")
+    other = source.changed({"frame": "framed" if source.values["frame"] == "none" else "none"})
+    assert compare(source, source) == "all kept"
+    assert compare(source, other) == (f"frame {source.values['frame']} now {other.values['frame']}")
+    assert f"word {source.values['word']}" in describe(source, is_clean=True)
+
+
+def test_a_reader_teaches_what_is_said_and_nothing_else() -> None:
+    base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    _, processor = new_judge(TEXTS)
+    rng = np.random.default_rng(0)
+    for make, count in ((one_picture, 1), (two_pictures, 2)):
+        sights = [make(rng) for _ in range(5)]
+        inputs, written = Reader(base, processor)(sights)
+        assert len(inputs["image_grid_thw"]) == 5 * count
+        for sight, ids, taught in zip(sights, inputs["input_ids"], written, strict=True):
+            assert processor.tokenizer.decode(ids[taught]) == f"{sight.text}<|im_end|>"
+            assert taught[-1] and not taught[: int(taught.int().argmax())].any()
+
+
+def test_a_model_learns_to_see_and_a_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
+    base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    plan = SightPlan(steps=6, batch_size=4, save_every=3)
+
+    def learn(folder: Path, stop: int = 6) -> tuple[list[dict[str, float]], Any]:
+        model, processor = new_judge(TEXTS)
+        done = []
+
+        def on_step(found: dict[str, float]) -> None:
+            done.append(found)
+            if len(done) == stop:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            learn_to_see(model, processor, base, plan, CPU, folder=folder, on_step=on_step)
+        return done, model
+
+    whole, model = learn(tmp_path / "whole", stop=0)
+    assert all(value < 8 for found in whole for value in found.values())
+    learn(tmp_path / "cut", stop=4)
+    rest, again = learn(tmp_path / "cut", stop=0)
+    assert rest == whole[3:]
+    theirs = again.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
 
 
 def test_a_flawed_version_may_leave_nothing_to_spoil_further() -> None:

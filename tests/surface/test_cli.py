@@ -121,11 +121,11 @@ def test_help_comes_at_once() -> None:
     )
     assert time.monotonic() - started < 5, "generous, for a machine that is busy"
     assert not [line for line in done.stderr.splitlines() if line.endswith(("| torch", "| numpy"))]
-    assert all(f"  {name} " in done.stdout for name in (*COMMANDS, "miniature"))
+    assert all(f"  {name} " in done.stdout for name in (*COMMANDS, "miniature", "reward"))
     assert "  job " not in done.stdout and "..." not in done.stdout.replace("[ARGS]...", "")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "miniature build"])
+@pytest.mark.parametrize("command", [*COMMANDS, "miniature build", "reward train", "reward serve"])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command has an example that begins with itself."""
     assert cli.main([*command.split(), "--help"]) == 0
@@ -187,6 +187,11 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
         ("sample cat --out cat.jpg", "ends in .png, got cat.jpg"),
         ("sample cat --source missing.png", "got missing.png: No such file"),
         ("miniature biuld", "Did you mean 'build'"),
+        ("reward train", "path: need a value, got none"),
+        ("reward train path=missing annotations=[]", "annotations: need at least one file"),
+        ("reward train path=. annotations=[{path:missing.jsonl}]", "missing.jsonl"),
+        ("reward train path=. annotations=[] los=pairwise", "did you mean `loss`?"),
+        ("reward serve missing", "need the folder of a judge"),
     ],
 )
 def test_bad_words_are_refused(arguments: str, words: str, refused: Refused) -> None:

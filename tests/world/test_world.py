@@ -182,7 +182,9 @@ def test_raters_mark_down_a_flaw_and_name_it(seed: int, category: str) -> None:
     found = {o.dimension: o for o in rate_scene(render(flawed), scene, PANEL, rng)}
     opinion = found["portrait" if attribute(wrong) in ANATOMY else "alignment"]
     assert opinion.truth < 4.6
-    assert f"{attribute(wrong).replace('_', ' ')} {scene.values[wrong]} wrong" in opinion.reasoning
+    named = f"{attribute(wrong).replace('_', ' ')} {scene.values[wrong]} seen "
+    (said,) = [part for part in opinion.reasoning.split(", ") if part.startswith(named)]
+    assert said.endswith(" wrong")
 
 
 def test_what_is_missing_caps_alignment() -> None:

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from burnish import checkpoint
+from burnish.miniature.fitting import Fitting
 from burnish.miniature.pictures import Example
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
@@ -107,84 +106,6 @@ def flow_matching_loss(
     return ((velocity - (noise - clean)) ** 2).mean()
 
 
-class _Training:
-    """Parameters, their running average and the optimizers, which a checkpoint holds together."""
-
-    def __init__(self, policy: QwenImage21Policy, plan: BasePlan, runtime: Runtime) -> None:
-        self.modules = torch.nn.ModuleList([policy.transformer, policy.text_encoder])
-        self.modules.requires_grad_(True).train()
-        self.parameters = list(self.modules.parameters())
-        runtime.broadcast(self.parameters)
-        self.average = [p.detach().clone() for p in self.parameters]
-        blocks = policy.transformer.transformer_blocks
-        matrices = {id(p): p for p in blocks.parameters() if p.ndim == 2}
-        others = [p for p in self.parameters if id(p) not in matrices]
-        self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "matrices": torch.optim.Muon(
-                list(matrices.values()),
-                lr=plan.matrix_learning_rate,
-                weight_decay=0.01,
-                adjust_lr_fn="match_rms_adamw",
-            ),
-            "others": torch.optim.AdamW(
-                others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-            ),
-        }
-        self.losses: list[dict[str, float]] = []
-        """One entry for each step done."""
-
-    def schedules(self, steps: int) -> list[torch.optim.lr_scheduler.OneCycleLR]:
-        """One cycle over all steps for each optimizer, at the place where the training stands."""
-        return [
-            torch.optim.lr_scheduler.OneCycleLR(
-                optimizer,
-                [group.get("max_lr", group["lr"]) for group in optimizer.param_groups],
-                total_steps=steps,
-                pct_start=0.05,
-                cycle_momentum=False,
-                last_epoch=len(self.losses) - 1,
-            )
-            for optimizer in self.optimizers.values()
-        ]
-
-    def step(self, loss: Tensor, runtime: Runtime) -> None:
-        """One step of all optimizers down the mean gradient of all processes."""
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        runtime.all_reduce_gradients(self.parameters)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        for optimizer in self.optimizers.values():
-            optimizer.step()
-
-    def save(self, folder: Path) -> None:
-        named = {}
-        for group, values in (("parameters", self.parameters), ("average", self.average)):
-            named[group] = {str(n): value.detach() for n, value in enumerate(values)}
-        state: dict[str, Any] = {"losses": self.losses}
-        for name, optimizer in self.optimizers.items():
-            named[name], state[name] = checkpoint.optimizer_state(optimizer)
-        checkpoint.save(folder, len(self.losses), named, state, keep=1)
-
-    @torch.no_grad()
-    def resume(self, folder: Path) -> None:
-        found = checkpoint.latest(folder)
-        if found is None:
-            return
-        for group, values in (("parameters", self.parameters), ("average", self.average)):
-            for n, value in enumerate(values):
-                value.copy_(found.tensors[group][str(n)])
-        for name, optimizer in self.optimizers.items():
-            checkpoint.load_optimizer_state(optimizer, found.tensors[name], found.state[name])
-        self.losses = found.state["losses"]
-
-    @torch.no_grad()
-    def finish(self) -> None:
-        for parameter, mean in zip(self.parameters, self.average, strict=True):
-            parameter.copy_(mean)
-        self.modules.requires_grad_(False).eval()
-
-
 def train_base(
     policy: QwenImage21Policy,
     text_pool: Pool,
@@ -209,28 +130,28 @@ def train_base(
     Returns:
         The losses of every step by task, those before a training was cut off included.
     """
-    training = _Training(policy, plan, runtime)
-    if folder is not None:
-        training.resume(folder)
-    schedules = training.schedules(plan.steps)
-    for step in range(len(training.losses), plan.steps):
+    fitting = Fitting(
+        torch.nn.ModuleList([policy.transformer, policy.text_encoder]),
+        policy.transformer.transformer_blocks,
+        runtime,
+        plan.learning_rate,
+        plan.matrix_learning_rate,
+        plan.steps,
+        folder,
+    )
+    for step in range(len(fitting.losses), plan.steps):
         torch.manual_seed(derived_seed(plan.seed, "base model", step, runtime.rank))
         is_edit = (
             float(torch.rand(1, generator=generator(plan.seed, "task", step))) < plan.edit_share
         )
         loss = _loss(policy, edit_pool if is_edit else text_pool, plan, step)
-        training.step(loss, runtime)
-        for schedule in schedules:
-            schedule.step()
-        decay = min(plan.ema, (step + 1) / (step + 10))
-        current = [p.detach() for p in training.parameters]
-        torch._foreach_lerp_(training.average, current, 1 - decay)
-        training.losses.append({"edit" if is_edit else "t2i": float(loss.detach())})
-        on_step(training.losses[-1])
-        if folder is not None and runtime.is_main and (step + 1) % plan.save_every == 0:
-            training.save(folder)
-    training.finish()
-    return training.losses
+        fitting.step(loss, plan.ema)
+        fitting.losses.append({"edit" if is_edit else "t2i": float(loss.detach())})
+        on_step(fitting.losses[-1])
+        if runtime.is_main and (step + 1) % plan.save_every == 0:
+            fitting.save()
+    fitting.finish()
+    return fitting.losses
 
 
 def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan, step: int) -> Tensor:

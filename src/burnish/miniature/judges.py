@@ -7,9 +7,11 @@ itself, at random guidance, with the smears and half-made things that no list of
 Several pictures of each prompt make a pair group, because training by groups asks for differences
 within a prompt.
 
-It is trained by `burnish.reward_training`, the same code as at full size, from random weights.
+A model with random weights first learns to see (`miniature/sight.py`), as a judge at full size
+starts from one that can; then `burnish.reward_training` trains it, the same code as at full size.
 """
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +21,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from burnish import images
-from burnish.annotations.base import write_annotations
+from burnish import checkpoint, images
+from burnish.annotations.base import read_annotations, write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.miniature.pictures import draw_edit, draw_scene, to_bytes
 from burnish.miniature.prompt_sets import edit_prompt, scene_prompt
+from burnish.miniature.sight import SightPlan, learn_to_see, sample_texts
 from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
 from burnish.rollout import draw
 from burnish.runtime import Runtime, derived_seed, seeded
-from burnish.tracking import track
+from burnish.tracking import progress, track
 from burnish.types import Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import PIXEL_FLAWS, spoil
@@ -55,6 +58,8 @@ SIZES: dict[str, Any] = {
     },
 }
 """The judge's sizes, as differences from those of `assemble`."""
+VOCABULARY = 900
+"""Of the judge's tokenizer, without special tokens."""
 ORIGIN = "Burnish, the embedded world"
 LICENCE = "Apache-2.0"
 _BLOCK = 16
@@ -122,14 +127,14 @@ def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Anno
     return found
 
 
-def new_judge() -> tuple[Any, Any]:
+def new_judge(texts: Sequence[str]) -> tuple[Any, Any]:
     """A tiny `Qwen3VLForConditionalGeneration` with random weights, and its processor.
 
-    Its tokenizer is that of the base model, which spells words that only raters use letter by
-    letter.
+    Args:
+        texts: what judges write; its tokenizer has words for that.
     """
     with seeded(0, "new judge"):
-        pipeline = assemble(build_tokenizer(), encoder=SIZES)
+        pipeline = assemble(build_tokenizer(more=texts, size=VOCABULARY), encoder=SIZES)
     return pipeline.text_encoder, pipeline.processor
 
 
@@ -163,33 +168,62 @@ def train_miniature_judges(
     rt: Runtime,
     *,
     pictures: PicturesPlan | None = None,
+    sight: SightPlan | None = None,
     **changes: Any,
 ) -> Path:
-    """Make the annotations, then train one judge of all dimensions on them.
+    """Make the annotations, teach a new model to see, then train one judge of all dimensions.
 
     What is there already is not made again, so a call that was cut off goes on where it stood.
 
     Args:
-        out: made if missing; gets `annotations/`, `untrained/` and the run `training/`.
+        out: made if missing; gets `annotations/`, `sighted/` (what the judge starts from) and the
+            run `training/`.
         base_folder: the base model, as its pipeline is written.
         rt: precision and ranks; bfloat16 pays on processors that have it.
         pictures: how many annotated pictures.
+        sight: how the model learns to see.
         changes: settings of the training that differ from `judge_config`.
 
     Returns:
         The judge's folder.
     """
-    annotations, untrained = out / "annotations" / "pictures.jsonl", out / "untrained"
+    annotations, sighted = out / "annotations" / "pictures.jsonl", out / "sighted"
+    base = QwenImage21Policy.load(base_folder, resolution=64)
     if rt.is_main and not annotations.is_file():
-        base = QwenImage21Policy.load(base_folder, resolution=64)
         write_annotations(annotations, annotated_pictures(base, pictures or PicturesPlan()))
-    if rt.is_main:
-        model, processor = new_judge()
-        model.save_pretrained(untrained)
-        processor.save_pretrained(untrained)
     rt.barrier()
-    config = judge_config(untrained, annotations, **changes)
+    if not (sighted / "config.json").is_file():
+        _teach_to_see(out, annotations, base, sight or SightPlan(), rt)
+    rt.barrier()
+    config = judge_config(sighted, annotations, **changes)
     return train_judge(config, out / "training", rt)
+
+
+def _teach_to_see(
+    out: Path, annotations: Path, base: QwenImage21Policy, plan: SightPlan, rt: Runtime
+) -> None:
+    """Write `out/sighted`, a model that can describe pictures and has not judged any."""
+    said = sorted({a.reasoning for a in read_annotations(annotations)})
+    model, processor = new_judge([*said[:: max(1, len(said) // 3000)], *sample_texts(1500)])
+    folder = out / "checkpoints" / "sight"
+    with progress("sight", plan.steps, done=max(checkpoint.steps(folder), default=0)) as bar:
+        learn_to_see(
+            model,
+            processor,
+            base,
+            plan,
+            rt,
+            folder=folder,
+            on_step=lambda found: bar.advance(
+                note=", ".join(f"{name} {value:.3f}" for name, value in found.items())
+            ),
+        )
+    if rt.is_main:
+        unfinished = out / ".sighted.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        model.save_pretrained(unfinished)
+        processor.save_pretrained(unfinished)
+        unfinished.replace(out / "sighted")
 
 
 def _subject(name: str, task: str, rng: np.random.Generator) -> _Subject:

@@ -5,6 +5,7 @@ has a spelling, because every byte is in the vocabulary.
 """
 
 import json
+from collections.abc import Iterable
 
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -17,10 +18,18 @@ from burnish.world.grammar import corpus
 VOCABULARY = 640
 
 
-def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
-    """Learn `VOCABULARY` byte-pair merges from prompts and instructions of the grammar."""
+def build_tokenizer(
+    seed: int = 0, *, more: Iterable[str] = (), size: int = VOCABULARY
+) -> PreTrainedTokenizerBase:
+    """Learn byte-pair merges from prompts and instructions of the grammar.
+
+    Args:
+        seed: of the texts.
+        more: further texts to learn from.
+        size: of the vocabulary, without special tokens.
+    """
     rng = np.random.default_rng(seed)
-    texts = [*corpus(3000, seed), *(sample_edit(rng).instruction for _ in range(1500))]
+    texts = [*corpus(3000, seed), *(sample_edit(rng).instruction for _ in range(1500)), *more]
     texts += [
         "Comprehend and analyze the provided prompt.",
         "system\n",
@@ -33,7 +42,7 @@ def build_tokenizer(seed: int = 0) -> PreTrainedTokenizerBase:
     learner.train_from_iterator(
         texts,
         trainers.BpeTrainer(
-            vocab_size=VOCABULARY, initial_alphabet=sorted(alphabet), show_progress=False
+            vocab_size=size, initial_alphabet=sorted(alphabet), show_progress=False
         ),
     )
     model = json.loads(learner.to_str())["model"]

@@ -7,14 +7,14 @@ reasoning names what they checked and what they saw, so that a judge can learn t
 scores. They stand in for an annotation campaign; a study of judges compares with the oracle.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from burnish.world.edits import Edit
 from burnish.world.oracle import attribute_scores, quality, resolve
-from burnish.world.scenes import Scene, Value, attribute
+from burnish.world.scenes import Scene, attribute
 
 PRIORITIES: tuple[tuple[str, ...], ...] = (
     ("shape", "count", "word", "hair", "hat", "glasses", "trees", "water", "mountains"),
@@ -152,21 +152,24 @@ def _aesthetic(
 
 
 def _checks(scores: Mapping[str, float], right: Scene, seen: Scene) -> str:
-    """What was checked, in order of weight: `shape star right, colour red wrong blue`."""
-    order = {name: n for n, name in enumerate(n for names in PRIORITIES for n in names)}
+    """What was asked, what was seen, and whether that is right, in order of weight: `shape star
+    seen star right, colour red seen blue wrong`."""
     parts = []
-    for key in sorted(scores, key=lambda k: (order.get(attribute(k), len(order)), k)):
+    for key in by_weight(scores):
         wanted, found = right.values[key], seen.values[key]
-        if scores[key] >= 0.5:
-            parts.append(f"{_words(key)} {wanted} right")
-        else:
-            parts.append(f"{_words(key)} {wanted} wrong{_instead(wanted, found)}")
+        is_right = scores[key] >= 0.5
+        # A value that is wrong without being another one is a smear.
+        shown = wanted if is_right else "unclear" if found == wanted else found
+        parts.append(f"{words(key)} {wanted} seen {shown} {'right' if is_right else 'wrong'}")
     return ", ".join(parts)
 
 
-def _words(key: str) -> str:
+def by_weight(keys: Iterable[str]) -> list[str]:
+    """Attributes in the order in which raters speak of them."""
+    order = {name: n for n, name in enumerate(n for names in PRIORITIES for n in names)}
+    return sorted(keys, key=lambda key: (order.get(attribute(key), len(order)), key))
+
+
+def words(key: str) -> str:
+    """What raters call an attribute."""
     return attribute(key).replace("_", " ")
-
-
-def _instead(wanted: Value, found: Value) -> str:
-    return "" if found == wanted else f" {found}"

@@ -1,0 +1,229 @@
+"""How the miniature's judge learns to see, before it learns to judge.
+
+At full size a judge starts from a model that can describe pictures. From random weights it would
+have to learn that from judgements alone, and does not: most of what a prompt asks for is there, so
+"as asked" is nearly always right, and copying the prompt explains most of what raters wrote. Here
+the model first describes pictures with no prompt to copy from, and then what differs between two.
+The data is drawn as it is needed and passes the base's autoencoder, as all pictures do that a judge
+gets to see; nothing in it is held out from the judge's own training or is a rater's opinion.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from burnish.judging import Rubric, question
+from burnish.miniature.fitting import Fitting
+from burnish.miniature.pictures import draw_edit, draw_scene, to_bytes
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.runtime import Runtime, derived_seed, generator
+from burnish.types import Prompt
+from burnish.world.flaws import PIXEL_FLAWS, alternatives, spoil
+from burnish.world.raters import by_weight, words
+from burnish.world.render import render
+from burnish.world.scenes import Scene
+
+DESCRIBE = Rubric("description", "Describe the picture.")
+COMPARE = Rubric("comparison", "What differs?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SightPlan:
+    """How long and how fast the judge learns to see."""
+
+    steps: int = 1500
+    batch_size: int = 64
+    """Examples of each process and step."""
+    compare_share: float = 0.35
+    """Share of the steps that compare two pictures."""
+    learning_rate: float = 1.5e-3
+    """AdamW's peak, for all that is not a matrix of a layer."""
+    matrix_learning_rate: float = 3e-3
+    """Muon's peak, scaled to the size of an AdamW step."""
+    ema: float = 0.99
+    save_every: int = 250
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Pictures, uint8 `64 64 3`, the last of which is spoken of, and what is said."""
+
+    pictures: tuple[np.ndarray, ...]
+    text: str
+
+
+def describe(scene: Scene, is_clean: bool) -> str:
+    """What a picture shows, in the words of raters: `picture clean, shape star, colour red`."""
+    seen = [f"{words(key)} {scene.values[key]}" for key in by_weight(scene.values)]
+    return ", ".join(["picture clean" if is_clean else "picture spoilt", *seen])
+
+
+def compare(before: Scene, after: Scene) -> str:
+    """What differs between two pictures: `colour red now blue`, or `all kept`."""
+    changed = [key for key in by_weight(after.values) if before.values[key] != after.values[key]]
+    said = [f"{words(key)} {before.values[key]} now {after.values[key]}" for key in changed]
+    return ", ".join(said) or "all kept"
+
+
+def one_picture(rng: np.random.Generator) -> Sight:
+    """A scene, in part with something out of place as flawed pictures have it, in part spoilt."""
+    scene = draw_scene(rng)
+    if rng.random() < 0.4:
+        scene = spoil(scene, rng)
+    pixels, is_clean = _perhaps_spoilt(render(scene), rng, share=0.3)
+    return Sight((pixels,), describe(scene, is_clean))
+
+
+def two_pictures(rng: np.random.Generator) -> Sight:
+    """A source, and what may have become of it: the edit, nothing, or something else."""
+    edit = draw_edit(rng)
+    shown, kind = edit.target, rng.random()
+    if kind < 0.2:
+        shown = edit.source
+    elif kind < 0.6:
+        keys = [key for key in shown.values if alternatives(shown, key)]
+        key = keys[int(rng.integers(len(keys)))]
+        options = alternatives(shown, key)
+        shown = shown.changed({key: options[int(rng.integers(len(options)))]})
+    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
+    return Sight((to_bytes(render(edit.source)), pixels), compare(edit.source, shown))
+
+
+def _perhaps_spoilt(
+    pixels: np.ndarray, rng: np.random.Generator, share: float
+) -> tuple[np.ndarray, bool]:
+    """The picture, spoilt as a whole with a probability of `share`, and whether it is clean."""
+    is_clean = rng.random() >= share
+    if not is_clean:
+        flaws = sorted(PIXEL_FLAWS)
+        pixels = PIXEL_FLAWS[flaws[int(rng.integers(len(flaws)))]](pixels)
+    return to_bytes(pixels), is_clean
+
+
+def sample_texts(count: int, seed: int = 0) -> Iterator[str]:
+    """Some of what is said, for a tokenizer to learn from."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        yield one_picture(rng).text
+        yield two_pictures(rng).text
+
+
+class Reader:
+    """Pictures and texts as the tensors of a Qwen-VL model."""
+
+    def __init__(self, base: QwenImage21Policy, processor: Any) -> None:
+        """A reader.
+
+        Args:
+            base: whose autoencoder the spoken-of pictures pass.
+            processor: of the model that learns.
+        """
+        self._base, self._processor = base, processor
+        alone = Prompt(id="", text="", task="t2i")
+        self._asked = {
+            1: self._turn(DESCRIBE, alone),
+            2: self._turn(COMPARE, replace(alone, task="edit")),
+        }
+
+    def _turn(self, rubric: Rubric, prompt: Prompt) -> str:
+        return self._processor.apply_chat_template(
+            [{"role": "user", "content": question(rubric, prompt)}],
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+
+    def __call__(self, sights: Sequence[Sight]) -> tuple[dict[str, Tensor], Tensor]:
+        """What the model takes, padded on the left, and which tokens it learns to write.
+
+        Args:
+            sights: all with the same number of pictures.
+        """
+        outputs = self._passed([sight.pictures[-1] for sight in sights])
+        pictures = [
+            [*map(Image.fromarray, sight.pictures[:-1]), output]
+            for sight, output in zip(sights, outputs, strict=True)
+        ]
+        asked = self._asked[len(sights[0].pictures)]
+        tokenizer = self._processor.tokenizer
+        inputs = self._processor(
+            text=[f"{asked}{sight.text}<|im_end|>" for sight in sights],
+            images=pictures,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        said = tokenizer([f"{sight.text}<|im_end|>" for sight in sights])["input_ids"]
+        written = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+        for row, ids in enumerate(said):
+            written[row, -len(ids) :] = True
+        return dict(inputs), written
+
+    @torch.no_grad()
+    def _passed(self, pictures: Sequence[np.ndarray]) -> list[Image.Image]:
+        batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decoded = self._base.decode(self._base.encode_images(batch).float())
+        pixels = decoded.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        return [Image.fromarray(to_bytes(picture)) for picture in pixels]
+
+
+def writing_loss(model: Any, inputs: dict[str, Tensor], written: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the written tokens, and the share of them that would be chosen."""
+    width = int(written.sum(dim=1).max())
+    logits = model(**inputs, logits_to_keep=width + 1, use_cache=False).logits[:, :-1].float()
+    there, ids = written[:, -width:], inputs["input_ids"][:, -width:]
+    loss = torch.nn.functional.cross_entropy(logits[there], ids[there])
+    return loss, (logits[there].argmax(dim=-1) == ids[there]).float().mean()
+
+
+def learn_to_see(
+    model: Any,
+    processor: Any,
+    base: QwenImage21Policy,
+    plan: SightPlan,
+    rt: Runtime,
+    *,
+    folder: Path | None = None,
+    on_step: Callable[[dict[str, float]], None] = lambda found: None,
+) -> list[dict[str, float]]:
+    """Train a Qwen-VL model in place to describe and to compare; it ends as its average.
+
+    Args:
+        model: of random weights.
+        processor: of the model.
+        base: whose autoencoder the pictures pass.
+        plan: how long and how fast.
+        rt: ranks that share each step.
+        folder: checkpoints go here, and a training that was cut off goes on from the newest.
+        on_step: called with the figures of each step done now.
+
+    Returns:
+        Loss and share of right tokens of every step, by kind.
+    """
+    layers = [model.model.language_model.layers, model.model.visual.blocks]
+    fitting = Fitting(
+        model, layers, rt, plan.learning_rate, plan.matrix_learning_rate, plan.steps, folder
+    )
+    reader = Reader(base, processor)
+    for step in range(len(fitting.losses), plan.steps):
+        draw = float(torch.rand(1, generator=generator(plan.seed, "sight", step)))
+        make = two_pictures if draw < plan.compare_share else one_picture
+        rng = np.random.default_rng(derived_seed(plan.seed, "sight", step, rt.rank))
+        inputs, written = reader([make(rng) for _ in range(plan.batch_size)])
+        with rt.autocast():
+            loss, right = writing_loss(model, inputs, written)
+        fitting.step(loss, plan.ema)
+        kind = "compare" if make is two_pictures else "describe"
+        fitting.losses.append({kind: float(loss.detach()), f"{kind}_right": float(right)})
+        on_step(fitting.losses[-1])
+        if rt.is_main and (step + 1) % plan.save_every == 0:
+            fitting.save()
+    fitting.finish()
+    return fitting.losses
