@@ -41,6 +41,8 @@ class PromptsConfig(Config):
                 prompts.
         """
         paths = (self.path,) if isinstance(self.path, str) else self.path
+        if not paths:
+            raise ConfigError("need at least one set of prompts, got none; give path a file")
         every = [prompt for path in paths for prompt in read_prompts(located(path))]
         twice = [name for name, count in Counter(p.id for p in every).items() if count > 1]
         if twice:

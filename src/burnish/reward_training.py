@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from pydantic import Field
 from torch import nn
 
@@ -51,9 +50,10 @@ from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, RuntimeConfig
 from burnish.tracking import Run, progress, write_json, writing
 
-# Before the import below: it fails where torch and torchvision are unequal builds.
+# Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()
 
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
     AutoProcessor,

@@ -76,6 +76,8 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
     assert PromptsConfig(path=first, tasks=("t2i",)).read() == some(2)
     with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in"):
         PromptsConfig(path=first).read()
+    with pytest.raises(ConfigError, match="need at least one set of prompts"):
+        PromptsConfig(path=()).read()
     with pytest.raises(ConfigError, match="need distinct ids in all sets"):
         PromptsConfig(path=(first, first), tasks=("t2i",)).read()
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +126,11 @@ def trained(fresh: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "judge" / "model.safetensors")
+
+
+def test_training_can_be_the_first_thing_a_process_imports() -> None:
+    """Where torch and torchvision are unequal builds, what comes first decides."""
+    subprocess.run([sys.executable, "-c", "import burnish.reward_training"], check=True)
 
 
 def test_the_command_trains_and_tells_what_it_measured(

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from burnish.world.edits import EDITABLE, Edit, sample_edit
@@ -173,6 +173,8 @@ def test_raters_praise_the_right_picture(seed: int, category: str) -> None:
 
 
 @few
+@example(seed=462, category="portrait")
+@example(seed=56, category="general")
 @given(seeds, categories)
 def test_raters_mark_down_a_flaw_and_name_it(seed: int, category: str) -> None:
     rng = np.random.default_rng(seed)
@@ -181,10 +183,12 @@ def test_raters_mark_down_a_flaw_and_name_it(seed: int, category: str) -> None:
     (wrong,) = [key for key in scene.values if scene.values[key] != flawed.values[key]]
     found = {o.dimension: o for o in rate_scene(render(flawed), scene, PANEL, rng)}
     opinion = found["portrait" if attribute(wrong) in ANATOMY else "alignment"]
-    assert opinion.truth < 4.6
+    # The least is a wrong mouth beside a right mark: 4 * 0.10 / 0.85 * 0.75 points.
+    assert opinion.truth < 4.65
     named = f"{attribute(wrong).replace('_', ' ')} {scene.values[wrong]} seen "
-    (said,) = [part for part in opinion.reasoning.split(", ") if part.startswith(named)]
-    assert said.endswith(" wrong")
+    # Two objects may share a value; the other one is right.
+    said = [part for part in opinion.reasoning.split(", ") if part.startswith(named)]
+    assert sum(part.endswith(" wrong") for part in said) == 1
 
 
 def test_what_is_missing_caps_alignment() -> None:
