@@ -22,6 +22,7 @@ from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.rewards.oracle import measures
+from burnish.rewards.vlm import Judge
 from burnish.rollout import draw
 from burnish.world.edits import Edit
 from burnish.world.flaws import PIXEL_FLAWS, spoil
@@ -223,6 +224,7 @@ def test_a_reduced_build_learns_and_can_be_loaded(tmp_path: Path) -> None:
         seeds=[0],
     )
     assert image.isfinite().all()
+    assert set(Judge.load(tmp_path / "weights" / "judge").rubrics) >= {"alignment", "instruction"}
     shipped = located("embedded:prompts/train.jsonl").read_bytes()
     built = (tmp_path / "prompts" / "train.jsonl").read_bytes()
     assert hashlib.sha256(built).digest() == hashlib.sha256(shipped).digest()

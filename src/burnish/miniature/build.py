@@ -1,4 +1,4 @@
-"""Build the miniature from nothing: tokenizer, autoencoder, base model, prompt sets, model card.
+"""Build the miniature from nothing: tokenizer, autoencoder, base model, judge, prompt sets, cards.
 
     burnish miniature build --out DIR         everything, on two cores
     burnish miniature build --out DIR --quick a reduced version that only shows that it learns
@@ -10,6 +10,7 @@ Started by torchrun, the processes share the work of each step:
 
 import contextlib
 import json
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,20 +36,22 @@ from burnish.miniature.base_model import (
     make_pool,
     train_base,
 )
+from burnish.miniature.judges import PicturesPlan, train_miniature_judges
 from burnish.miniature.pictures import edit_example, text_example
 from burnish.miniature.prompt_sets import prompt_sets
+from burnish.miniature.sight import SightPlan
 from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import write_prompts
 from burnish.runtime import Runtime
-from burnish.tracking import Progress, progress, write_atomic
+from burnish.tracking import Progress, progress, write_atomic, write_json
 
 SEED = 0
 
 
 def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Build everything below `out`: `weights/base` and `prompts`.
+    """Build everything below `out`: `weights/base`, `weights/judge` and `prompts`.
 
     A build that was cut off goes on where its last checkpoint in `out/checkpoints` stands.
 
@@ -94,7 +97,56 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
         write_card(out / "weights" / "base", facts)
         for name, prompts in prompt_sets().items():
             write_prompts(out / "prompts" / f"{name}.jsonl", prompts)
+    rt.barrier()
+    facts["judge"] = _build_judge(out, folder / "judge", rt, quick=quick)
     return facts
+
+
+def _build_judge(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[str, Any]:
+    """Train the judge on pictures of the base below `out`; its agreement with held-out raters."""
+    pictures, sight, changes = PicturesPlan(), SightPlan(), {}
+    if quick:
+        pictures = PicturesPlan(
+            rendered_scenes=8, rendered_edits=6, sampled_scenes=4, sampled_edits=4, members=3
+        )
+        sight = SightPlan(steps=4, batch_size=8)
+        changes = {"steps": 4, "batch_size": 8, "held_out": 0.2, "reasoning": False}
+    trained = train_miniature_judges(
+        folder, out / "weights" / "base", rt, pictures=pictures, sight=sight, **changes
+    )
+    facts = json.loads((trained / "judge.json").read_text(encoding="utf-8"))
+    if rt.is_main:
+        ship_judge(trained, out / "weights" / "judge")
+    return facts["held_out"]
+
+
+def ship_judge(trained: Path, folder: Path) -> None:
+    """Copy a trained judge in half precision, without the places of the machine it was trained on.
+
+    Args:
+        trained: what `train_miniature_judges` returned.
+        folder: replaced if it is there.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(trained, folder)
+    store_half(folder)
+    facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
+    write_json(folder / "judge.json", {key: facts[key] for key in facts if key != "base"})
+    lines = [
+        "# Burnish miniature: judge",
+        "",
+        "A `Qwen3VLForConditionalGeneration` of 3.7 million parameters (Apache-2.0), trained from",
+        "random weights on pictures of the embedded world: to describe and compare them, then on",
+        "the opinions of simulated raters. It reasons, then scores alignment, aesthetic,",
+        "portrait and instruction from 1 to 5. Agreement with raters on prompts it never saw:",
+        "",
+        "```json",
+        json.dumps(facts["held_out"], indent=2),
+        "```",
+        "",
+        "Rebuild it, base model first, with `burnish miniature build --out DIR`.",
+    ]
+    write_atomic(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def _assemble() -> Any:
