@@ -32,14 +32,14 @@ from burnish.miniature.judges import (
     train_miniature_judges,
 )
 from burnish.miniature.sight import (
+    KINDS,
     Reader,
     SightPlan,
+    checked_picture,
     compare,
     describe,
     learn_to_see,
-    one_picture,
     sample_texts,
-    two_pictures,
 )
 from burnish.policies.qwen_assembly import assemble, byte_tokenizer, learned_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
@@ -517,12 +517,24 @@ def test_what_is_said_of_pictures_names_what_differs() -> None:
     assert f"word {source.values['word']}" in describe(source, is_clean=True)
 
 
+def test_checks_name_what_was_asked_and_what_is_there() -> None:
+    said = [checked_picture(np.random.default_rng(seed)) for seed in range(40)]
+    checks = [check for sight in said for check in sight.text.split(", ")]
+    for check in checks:
+        asked, _, rest = check.partition(" seen ")
+        seen, verdict = rest.rsplit(" ", 1)
+        assert (verdict == "right") == (asked.endswith(f" {seen}"))
+    share = sum(check.endswith("wrong") for check in checks) / len(checks)
+    assert 0.2 < share < 0.45
+
+
 def test_a_reader_teaches_what_is_said_and_nothing_else() -> None:
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
     _, processor = new_judge(TEXTS)
     rng = np.random.default_rng(0)
-    for make, count in ((one_picture, 1), (two_pictures, 2)):
+    for make in KINDS.values():
         sights = [make(rng) for _ in range(5)]
+        count = len(sights[0].pictures)
         inputs, written = Reader(base, processor)(sights)
         assert len(inputs["image_grid_thw"]) == 5 * count
         for sight, ids, taught in zip(sights, inputs["input_ids"], written, strict=True):

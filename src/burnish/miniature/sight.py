@@ -3,13 +3,15 @@
 At full size a judge starts from a model that can describe pictures. From random weights it would
 have to learn that from judgements alone, and does not: most of what a prompt asks for is there, so
 "as asked" is nearly always right, and copying the prompt explains most of what raters wrote. Here
-the model first describes pictures with no prompt to copy from, and then what differs between two.
+the model first describes pictures with no prompt to copy from, and what differs between two; and it
+checks pictures against prompts that many of them do not fit at all, because where they nearly fit,
+what is seen can pass for what was asked.
 The data is drawn as it is needed and passes the base's autoencoder, as all pictures do that a judge
 gets to see; nothing in it is held out from the judge's own training or is a rater's opinion.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +27,14 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
 from burnish.types import Prompt
 from burnish.world.flaws import PIXEL_FLAWS, alternatives, spoil
-from burnish.world.raters import by_weight, words
+from burnish.world.grammar import say
+from burnish.world.raters import ANATOMY, by_weight, checks, words
 from burnish.world.render import render
-from burnish.world.scenes import Scene
+from burnish.world.scenes import Scene, attribute
 
 DESCRIBE = Rubric("description", "Describe the picture.")
 COMPARE = Rubric("comparison", "What differs?")
+CHECK = Rubric("check", "Check the picture.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,8 @@ class SightPlan:
     steps: int = 1500
     batch_size: int = 64
     """Examples of each process and step."""
-    compare_share: float = 0.35
-    """Share of the steps that compare two pictures."""
+    shares: tuple[float, ...] = (0.35, 0.2, 0.25, 0.2)
+    """Shares of the steps that describe, compare, check a picture, and check an edit."""
     learning_rate: float = 1.5e-3
     """AdamW's peak, for all that is not a matrix of a layer."""
     matrix_learning_rate: float = 3e-3
@@ -57,6 +61,8 @@ class Sight:
 
     pictures: tuple[np.ndarray, ...]
     text: str
+    rubric: Rubric
+    prompt: str = ""
 
 
 def describe(scene: Scene, is_clean: bool) -> str:
@@ -78,7 +84,7 @@ def one_picture(rng: np.random.Generator) -> Sight:
     if rng.random() < 0.4:
         scene = spoil(scene, rng)
     pixels, is_clean = _perhaps_spoilt(render(scene), rng, share=0.3)
-    return Sight((pixels,), describe(scene, is_clean))
+    return Sight((pixels,), describe(scene, is_clean), DESCRIBE)
 
 
 def two_pictures(rng: np.random.Generator) -> Sight:
@@ -93,7 +99,57 @@ def two_pictures(rng: np.random.Generator) -> Sight:
         options = alternatives(shown, key)
         shown = shown.changed({key: options[int(rng.integers(len(options)))]})
     pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
-    return Sight((to_bytes(render(edit.source)), pixels), compare(edit.source, shown))
+    return Sight((to_bytes(render(edit.source)), pixels), compare(edit.source, shown), COMPARE)
+
+
+def checked_picture(rng: np.random.Generator) -> Sight:
+    """A prompt, and a picture that has much of it otherwise."""
+    scene = draw_scene(rng)
+    shown = _otherwise(scene, rng, share=0.35)
+    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
+    keys = [k for k in scene.values if k not in scene.free and attribute(k) not in ANATOMY]
+    return Sight((pixels,), _checked(keys, scene, shown), CHECK, say(scene, rng))
+
+
+def checked_edit(rng: np.random.Generator) -> Sight:
+    """An instruction, and what became of it: done, not done, or something else."""
+    edit = draw_edit(rng)
+    shown, kind = edit.target, rng.random()
+    if kind < 0.3:
+        shown = edit.source
+    elif kind < 0.6:
+        shown = _otherwise(edit.target, rng, share=0.35)
+    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
+    rest = [k for k in shown.values if k not in edit.changes]
+    spoilt = [k for k in rest if shown.values[k] != edit.target.values[k]]
+    said = [_checked(keys, edit.target, shown) for keys in (edit.changes, spoilt) if keys]
+    pictures = (to_bytes(render(edit.source)), pixels)
+    return Sight(pictures, "; ".join(said), CHECK, edit.instruction)
+
+
+KINDS = {
+    "describe": one_picture,
+    "compare": two_pictures,
+    "check": checked_picture,
+    "check_edit": checked_edit,
+}
+"""What the model learns, by name, in the order of `SightPlan.shares`."""
+
+
+def _checked(keys: Iterable[str], wanted: Scene, shown: Scene) -> str:
+    """Checks in the words of raters, of values that are right or plainly others."""
+    is_right = {key: float(wanted.values[key] == shown.values[key]) for key in keys}
+    return checks(is_right, wanted, shown)
+
+
+def _otherwise(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
+    """The scene with each value replaced by an alternative with a probability of `share`."""
+    changes = {}
+    for key in scene.values:
+        options = alternatives(scene, key)
+        if options and rng.random() < share:
+            changes[key] = options[int(rng.integers(len(options)))]
+    return scene.changed(changes)
 
 
 def _perhaps_spoilt(
@@ -111,8 +167,7 @@ def sample_texts(count: int, seed: int = 0) -> Iterator[str]:
     """Some of what is said, for a tokenizer to learn from."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        yield one_picture(rng).text
-        yield two_pictures(rng).text
+        yield from (make(rng).text for make in KINDS.values())
 
 
 class Reader:
@@ -126,17 +181,12 @@ class Reader:
             processor: of the model that learns.
         """
         self._base, self._processor = base, processor
-        alone = Prompt(id="", text="", task="t2i")
-        self._asked = {
-            1: self._turn(DESCRIBE, alone),
-            2: self._turn(COMPARE, replace(alone, task="edit")),
-        }
 
-    def _turn(self, rubric: Rubric, prompt: Prompt) -> str:
+    def _asked(self, sight: Sight) -> str:
+        task = "edit" if len(sight.pictures) == 2 else "t2i"
+        turn = question(sight.rubric, Prompt(id="", text=sight.prompt, task=task))
         return self._processor.apply_chat_template(
-            [{"role": "user", "content": question(rubric, prompt)}],
-            add_generation_prompt=True,
-            tokenize=False,
+            [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
         )
 
     def __call__(self, sights: Sequence[Sight]) -> tuple[dict[str, Tensor], Tensor]:
@@ -150,10 +200,9 @@ class Reader:
             [*map(Image.fromarray, sight.pictures[:-1]), output]
             for sight, output in zip(sights, outputs, strict=True)
         ]
-        asked = self._asked[len(sights[0].pictures)]
         tokenizer = self._processor.tokenizer
         inputs = self._processor(
-            text=[f"{asked}{sight.text}<|im_end|>" for sight in sights],
+            text=[f"{self._asked(sight)}{sight.text}<|im_end|>" for sight in sights],
             images=pictures,
             padding=True,
             padding_side="left",
@@ -213,14 +262,14 @@ def learn_to_see(
     )
     reader = Reader(base, processor)
     for step in range(len(fitting.losses), plan.steps):
-        draw = float(torch.rand(1, generator=generator(plan.seed, "sight", step)))
-        make = two_pictures if draw < plan.compare_share else one_picture
+        draws = generator(plan.seed, "sight", step)
+        row = int(torch.multinomial(torch.tensor(plan.shares), 1, generator=draws))
+        kind, make = list(KINDS.items())[row]
         rng = np.random.default_rng(derived_seed(plan.seed, "sight", step, rt.rank))
         inputs, written = reader([make(rng) for _ in range(plan.batch_size)])
         with rt.autocast():
             loss, right = writing_loss(model, inputs, written)
         fitting.step(loss, plan.ema)
-        kind = "compare" if make is two_pictures else "describe"
         fitting.losses.append({kind: float(loss.detach()), f"{kind}_right": float(right)})
         on_step(fitting.losses[-1])
         if rt.is_main and (step + 1) % plan.save_every == 0:

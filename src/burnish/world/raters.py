@@ -110,13 +110,13 @@ def rate_scene(
         k: v for k, v in scores.items() if k not in scene.free and attribute(k) not in ANATOMY
     }
     opinions = [
-        raters.rate("alignment", alignment_truth(stated), _checks(stated, right, seen), rng),
+        raters.rate("alignment", alignment_truth(stated), checks(stated, right, seen), rng),
         _aesthetic(pixels, seen, raters, rng),
     ]
     if scene.category == "portrait":
         anatomy = {k: v for k, v in scores.items() if k in ANATOMY}
         truth = 1 + 4 * _harsh(list(anatomy.values())) if anatomy else 5.0
-        opinions.append(raters.rate("portrait", truth, _checks(anatomy, right, seen), rng))
+        opinions.append(raters.rate("portrait", truth, checks(anatomy, right, seen), rng))
     return opinions
 
 
@@ -137,7 +137,7 @@ def rate_edit(
     spoilt = {key: value for key, value in rest.items() if value < 0.5}
     said = "; ".join(
         part
-        for part in (_checks(core, edit.target, seen), _checks(spoilt, edit.target, seen))
+        for part in (checks(core, edit.target, seen), checks(spoilt, edit.target, seen))
         if part
     )
     return [raters.rate("instruction", truth, said, rng), _aesthetic(pixels, seen, raters, rng)]
@@ -151,7 +151,7 @@ def _aesthetic(
     return raters.rate("aesthetic", 1 + 4 * found, f"picture {words}", rng)
 
 
-def _checks(scores: Mapping[str, float], right: Scene, seen: Scene) -> str:
+def checks(scores: Mapping[str, float], right: Scene, seen: Scene) -> str:
     """What was asked, what was seen, and whether that is right, in order of weight: `shape star
     seen star right, colour red seen blue wrong`."""
     parts = []
