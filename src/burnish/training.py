@@ -42,11 +42,12 @@ if TYPE_CHECKING:
     from burnish.algorithms.distill import DistillConfig
     from burnish.algorithms.grpo import GrpoConfig
     from burnish.algorithms.nft import NftConfig
+    from burnish.rewards.face import FaceConfig
     from burnish.rewards.oracle import OracleConfig
     from burnish.rewards.vlm import VlmConfig
 
     AnyAlgorithm = GrpoConfig | NftConfig | DistillConfig
-    AnyReward = OracleConfig | VlmConfig
+    AnyReward = FaceConfig | OracleConfig | VlmConfig
 else:
     # What is on the shelf can be configured; nothing else lists it.
     AnyAlgorithm = Annotated[

@@ -49,7 +49,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory, save_judge: Callable[..., Pa
 @pytest.fixture(params=CONFIGS, ids=lambda config: config.__name__)
 def reward(request: pytest.FixtureRequest, judge: Path, fake: Any, rubric: Path) -> Reward:
     """A reward of each file of the shelf."""
-    known = {"path": str(judge), "dimension": "alignment"}
+    known = {"path": str(judge), "dimension": "alignment", "backend": "miniature"}
     known |= {"url": fake.url, "model": fake.model, "rubric": str(rubric)}
     fields = request.param.model_fields.items()
     return request.param(**{n: known[n] for n, field in fields if field.is_required()}).build()
@@ -70,8 +70,13 @@ class TestEveryReward:
         assert [reward.score([request])[0] for request in asked] == whole
 
     def test_an_image_that_is_not_finite_fails_by_name(self, reward: Reward) -> None:
-        request = replace(requests(SOME[:1])[0], image=torch.full((3, 64, 64), torch.nan))
-        assert isinstance(reward.score([request])[0], Failed)
+        broken = torch.full((3, 64, 64), torch.nan)
+        asked = requests(SOME)
+        # Where a reward has no say, it has none for a broken image either.
+        has_say = [not isinstance(score, NotApplicable) for score in reward.score(asked)]
+        answers = reward.score([replace(request, image=broken) for request in asked])
+        assert any(has_say)
+        assert [isinstance(answer, Failed) for answer in answers] == has_say
 
 
 @pytest.fixture(scope="module")
