@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from burnish import images, runtime
 from burnish.config import Config, ConfigError, located, nearest
@@ -29,8 +30,8 @@ class PromptsConfig(Config):
 
     path: str | tuple[str, ...]
     """A set, or several that are drawn from as one."""
-    tasks: tuple[Task, ...] = ("t2i", "edit")
-    limit: int | None = None
+    tasks: tuple[Task, ...] = Field(default=("t2i", "edit"), min_length=1)
+    limit: int | None = Field(default=None, ge=1)
     """Take only the first so many of each task."""
 
     def read(self) -> list[Prompt]:

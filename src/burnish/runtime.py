@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.distributed
 from jaxtyping import Shaped
+from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -45,7 +46,7 @@ class RuntimeConfig(Config):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; `auto` is bfloat16 on a GPU, float32 elsewhere."""
 
-    threads: int | None = None
+    threads: int | None = Field(default=None, ge=1)
     """Threads of torch on the CPU; None keeps OMP_NUM_THREADS, or else takes the usable cores."""
 
     def build(self) -> "Runtime":

@@ -43,19 +43,20 @@ class PolicyConfig(Config):
 
     family: Literal["qwen_image21"] = "qwen_image21"
     path: str = "embedded:weights/base"
-    resolution: int = Field(default=1024, ge=32)
+    resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=32)
 
 
 class RunConfig(Config):
     """One complete run; recipes are files of this."""
 
-    name: str
-    seed: int = 0
+    name: str = Field(pattern=rf"^{_NAME.pattern}$")
+    """Also that of its folder."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
     evidence: Literal["measured", "runs", "untested"] = "untested"
     """What is known of this recipe: numbers in the repository, that it runs, or nothing."""
     policy: PolicyConfig = PolicyConfig()
     runtime: RuntimeConfig = RuntimeConfig()
-    stages: Mapping[str, StageConfig]
+    stages: Mapping[str, StageConfig] = Field(min_length=1)
     evaluation: EvaluationConfig = EvaluationConfig()
     judge: AnyReward
     """Scores the held-out pictures."""
