@@ -7,20 +7,21 @@ equal, and advantages inside a group live on small differences.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
-from scipy.stats import rankdata
 
 from burnish import images
 from burnish.annotations.schema import HIGHEST, LOWEST, Annotation
+from burnish.concordance import spearman, within_prompt
 from burnish.judging import Calibration
-from burnish.lessons import compared, prompt_of
+from burnish.lessons import compared, comparison_group, prompt_of
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.tracking import Progress, progress
-from burnish.types import Scored, ScoreRequest
+from burnish.types import Score, Scored, ScoreRequest
 
 KNOTS = 10
 """Most knots of a calibration between the ends of the scale."""
@@ -28,41 +29,48 @@ FEWEST = 20
 """Held-out scores below which no calibration is fitted."""
 
 
+def request_of(annotation: Annotation) -> ScoreRequest:
+    """What a reward is asked about an annotated picture; what raters said is not in it."""
+    picture = images.decode(annotation.output, where=annotation.id)
+    return ScoreRequest(prompt=prompt_of(annotation), image=images.to_tensor(picture))
+
+
 def read_scores(
     judge: Judge,
     dimension: str,
-    annotations: Sequence[Annotation],
+    requests: Sequence[ScoreRequest],
     *,
     reasoning: bool,
     batch_size: int,
-    bar: Progress | None = None,
-) -> list[float | None]:
-    """Raw scores of a judge for annotated pictures of one dimension; None where it failed.
+    bar: Progress,
+) -> list[Score]:
+    """Scores of a judge for pictures of one dimension.
 
     Args:
         judge: as it will be used.
         dimension: which of its rubrics to ask with.
-        annotations: whose pictures to read; what raters said of them is not looked at.
+        requests: what is judged.
         reasoning: whether the judge writes its reasoning first.
         batch_size: pictures at once.
         bar: advanced by every picture.
     """
     reward = Vlm(judge, dimension, reasoning=reasoning, batch_size=batch_size)
-    found: list[float | None] = []
-    for start in range(0, len(annotations), batch_size):
-        part = annotations[start : start + batch_size]
-        requests = [
-            ScoreRequest(
-                prompt=prompt_of(annotation),
-                image=images.to_tensor(images.decode(annotation.output, where=annotation.id)),
-            )
-            for annotation in part
-        ]
-        scores = reward.score(requests)
-        found += [score.detail["raw"] if isinstance(score, Scored) else None for score in scores]
-        if bar is not None:
-            bar.advance(len(part))
+    found: list[Score] = []
+    for start in range(0, len(requests), batch_size):
+        part = requests[start : start + batch_size]
+        found += reward.score(part)
+        bar.advance(len(part))
     return found
+
+
+def raw_of(score: Score) -> float | None:
+    """A judge's score before calibration; None where it failed."""
+    return score.detail["raw"] if isinstance(score, Scored) else None
+
+
+def by_prompt_hash(annotations: Sequence[Annotation]) -> list[Annotation]:
+    """Prompt by prompt, in an order that says nothing, because files often go by subject."""
+    return sorted(annotations, key=lambda a: hashlib.sha256(a.prompt.encode()).digest())
 
 
 def fit_calibration(
@@ -102,6 +110,33 @@ def fit_calibration(
     return _with_ends(list(zip(raws, calibrated, strict=True)))
 
 
+def calibrated_apart(
+    annotations: Sequence[Annotation], raw: Sequence[float | None]
+) -> list[float] | None:
+    """Scores calibrated by a map fitted on other prompts, as a new picture's would be.
+
+    Args:
+        annotations: with scores.
+        raw: the judge's scores.
+
+    Returns:
+        In the order given, or None where one half of the prompts is too small for a map.
+    """
+    names = sorted({comparison_group(annotation) for annotation in annotations})
+    half = {name: number % 2 for number, name in enumerate(names)}
+    sides = [half[comparison_group(annotation)] for annotation in annotations]
+    found = [math.nan] * len(raw)
+    for side in (0, 1):
+        rows = [row for row, own in enumerate(sides) if own != side]
+        fitted = fit_calibration([annotations[row] for row in rows], [raw[row] for row in rows])
+        if fitted is None:
+            return None
+        for row, (own, score) in enumerate(zip(sides, raw, strict=True)):
+            if own == side and score is not None:
+                found[row] = fitted(score)
+    return found
+
+
 def _averages(values: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
     """Weighted means of the runs that begin at `starts`."""
     return np.add.reduceat(weights * values, starts) / np.add.reduceat(weights, starts)
@@ -127,33 +162,45 @@ def agreement(
 
     Returns:
         `count` pictures and the share that `failed`; `absolute_error` in points and the rank
-        correlation `spearman` over all pictures; `pairs` of pictures of one prompt, and the share
-        `pair_accuracy` that the judge orders as raters did, half for a tie. Correlation over all
-        pictures mostly says whether the judge knows a hard prompt; training by groups lives on the
-        pairs. None where it is not defined.
+        correlations `spearman` over all pictures and `within_prompt`; `pairs` of pictures of one
+        prompt, and the share `pair_accuracy` that the judge orders as raters did, half for a tie.
+        Correlation over all pictures mostly says whether the judge knows a hard prompt; training by
+        groups lives on the others. None where it is not defined.
     """
-    read = [(a, score) for a, score in zip(annotations, raw, strict=True) if score is not None]
-    values = [(score, a.score_mean) for a, score in read if a.score_mean is not None]
-    found: dict[str, float | int | None] = {
+    read = [
+        (annotation, score)
+        for annotation, score in zip(annotations, raw, strict=True)
+        if score is not None and annotation.score_mean is not None
+    ]
+    ours = np.asarray([score for _, score in read], dtype=np.float64)
+    theirs = np.asarray([annotation.score_mean for annotation, _ in read], dtype=np.float64)
+    groups = np.asarray([comparison_group(annotation) for annotation, _ in read])
+    leads = _leads(annotations, raw)
+    right = (np.sign(leads) + 1) / 2
+    return {
         "count": len(raw),
         "failed": sum(score is None for score in raw) / max(len(raw), 1),
-        "absolute_error": None,
-        "spearman": None,
+        "absolute_error": float(np.abs(ours - theirs).mean()) if read else None,
+        "spearman": _known(spearman(ours, theirs, groups)),
+        "within_prompt": _known(within_prompt(ours, theirs, groups)),
+        "pairs": len(leads),
+        "pair_accuracy": float(right.mean()) if leads else None,
     }
-    if values:
-        ours, theirs = (np.asarray(side) for side in zip(*values, strict=True))
-        found["absolute_error"] = float(np.abs(ours - theirs).mean())
-        if len(set(ours)) > 1 and len(set(theirs)) > 1:
-            found["spearman"] = float(np.corrcoef(rankdata(ours), rankdata(theirs))[0, 1])
+
+
+def _leads(annotations: Sequence[Annotation], raw: Sequence[float | None]) -> list[float]:
+    """By how much the better picture of each compared pair leads."""
     # By id, because comparing names the groups of those that have none.
-    scores = {annotation.id: score for annotation, score in read}
-    leads = [
+    scores = {a.id: s for a, s in zip(annotations, raw, strict=True) if s is not None}
+    return [
         scores[better.id] - scores[worse.id]
         for better, worse in compared(annotations)
         if better.id in scores and worse.id in scores
     ]
-    right = (np.sign(leads) + 1) / 2
-    return found | {"pairs": len(leads), "pair_accuracy": float(right.mean()) if leads else None}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def measured(
@@ -173,15 +220,16 @@ def measured(
         reasoning: whether the judge writes its reasoning first.
         batch_size: pictures at once.
     """
-    # Prompt by prompt, in an order that says nothing: files often go by subject.
-    order = sorted(annotations, key=lambda a: hashlib.sha256(a.prompt.encode()).digest())
+    order = by_prompt_hash(annotations)
     parts = {name: [a for a in order if a.dimension == name][:limit] for name in judge.rubrics}
     calibrations, agreements = {}, {}
     with progress("held-out pictures", sum(map(len, parts.values()))) as bar:
         for name, part in parts.items():
-            raw = read_scores(
-                judge, name, part, reasoning=reasoning, batch_size=batch_size, bar=bar
+            requests = [request_of(annotation) for annotation in part]
+            scores = read_scores(
+                judge, name, requests, reasoning=reasoning, batch_size=batch_size, bar=bar
             )
+            raw = [raw_of(score) for score in scores]
             agreements[name] = agreement(part, raw)
             fitted = fit_calibration(part, raw)
             if fitted is not None:

@@ -115,6 +115,13 @@ def encode_webp(image: Image.Image, *, quality: int | None = 90) -> bytes:
     return buffer.getvalue()
 
 
+def encode_jpeg(image: Image.Image, *, quality: int = 90) -> bytes:
+    """The bytes of a JPEG file, with colours at full resolution."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 height width"]:
     """A picture as float32 in [0, 1]."""
     pixels = np.array(image.convert("RGB"))

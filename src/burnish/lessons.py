@@ -152,16 +152,17 @@ def compared(annotations: Sequence[Annotation]) -> list[tuple[Annotation, Annota
     Pair groups are kept as they are. Annotations without one are compared by their scores with
     those of the same prompt and source.
     """
-    named = []
-    for annotation in annotations:
-        if annotation.pair_group is None:
-            parts = (annotation.task.encode(), annotation.prompt.encode(), *annotation.sources)
-            digests = b"".join(hashlib.sha256(part).digest() for part in parts)
-            # No file can name a group like this, as names there are not blank.
-            group = f" {hashlib.sha256(digests).hexdigest()}"
-            annotation = replace(annotation, pair_group=group)
-        named.append(annotation)
-    return pairs(named)
+    return pairs([replace(a, pair_group=comparison_group(a)) for a in annotations])
+
+
+def comparison_group(annotation: Annotation) -> str:
+    """The name that an annotation shares with those it may be compared with."""
+    if annotation.pair_group is not None:
+        return annotation.pair_group
+    parts = (annotation.task.encode(), annotation.prompt.encode(), *annotation.sources)
+    digests = b"".join(hashlib.sha256(part).digest() for part in parts)
+    # No file can name a group like this, as names there are not blank.
+    return f" {hashlib.sha256(digests).hexdigest()}"
 
 
 def exercises(annotations: Sequence[Annotation], *, in_pairs: bool) -> list[tuple[Annotation, ...]]:

@@ -11,10 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
-
-from burnish import images
+from burnish import images, page
 from burnish.config import dump_yaml, located
 from burnish.evaluation import Row
 from burnish.prompts import read_prompts
@@ -38,8 +35,6 @@ TASKS = {"t2i": "Text to image", "edit": "Editing"}
 """Tasks in the words of the page."""
 
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
-_MAX_SIDE = 192  # Pixels of a picture in the page; smaller ones are kept as they are.
-_ENLARGED = 128  # Pictures of fewer pixels are enlarged without smoothing.
 _WIDTH, _HEIGHT = 300.0, 120.0  # Of the plot inside a chart, in the chart's own units.
 _COLUMNS = {"base": "base", "teacher": "teacher", "stage": "teacher", "student": "student"}
 
@@ -48,15 +43,7 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` of the run in a folder, and its `summary.json`; returns the page."""
     config, summary = read_run(folder), write_summary(folder)
     rows = all_scores(config, folder)
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["plain"] = _plain
-    template = environment.get_template("report.html.j2")
+    template = page.template("report.html.j2")
     context = {
         "summary": summary,
         "facts": _facts(folder),
@@ -70,22 +57,15 @@ def write_report(folder: Path) -> Path:
         "base": BASE,
         "columns": {policy["policy"]: _COLUMNS[policy["role"]] for policy in summary["policies"]},
     }
-    page = ""
+    text = ""
     for count in _PICTURES:
-        page = template.render(**context, galleries=_galleries(config, folder, rows, count))
-        if len(page.encode()) <= MAX_BYTES:
+        text = template.render(**context, galleries=_galleries(config, folder, rows, count))
+        if len(text.encode()) <= MAX_BYTES:
             break
     path = folder / "report.html"
     with writing(path):
-        write_atomic(path, page)
+        write_atomic(path, text)
     return path
-
-
-def _plain(value: float | int | None, digits: int = 3, sign: str = "") -> str:
-    """A number without interval, with a minus that is as wide as a plus."""
-    if value is None:
-        return "missing"
-    return format(value, f"{sign},.{digits}f").replace("-", "\N{MINUS SIGN}")
 
 
 def _facts(folder: Path) -> dict[str, Any]:
@@ -253,10 +233,10 @@ def _row(
     shots = []
     for policy in policies:
         path = _picture(folder, policy, prompt)
-        picture = _embedded(images.read(path)) if path else None
+        picture = page.embedded(images.read(path)) if path else None
         score = scores.get((policy, prompt.id, metric))
         shots.append({"policy": policy, "picture": picture, "score": score})
-    source = prompt.source and _embedded(images.decode(prompt.source, where=prompt.id))
+    source = prompt.source and page.embedded(images.decode(prompt.source, where=prompt.id))
     return {"text": prompt.text, "source": source, "shots": shots, "metric": metric}
 
 
@@ -265,15 +245,6 @@ def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:
     path = folder / "evaluation" / policy / "pictures" / name
     # An id is other people's text and must not lead out of the folder.
     return path if path.name == name and path.is_file() else None
-
-
-def _embedded(picture: Image.Image) -> dict[str, Any]:
-    """A picture as a URL that carries it, and whether its pixels are so few that they are shown."""
-    is_small = max(picture.size) <= _MAX_SIDE
-    if not is_small:
-        picture.thumbnail((_MAX_SIDE, _MAX_SIDE), Image.Resampling.LANCZOS)
-    url = images.data_url(images.encode_webp(picture, quality=None if is_small else 78))
-    return {"url": url, "is_enlarged": max(picture.size) < _ENLARGED}
 
 
 def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, Any]]:

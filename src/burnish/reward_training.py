@@ -175,6 +175,7 @@ def train_judge(
                 "exercises": len(chosen),
                 "rubrics": {rubric.dimension: rubric.digest for rubric in rubrics},
                 "longest_answer": _longest_answer(student.collator, training),
+                "split": {"held_out": config.held_out, "seed": config.seed},
             }
             _write(config, student, rubrics, held_out, facts, folder, rt)
     rt.barrier()

@@ -155,9 +155,12 @@ def train(
         mixing="alternate" if config.algorithm.one_task_per_step else "together",
     )
     algorithm = config.algorithm.build(_setting(config, policy, seed))
-    with progress(label, config.steps, done=state.step) as bar:
+    with (
+        AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
+        progress(label, config.steps, done=state.step) as bar,
+    ):
         while state.step < config.steps:
-            metrics = _step(config, algorithm, sampler, state, run, rt, seed)
+            metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
             run.log(state.step, metrics)
             state.step += 1
             if state.step % config.save_every == 0 or state.step == config.steps:
@@ -185,6 +188,7 @@ def _step(
     config: StageConfig,
     algorithm: Algorithm,
     sampler: GroupSampler,
+    scorer: AsyncRewardSet,
     state: State,
     run: Run,
     rt: Runtime,
@@ -193,7 +197,7 @@ def _step(
     """One rollout and its updates; returns metrics."""
     with state.averaged(config.optimizer.draw_average):
         with run.timer("rollout"), rt.autocast():
-            groups = _rollout(config, state, sampler.prompts(state.step), seed)
+            groups = _rollout(config, scorer, state, sampler.prompts(state.step), seed)
         with run.timer("credit"), rt.autocast():
             signals, metrics = algorithm.credit(groups, state.step)
     metrics["data/images"] = float(sum(len(group.trajectories) for group in groups))
@@ -204,15 +208,18 @@ def _step(
 
 
 def _rollout(
-    config: StageConfig, state: State, prompts: Sequence[Prompt], seed: int
+    config: StageConfig,
+    scorer: AsyncRewardSet,
+    state: State,
+    prompts: Sequence[Prompt],
+    seed: int,
 ) -> list[Group]:
     """Groups of the policy as it is, scored if there are rewards."""
     draw = partial(sample, state.policy, prompts, config.rollout, seed=seed, step=state.step)
     if not config.rewards:
         return draw()
-    with AsyncRewardSet(RewardSet.build(config.rewards)) as scorer:
-        drawn = draw(on_batch=scorer.submit)
-        scored = scorer.collect()
+    drawn = draw(on_batch=scorer.submit)
+    scored = scorer.collect()
     return [scored[group.prompt.id] for group in drawn]
 
 

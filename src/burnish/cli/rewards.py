@@ -1,4 +1,4 @@
-"""Commands about reward models: train a judge from annotations, serve one over HTTP."""
+"""Commands about reward models: train a judge from annotations, examine one, serve one."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from burnish.config import ConfigError, parse, read_yaml
 TOKEN = "BURNISH_TOKEN"
 """The variable that holds a server's token: an argument could be read by everybody."""
 
-reward = typer.Typer(help="Reward models: train them, serve them.", rich_markup_mode=None)
+reward = typer.Typer(help="Reward models: train, examine, serve.", rich_markup_mode=None)
 app.add_typer(reward, name="reward")
 
 
@@ -60,6 +60,67 @@ def _line(values: dict[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in parts)
 
 
+@reward.command(
+    epilog="Example: burnish reward report runs/judge/judge annotations='[{path: pictures.jsonl}]'"
+)
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a judge.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Where the page goes.", metavar="DIR"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine a judge: may a policy be trained against it?
+
+    Reads annotated pictures of prompts that its training held out, compares its scores with raters'
+    over all pictures and inside each prompt, asks again, tries harmless changes and attacks, and
+    writes one page with the worst disagreements. With `held_out=false` all prompts of ANNOTATIONS
+    are read, which is right for files that the judge was not trained on.
+    """
+    from burnish.rewards.vlm import Judge
+    from burnish.runtime import choose_device
+    from burnish.trust import TrustConfig, examine, unseen
+    from burnish.trust_report import write_trust_report
+
+    settings = parse(TrustConfig, {}, overrides or ())
+    facts = _facts(folder)
+    annotations = unseen(settings, facts.get("split"))
+    judge = Judge.load(folder, choose_device("auto"))
+    found = examine(judge, annotations, settings)
+    target = folder.resolve().parent / "report" if out is None else out
+    name = folder.resolve().name
+    page = write_trust_report(target, name, judge, found, worst=settings.disagreements)
+    numbers = {examination.dimension: examination.to_json() for examination in found}
+    for dimension, values in numbers.items():
+        print(f"{dimension}: {_intervals(values)}")
+    print(f"Page: {page}")
+    if as_json:
+        print(json.dumps({"judge": str(folder), "page": str(page), "dimensions": numbers}))
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    path = folder / "judge.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"need the folder of a judge, with its judge.json, got {folder}; train one with "
+            "`burnish reward train`"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _intervals(values: dict[str, Any]) -> str:
+    shown = ("spearman", "within_prompt", "pair_accuracy", "calibration_error", "repeat_noise")
+    parts = [f"{values['count']} pictures"]
+    for name in shown:
+        found = values.get(name)
+        if found is not None and found["value"] is not None:
+            ends = f" [{found['low']:.2f}, {found['high']:.2f}]"
+            parts.append(f"{name.replace('_', ' ')} {found['value']:.2f}{ends}")
+    return ", ".join(parts)
+
+
 @reward.command(epilog="Example: burnish reward serve runs/judge/judge --port 8100")
 def serve(
     folder: Annotated[Path, typer.Argument(help="The folder of a judge.")],
@@ -76,11 +137,7 @@ def serve(
 
     Askers must send the token in the variable BURNISH_TOKEN. Stop with Ctrl-C.
     """
-    if not (folder / "judge.json").is_file():
-        raise ConfigError(
-            f"need the folder of a judge, with its judge.json, got {folder}; train one with "
-            "`burnish reward train`"
-        )
+    _facts(folder)
     from burnish import serving
     from burnish.rewards.vlm import Judge
     from burnish.runtime import choose_device

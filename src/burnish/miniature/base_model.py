@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from burnish.miniature.fitting import Fitting
-from burnish.miniature.pictures import Example
+from burnish.miniature.pictures import Example, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
 
@@ -62,6 +62,17 @@ def encode_pool(policy: QwenImage21Policy, pixels: np.ndarray, chunk: int = 64) 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             parts.append(policy.encode_images(images).float())
     return torch.cat(parts)
+
+
+@torch.no_grad()
+def reconstructed(policy: QwenImage21Policy, pixels: np.ndarray, chunk: int = 64) -> np.ndarray:
+    """What the policy's autoencoder makes of uint8 pictures `picture 64 64 3`."""
+    parts = []
+    for latents in encode_pool(policy, pixels, chunk).split(chunk):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decoded = policy.decode(latents)
+        parts.append(to_bytes(decoded.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()))
+    return np.concatenate(parts)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from burnish import identity
 from burnish.identity import DIMENSION, FaceNetwork, Standard
-from burnish.miniature.pictures import to_bytes
+from burnish.miniature.base_model import reconstructed
+from burnish.miniature.pictures import pixel_flaw, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import derived_seed, generator, seeded
 from burnish.tracking import track
-from burnish.world.flaws import PIXEL_FLAWS
 from burnish.world.render import render
 from burnish.world.scenes import DOMAINS, LOOK, Scene, Value, is_held_out, sample_scene
 
@@ -106,10 +106,10 @@ def draw_portraits(
     for look in track(whom, "portraits"):
         pixels = render(portrait_of(look, rng)) if look else _without_face(rng)
         if rng.random() < 0.3:
-            pixels = PIXEL_FLAWS[sorted(PIXEL_FLAWS)[int(rng.integers(len(PIXEL_FLAWS)))]](pixels)
+            pixels = pixel_flaw(pixels, rng)
         clean.append(to_bytes(pixels))
     rendered = np.stack(clean)
-    return Portraits(np.concatenate([rendered, _passed(base, rendered)]), whom * 2)
+    return Portraits(np.concatenate([rendered, reconstructed(base, rendered)]), whom * 2)
 
 
 def _without_face(rng: np.random.Generator) -> np.ndarray:
@@ -119,18 +119,6 @@ def _without_face(rng: np.random.Generator) -> np.ndarray:
     spread = rng.uniform(0, 0.5)
     noise = spread * rng.standard_normal((64, 64, 3)) + rng.random(3)
     return noise.clip(0, 1).astype(np.float32)
-
-
-@torch.no_grad()
-def _passed(base: QwenImage21Policy, pixels: np.ndarray) -> np.ndarray:
-    """What the base's autoencoder makes of uint8 pictures."""
-    parts = []
-    for start in range(0, len(pixels), 64):
-        batch = torch.from_numpy(pixels[start : start + 64]).permute(0, 3, 1, 2).float() / 255
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            decoded = base.decode(base.encode_images(batch).float())
-        parts.append(to_bytes(decoded.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()))
-    return np.concatenate(parts)
 
 
 def train_faces(

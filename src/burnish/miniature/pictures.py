@@ -45,7 +45,8 @@ def to_bytes(pixels: np.ndarray) -> np.ndarray:
     return (pixels * 255).round().astype(np.uint8)
 
 
-def _pixel_flaw(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def pixel_flaw(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The picture with a random flaw that spoils all of it, floats in and out."""
     names = sorted(PIXEL_FLAWS)
     return PIXEL_FLAWS[names[int(rng.integers(len(names)))]](pixels)
 
@@ -57,8 +58,10 @@ def _trainable(draw: Callable[[], Scene]) -> Scene:
     return scene
 
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """A scene whose combinations are not held out."""
+def draw_scene(rng: np.random.Generator, category: str | None = None) -> Scene:
+    """A scene whose combinations are not held out, of one category or of any."""
+    if category is not None:
+        return _trainable(lambda: sample_scene(rng, category=category))
     return _trainable(lambda: sample_scene(rng, **_subject(rng)))
 
 
@@ -86,7 +89,7 @@ def text_example(rng: np.random.Generator, name: str = "") -> Example:
         shown = _trainable(lambda: spoil(scene, rng))
     pixels = render(shown)
     if spoil_pixels:
-        pixels = _pixel_flaw(pixels, rng)
+        pixels = pixel_flaw(pixels, rng)
     prompt = Prompt(id=name, text=say(scene, rng), category=scene.category)
     return Example(prompt, to_bytes(pixels), is_flawed=is_flawed)
 
@@ -101,7 +104,7 @@ def edit_example(rng: np.random.Generator, name: str = "") -> Example:
         shown = edit.source if is_undone else _trainable(lambda: _drifted(edit, rng))
     pixels = render(shown)
     if spoil_pixels:
-        pixels = _pixel_flaw(pixels, rng)
+        pixels = pixel_flaw(pixels, rng)
     source = to_bytes(render(edit.source))
     prompt = Prompt(
         id=name,

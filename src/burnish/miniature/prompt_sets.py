@@ -14,11 +14,21 @@ from PIL import Image
 
 from burnish.images import encode_png
 from burnish.miniature.pictures import to_bytes
+from burnish.rewards.face import CHANGES_IDENTITY
 from burnish.types import Prompt
 from burnish.world.edits import Edit, sample_edit
 from burnish.world.grammar import say
 from burnish.world.render import render
-from burnish.world.scenes import CATEGORIES, PEOPLE, STYLES, Scene, is_held_out, sample_scene
+from burnish.world.scenes import (
+    CATEGORIES,
+    LOOK,
+    PEOPLE,
+    STYLES,
+    Scene,
+    attribute,
+    is_held_out,
+    sample_scene,
+)
 
 
 def scene_prompt(name: str, scene: Scene, rng: np.random.Generator, tag: str = "") -> Prompt:
@@ -32,12 +42,14 @@ def scene_prompt(name: str, scene: Scene, rng: np.random.Generator, tag: str = "
 def edit_prompt(name: str, edit: Edit) -> Prompt:
     """An edit prompt that knows its target; the source is the clean picture."""
     source = encode_png(Image.fromarray(to_bytes(render(edit.source))))
+    is_another = any(attribute(key) in LOOK for key in edit.changes)
     return Prompt(
         id=name,
         text=edit.instruction,
         task="edit",
         category=edit.source.category,
         source=source,
+        tags=(CHANGES_IDENTITY,) if is_another else (),
         facts=edit.to_json(),
     )
 

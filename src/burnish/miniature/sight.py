@@ -21,16 +21,18 @@ from PIL import Image
 from torch import Tensor
 
 from burnish.judging import Rubric, question
+from burnish.miniature.base_model import reconstructed
 from burnish.miniature.fitting import Fitting
-from burnish.miniature.pictures import draw_edit, draw_scene, to_bytes
+from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
 from burnish.types import Prompt
-from burnish.world.flaws import PIXEL_FLAWS, alternatives, spoil
+from burnish.world.edits import Edit
+from burnish.world.flaws import alternatives, is_visible, spoil
 from burnish.world.grammar import say
-from burnish.world.raters import ANATOMY, by_weight, checks, words
+from burnish.world.raters import by_weight, checks, words
 from burnish.world.render import render
-from burnish.world.scenes import Scene, attribute
+from burnish.world.scenes import Scene
 
 DESCRIBE = Rubric("description", "Describe the picture.")
 COMPARE = Rubric("comparison", "What differs?")
@@ -41,10 +43,10 @@ CHECK = Rubric("check", "Check the picture.")
 class SightPlan:
     """How long and how fast the judge learns to see."""
 
-    steps: int = 1500
+    steps: int = 1300
     batch_size: int = 64
     """Examples of each process and step."""
-    shares: tuple[float, ...] = (0.35, 0.2, 0.25, 0.2)
+    shares: tuple[float, ...] = (0.25, 0.15, 0.35, 0.25)
     """Shares of the steps that describe, compare, check a picture, and check an edit."""
     learning_rate: float = 1.5e-3
     """AdamW's peak, for all that is not a matrix of a layer."""
@@ -67,7 +69,8 @@ class Sight:
 
 def describe(scene: Scene, is_clean: bool) -> str:
     """What a picture shows, in the words of raters: `picture clean, shape star, colour red`."""
-    seen = [f"{words(key)} {scene.values[key]}" for key in by_weight(scene.values)]
+    visible = [key for key in by_weight(scene.values) if is_visible(scene, key)]
+    seen = [f"{words(key)} {scene.values[key]}" for key in visible]
     return ", ".join(["picture clean" if is_clean else "picture spoilt", *seen])
 
 
@@ -88,18 +91,10 @@ def one_picture(rng: np.random.Generator) -> Sight:
 
 
 def two_pictures(rng: np.random.Generator) -> Sight:
-    """A source, and what may have become of it: the edit, nothing, or something else."""
+    """A source, and what may have become of it."""
     edit = draw_edit(rng)
-    shown, kind = edit.target, rng.random()
-    if kind < 0.2:
-        shown = edit.source
-    elif kind < 0.6:
-        keys = [key for key in shown.values if alternatives(shown, key)]
-        key = keys[int(rng.integers(len(keys)))]
-        options = alternatives(shown, key)
-        shown = shown.changed({key: options[int(rng.integers(len(options)))]})
-    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
-    return Sight((to_bytes(render(edit.source)), pixels), compare(edit.source, shown), COMPARE)
+    shown, pictures = _outcome(edit, rng)
+    return Sight(pictures, compare(edit.source, shown), COMPARE)
 
 
 def checked_picture(rng: np.random.Generator) -> Sight:
@@ -107,23 +102,17 @@ def checked_picture(rng: np.random.Generator) -> Sight:
     scene = draw_scene(rng)
     shown = _otherwise(scene, rng, share=0.35)
     pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
-    keys = [k for k in scene.values if k not in scene.free and attribute(k) not in ANATOMY]
+    keys = [key for key in scene.values if key not in scene.free]
     return Sight((pixels,), _checked(keys, scene, shown), CHECK, say(scene, rng))
 
 
 def checked_edit(rng: np.random.Generator) -> Sight:
-    """An instruction, and what became of it: done, not done, or something else."""
+    """An instruction, and what became of it."""
     edit = draw_edit(rng)
-    shown, kind = edit.target, rng.random()
-    if kind < 0.3:
-        shown = edit.source
-    elif kind < 0.6:
-        shown = _otherwise(edit.target, rng, share=0.35)
-    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
+    shown, pictures = _outcome(edit, rng)
     rest = [k for k in shown.values if k not in edit.changes]
     spoilt = [k for k in rest if shown.values[k] != edit.target.values[k]]
     said = [_checked(keys, edit.target, shown) for keys in (edit.changes, spoilt) if keys]
-    pictures = (to_bytes(render(edit.source)), pixels)
     return Sight(pictures, "; ".join(said), CHECK, edit.instruction)
 
 
@@ -138,7 +127,8 @@ KINDS = {
 
 def _checked(keys: Iterable[str], wanted: Scene, shown: Scene) -> str:
     """Checks in the words of raters, of values that are right or plainly others."""
-    is_right = {key: float(wanted.values[key] == shown.values[key]) for key in keys}
+    visible = [key for key in keys if is_visible(wanted, key) and is_visible(shown, key)]
+    is_right = {key: float(wanted.values[key] == shown.values[key]) for key in visible}
     return checks(is_right, wanted, shown)
 
 
@@ -152,22 +142,33 @@ def _otherwise(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
     return scene.changed(changes)
 
 
+def _outcome(edit: Edit, rng: np.random.Generator) -> tuple[Scene, tuple[np.ndarray, ...]]:
+    """What became of an instruction: done, not done, something else; the source and its picture."""
+    shown, kind = edit.target, rng.random()
+    if kind < 0.3:
+        shown = edit.source
+    elif kind < 0.6:
+        shown = _otherwise(edit.target, rng, share=0.35)
+    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
+    return shown, (to_bytes(render(edit.source)), pixels)
+
+
 def _perhaps_spoilt(
     pixels: np.ndarray, rng: np.random.Generator, share: float
 ) -> tuple[np.ndarray, bool]:
     """The picture, spoilt as a whole with a probability of `share`, and whether it is clean."""
     is_clean = rng.random() >= share
     if not is_clean:
-        flaws = sorted(PIXEL_FLAWS)
-        pixels = PIXEL_FLAWS[flaws[int(rng.integers(len(flaws)))]](pixels)
+        pixels = pixel_flaw(pixels, rng)
     return to_bytes(pixels), is_clean
 
 
 def sample_texts(count: int, seed: int = 0) -> Iterator[str]:
-    """Some of what is said, for a tokenizer to learn from."""
+    """Some of what is said, and what raters alone say, for a tokenizer to learn from."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
         yield from (make(rng).text for make in KINDS.values())
+        yield "picture slightly spoilt, seen unclear wrong"
 
 
 class Reader:
@@ -195,9 +196,9 @@ class Reader:
         Args:
             sights: all with the same number of pictures.
         """
-        outputs = self._passed([sight.pictures[-1] for sight in sights])
+        outputs = reconstructed(self._base, np.stack([sight.pictures[-1] for sight in sights]))
         pictures = [
-            [*map(Image.fromarray, sight.pictures[:-1]), output]
+            list(map(Image.fromarray, (*sight.pictures[:-1], output)))
             for sight, output in zip(sights, outputs, strict=True)
         ]
         tokenizer = self._processor.tokenizer
@@ -213,14 +214,6 @@ class Reader:
         for row, ids in enumerate(said):
             written[row, -len(ids) :] = True
         return dict(inputs), written
-
-    @torch.no_grad()
-    def _passed(self, pictures: Sequence[np.ndarray]) -> list[Image.Image]:
-        batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            decoded = self._base.decode(self._base.encode_images(batch).float())
-        pixels = decoded.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()
-        return [Image.fromarray(to_bytes(picture)) for picture in pixels]
 
 
 def writing_loss(model: Any, inputs: dict[str, Tensor], written: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 from pydantic import model_validator
 
@@ -70,41 +71,72 @@ class RewardSet:
 
     def score(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with the scores of all rewards that have weight for their prompts."""
+        return _together(groups, {name: self.opinions(name, groups) for name in self.rewards})
+
+    def opinions(self, name: str, groups: Sequence[Group]) -> list[tuple[Score, ...] | None]:
+        """What one reward says of each group; None where it has no weight for the prompt."""
+        asked = [self.configs[name].weight(group.prompt) > 0 for group in groups]
         requests = [
             ScoreRequest(prompt=group.prompt, image=trajectory.image)
-            for group in groups
+            for group, is_asked in zip(groups, asked, strict=True)
+            if is_asked
             for trajectory in group.trajectories
         ]
-        scores: list[dict[str, tuple[Score, ...]]] = [{} for _ in groups]
-        for name, reward in self.rewards.items():
-            asked = [i for i, g in enumerate(groups) if self.configs[name].weight(g.prompt) > 0]
-            wanted = {groups[i].prompt.id for i in asked}
-            answers = iter(reward.score([r for r in requests if r.prompt.id in wanted]))
-            for i in asked:
-                scores[i][name] = tuple(next(answers) for _ in groups[i].trajectories)
-        return [replace(g, scores={**g.scores, **s}) for g, s in zip(groups, scores, strict=True)]
+        answers = iter(self.rewards[name].score(requests) if requests else ())
+        return [
+            tuple(next(answers) for _ in group.trajectories) if is_asked else None
+            for group, is_asked in zip(groups, asked, strict=True)
+        ]
+
+
+def _together(
+    groups: Sequence[Group], opinions: Mapping[str, Sequence[tuple[Score, ...] | None]]
+) -> list[Group]:
+    """The groups with the scores of several rewards."""
+    scored = []
+    for row, group in enumerate(groups):
+        said = {name: rows[row] for name, rows in opinions.items()}
+        found = {name: scores for name, scores in said.items() if scores is not None}
+        scored.append(replace(group, scores={**group.scores, **found}))
+    return scored
 
 
 class AsyncRewardSet:
     """Scores micro-batches on other threads while the next ones are sampled.
 
     Submit as images appear, then `collect` at the barrier before advantages; the result is the same
-    as scoring everything at once, in the order of submission.
+    as scoring everything at once, in the order of submission. Rewards do not wait for each other,
+    so another one on another server adds no time of its own.
     """
 
-    def __init__(self, rewards: RewardSet, workers: int = 1) -> None:
+    def __init__(self, rewards: RewardSet, workers: int | None = None) -> None:
+        """Start the threads.
+
+        Args:
+            rewards: of the recipe.
+            workers: threads; None takes one for each reward.
+        """
         self._rewards = rewards
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="reward")
-        self._pending: list[Future[list[Group]]] = []
+        count = max(1, len(rewards.rewards)) if workers is None else workers
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix="reward")
+        self._pending: list[tuple[list[Group], dict[str, Future[Any]]]] = []
 
     def submit(self, groups: list[Group]) -> None:
         """Start scoring complete groups; returns at once."""
-        self._pending.append(self._pool.submit(self._rewards.score, groups))
+        asked = {
+            name: self._pool.submit(self._rewards.opinions, name, groups)
+            for name in self._rewards.rewards
+        }
+        self._pending.append((groups, asked))
 
     def collect(self) -> dict[str, Group]:
         """Wait for everything submitted; scored groups by prompt id."""
         pending, self._pending = self._pending, []
-        return {group.prompt.id: group for future in pending for group in future.result()}
+        return {
+            group.prompt.id: group
+            for groups, asked in pending
+            for group in _together(groups, {name: f.result() for name, f in asked.items()})
+        }
 
     def __enter__(self) -> "AsyncRewardSet":
         return self

@@ -9,8 +9,10 @@ marker. Without reasoning the second call is the only one, which is many times c
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal
 
 import torch
@@ -43,7 +45,7 @@ class VlmConfig(RewardConfig):
     batch_size: int = 32
 
     def build(self) -> "Vlm":
-        judge = Judge.load(located(self.path))
+        judge = _shared(located(self.path))
         return Vlm(judge, self.dimension, reasoning=self.reasoning, batch_size=self.batch_size)
 
 
@@ -57,6 +59,8 @@ class Judge:
     calibrations: dict[str, Calibration]
     longest_answer: int
     """Most tokens of an answer: reasoning, marker and digit."""
+    turn: Lock = field(default_factory=Lock, compare=False)
+    """Held by whoever reads: dimensions share the model, and threads would only slow each other."""
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | str = "cpu") -> "Judge":
@@ -102,6 +106,12 @@ class Judge:
                 f"did you mean {hint!r}?"
             )
         return self.rubrics[dimension]
+
+
+@lru_cache(maxsize=2)
+def _shared(folder: Path) -> Judge:
+    """One model in memory for all the dimensions of a judge."""
+    return Judge.load(folder)
 
 
 @dataclass(frozen=True)
@@ -150,7 +160,8 @@ class Vlm(Reward):
         """Score requests with the same number of pictures in one batch."""
         finite = [bool(request.image.isfinite().all()) for request in requests]
         sound = [request for request, ok in zip(requests, finite, strict=True) if ok]
-        answers = iter(self._read(sound)) if sound else iter(())
+        with self._judge.turn:
+            answers = iter(self._read(sound) if sound else ())
         broken = Failed(reason="the image is not finite")
         return [next(answers) if ok else broken for ok in finite]
 

@@ -6,7 +6,7 @@ blurred), not a smear, because reinforcement learning re-weights modes and adds 
 cannot already do.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageFilter
@@ -45,23 +45,30 @@ def alternatives(scene: Scene, key: str) -> tuple[Value, ...]:
     return others
 
 
-def _is_visible(scene: Scene, key: str) -> bool:
+def is_visible(scene: Scene, key: str) -> bool:
+    """Whether a value can be seen: no colour of a bald head, or of an object that is not there."""
     v = scene.values
     if attribute(key) == "hair_colour":
         return v["hair"] != "bald"
-    if key.startswith("0.") and v.get("0.shape") == "none":
-        return False
-    return not (key.startswith("1.") and v.get("1.shape") == "none")
+    number, _, name = key.rpartition(".")
+    return name == "shape" or v.get(f"{number}.shape") != "none"
 
 
-def spoil(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one attribute wrong, as a picture that missed its prompt."""
-    names = SPOILABLE[scene.category]
+def spoil(scene: Scene, rng: np.random.Generator, names: Sequence[str] = ()) -> Scene:
+    """The scene with one attribute wrong, as a picture that missed its prompt.
+
+    Args:
+        scene: as it should be.
+        rng: decides what is wrong.
+        names: attributes of which one is chosen; empty takes those of `SPOILABLE`.
+    """
+    names = names or SPOILABLE[scene.category]
     keys = [
         key
         for key in scene.values
-        if attribute(key) in names and alternatives(scene, key) and _is_visible(scene, key)
+        if attribute(key) in names and alternatives(scene, key) and is_visible(scene, key)
     ]
+    keys = [key for key in keys if attribute(key) != "shape" or scene.values[key] != "none"]
     if scene.person is not None:
         keys = [key for key in keys if key not in LOOK]
     key = keys[int(rng.integers(len(keys)))]

@@ -1,10 +1,12 @@
 """Simulated raters: people of the embedded world who look at a picture and give 1 to 5.
 
-Each rater has a lasting bias and a passing mood; the truth behind them is the oracle's, read
-through the priorities of the paper (arXiv 2606.27608, section 3.2): presence and count before
-attributes before places before expression, and a picture that misses the first is capped low. Their
-reasoning names what they checked and what they saw, so that a judge can learn to reason before it
-scores. They stand in for an annotation campaign; a study of judges compares with the oracle.
+Each rater is strict by nature and by mood, which bears on what a fault costs: where nothing is
+wrong all of them give 5, as people do who are asked to look for faults. The truth behind them is
+the oracle's, read through the priorities of the paper (arXiv 2606.27608, section 3.2): presence and
+count before attributes before places before expression, and a picture that misses the first is
+capped low. Their reasoning names what they checked and what they saw, so that a judge can learn to
+reason before it scores. They stand in for an annotation campaign; a study of judges compares with
+the oracle.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,30 +44,31 @@ class Opinion:
     """Between raters."""
     num_raters: int
     truth: float
-    """What raters without bias and mood would say, between 1 and 5."""
+    """What a rater of middling strictness and mood would say, between 1 and 5."""
     reasoning: str
 
 
 @dataclass(frozen=True)
 class Raters:
-    """A panel with lasting biases."""
+    """A panel of lasting strictness: each takes exp(strictness + mood) of what a fault is worth."""
 
-    biases: tuple[float, ...]
-    mood: float = 0.35
-    """Standard deviation of one rater's passing mood, in points."""
+    strictness: tuple[float, ...]
+    mood: float = 0.4
+    """Standard deviation of one rater's passing mood, on the same scale."""
 
     @classmethod
-    def hire(cls, count: int = 5, spread: float = 0.3, seed: int = 0) -> "Raters":
-        """A panel whose biases are drawn from a normal distribution of `spread` points."""
+    def hire(cls, count: int = 5, spread: float = 0.35, seed: int = 0) -> "Raters":
+        """A panel whose strictness is drawn from a normal distribution of width `spread`."""
         drawn = np.random.default_rng(seed).normal(0, spread, size=count)
-        return cls(tuple(float(bias) for bias in drawn - drawn.mean()))
+        return cls(tuple(float(own) for own in drawn - drawn.mean()))
 
     def rate(
         self, dimension: str, truth: float, reasoning: str, rng: np.random.Generator
     ) -> Opinion:
         """Every rater gives a whole number of points for a truth between 1 and 5."""
-        felt = truth + np.asarray(self.biases) + rng.normal(0, self.mood, len(self.biases))
-        points = np.clip(np.round(felt), 1, 5)
+        moods = rng.normal(0, self.mood, len(self.strictness))
+        points = np.round(5 - (5 - truth) * np.exp(np.asarray(self.strictness) + moods))
+        points = np.clip(points, 1, 5)
         return Opinion(
             dimension=dimension,
             mean=float(points.mean()),
@@ -153,14 +156,15 @@ def _aesthetic(
 
 def checks(scores: Mapping[str, float], right: Scene, seen: Scene) -> str:
     """What was asked, what was seen, and whether that is right, in order of weight: `shape star
-    seen star right, colour red seen blue wrong`."""
+    seen star right, size large seen large slightly wrong, colour red seen blue wrong`."""
     parts = []
     for key in by_weight(scores):
         wanted, found = right.values[key], seen.values[key]
         is_right = scores[key] >= 0.5
         # A value that is wrong without being another one is a smear.
         shown = wanted if is_right else "unclear" if found == wanted else found
-        parts.append(f"{words(key)} {wanted} seen {shown} {'right' if is_right else 'wrong'}")
+        verdict = "right" if scores[key] > 0.9 else "slightly wrong" if is_right else "wrong"
+        parts.append(f"{words(key)} {wanted} seen {shown} {verdict}")
     return ", ".join(parts)
 
 

@@ -1,0 +1,276 @@
+"""May a judge be trained against? What `burnish reward report` measures of one.
+
+Per dimension, on pictures of prompts that the judge's training held out and that it reads as a
+reward would: agreement with raters over all pictures and inside each prompt, calibration, failures
+and probability on the digits, the noise of asking again, and what the probes of
+`burnish.probes` do to a score. `ceiling` is the same correlation for a judge that knows what raters
+would say on average: raters differ, and nobody can agree with five of them better than that.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from burnish import concordance, images
+from burnish.agreement import by_prompt_hash, calibrated_apart, raw_of, read_scores, request_of
+from burnish.annotations.base import split
+from burnish.annotations.schema import Annotation
+from burnish.concordance import Interval, Scores, Statistic, interval
+from burnish.config import Config, ConfigError
+from burnish.lessons import SourceConfig, comparison_group, read_sources
+from burnish.probes import PROBES
+from burnish.rewards.vlm import Judge
+from burnish.tracking import Progress, progress
+from burnish.types import Failed, Score, Scored, ScoreRequest
+
+STATISTICS: dict[str, Statistic] = {
+    "spearman": concordance.spearman,
+    "pearson": concordance.pearson,
+    "within_prompt": concordance.within_prompt,
+    "pair_accuracy": concordance.pair_accuracy,
+    "pair_accuracy_with_ties": concordance.pair_accuracy_with_ties,
+}
+"""Agreement with raters, of raw scores, as a monotone map changes none but `pearson`."""
+CEILINGS = ("spearman", "within_prompt")
+"""The statistics for which the best possible value is estimated."""
+
+
+class TrustConfig(Config):
+    """How a judge is examined."""
+
+    annotations: tuple[SourceConfig, ...]
+    dimensions: tuple[str, ...] = ()
+    """Empty takes those that both the annotations and the judge know."""
+    held_out: bool = True
+    """Only prompts that the judge's training held out; False where the files are not those that it
+    was trained on."""
+    limit: int = Field(default=600, ge=20)
+    """Most pictures of one dimension."""
+    probed: int = Field(default=150, ge=2)
+    """Pictures of a dimension on which noise is measured and the probes are tried."""
+    reasoning: bool = True
+    """Whether the judge writes its reasoning first."""
+    batch_size: int = Field(default=64, ge=1)
+    disagreements: int = Field(default=6, ge=0)
+    """Worst disagreements of each dimension that the page shows."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One picture, what raters said of it, and what the judge says."""
+
+    annotation: Annotation
+    score: Score
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found in one dimension."""
+
+    dimension: str
+    readings: tuple[Reading, ...]
+    metrics: dict[str, Interval]
+    """By name: agreement, ceilings, calibration, noise, mass, failures."""
+    probes: dict[str, dict[str, Interval]]
+    """Probe -> `shift`, mean change of the score in points; `moved`, mean size of the change;
+    `rank`, rank correlation with the scores of the same pictures as they are; `noise`, as of asking
+    again; `lost`, share of the pictures that can be judged no more."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Metric -> value and interval, None where it is not defined."""
+        found = {name: _plain(value) for name, value in self.metrics.items()}
+        probed = {
+            f"probe_{probe}_{name}": _plain(value)
+            for probe, values in self.probes.items()
+            for name, value in values.items()
+        }
+        return {"count": len(self.readings), **found, **probed}
+
+
+def unseen(config: TrustConfig, held_out: Mapping[str, Any] | None) -> list[Annotation]:
+    """The annotations to examine a judge with.
+
+    Args:
+        config: which files and dimensions.
+        held_out: `held_out` and `seed` of the split of the judge's training, if it is known.
+
+    Raises:
+        ConfigError: what the files' readers refuse; an unknown split; or nothing is held out.
+    """
+    annotations = read_sources(config.annotations, config.dimensions)
+    if not config.held_out:
+        return annotations
+    if held_out is None:
+        raise ConfigError(
+            "held_out: need to know which prompts the judge's training held out, got a judge.json "
+            "without `split`; pass held_out=false with annotations that it was not trained on"
+        )
+    _, found = split(annotations, held_out=held_out["held_out"], seed=held_out["seed"])
+    if not found:
+        raise ConfigError(
+            f"held_out: need prompts that the judge's training held out, got none among "
+            f"{len(annotations)} annotations; pass held_out=false if it was not trained on them"
+        )
+    return found
+
+
+def examine(
+    judge: Judge, annotations: Sequence[Annotation], config: TrustConfig
+) -> list[Examination]:
+    """Examine every dimension that the judge and the annotations share.
+
+    Args:
+        judge: as it will be used.
+        annotations: with scores, of prompts that it was not trained on.
+        config: how much is read.
+
+    Raises:
+        ConfigError: no such dimension, or one in which the judge scored fewer than two pictures.
+    """
+    scored = [annotation for annotation in annotations if annotation.score_mean is not None]
+    known = sorted({a.dimension for a in scored} & judge.rubrics.keys())
+    if not known:
+        raise ConfigError(
+            f"need annotations with scores in a dimension of the judge ({', '.join(judge.rubrics)})"
+            f", got {len(annotations)} annotations without one; choose another file"
+        )
+    chosen = {
+        name: by_prompt_hash([a for a in scored if a.dimension == name])[: config.limit]
+        for name in known
+    }
+    calls = sum(
+        len(part) + (2 + len(PROBES)) * min(len(part), config.probed) for part in chosen.values()
+    )
+    with progress("judge", calls) as bar:
+        return [_examined(judge, name, part, config, bar) for name, part in chosen.items()]
+
+
+def _examined(
+    judge: Judge,
+    dimension: str,
+    annotations: Sequence[Annotation],
+    config: TrustConfig,
+    bar: Progress,
+) -> Examination:
+    def ask(requests: Sequence[ScoreRequest], batch_size: int = config.batch_size) -> list[Score]:
+        return read_scores(
+            judge,
+            dimension,
+            requests,
+            reasoning=config.reasoning,
+            batch_size=batch_size,
+            bar=bar,
+        )
+
+    requests = [request_of(annotation) for annotation in annotations]
+    readings = [Reading(a, s) for a, s in zip(annotations, ask(requests), strict=True)]
+    read = [reading for reading in readings if isinstance(reading.score, Scored)]
+    if len(read) < 2:
+        reasons = [r.score.reason for r in readings if isinstance(r.score, Failed)]
+        raise ConfigError(
+            f"{dimension}: need scores of at least two pictures, got {len(read)} of "
+            f"{len(readings)}; the first failure: {reasons[0] if reasons else 'none'}"
+        )
+    probed, before = requests[: config.probed], readings[: config.probed]
+    groups = np.asarray([comparison_group(reading.annotation) for reading in before])
+    # Another order and other company in the batch: whatever changes is noise.
+    again = ask(probed[::-1], max(1, config.batch_size * 2 // 3))[::-1]
+    probes = {
+        name: _moved(before, ask([_changed(request, probe) for request in probed]), groups)
+        for name, probe in PROBES.items()
+    }
+    metrics = _agreement(read) | _soundness(readings, read)
+    metrics |= {"repeat_noise": _moved(before, again, groups)["noise"]}
+    return Examination(dimension, tuple(readings), metrics, probes)
+
+
+def _agreement(read: Sequence[Reading]) -> dict[str, Interval]:
+    """Agreement, its ceilings, and the calibration error of a map fitted on other prompts."""
+    raw = [raw_of(reading.score) for reading in read]
+    ours = np.asarray(raw, dtype=np.float64)
+    theirs = np.asarray([reading.annotation.score_mean for reading in read], dtype=np.float64)
+    groups = np.asarray([comparison_group(reading.annotation) for reading in read])
+    found = {n: interval(s, ours, theirs, groups) for n, s in STATISTICS.items()}
+    other = _other_panel([reading.annotation for reading in read])
+    for name in CEILINGS:
+        found[f"{name}_ceiling"] = interval(STATISTICS[name], other, theirs, groups)
+    calibrated = calibrated_apart([reading.annotation for reading in read], raw)
+    if calibrated is not None:
+        mapped = np.asarray(calibrated)
+        found["calibration_error"] = interval(concordance.calibration_error, mapped, theirs, groups)
+        found["absolute_error"] = interval(_absolute_error, mapped, theirs, groups)
+    return found
+
+
+def _other_panel(annotations: Sequence[Annotation]) -> Scores:
+    """What another panel might say: raters' means with the error that their spread gives a mean.
+
+    The correlation of a mean with the mean of another panel of the same true opinions is about
+    that of a mean with the true opinions.
+    """
+    rng = np.random.default_rng(0)
+    means = np.asarray([a.score_mean for a in annotations], dtype=np.float64)
+    errors = [(a.score_std or 0.0) / math.sqrt(max(a.num_raters - 1, 1)) for a in annotations]
+    return means + rng.normal(0.0, 1.0, len(means)) * np.asarray(errors)
+
+
+def _absolute_error(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:
+    return float(np.abs(ours - theirs).mean())
+
+
+def _soundness(readings: Sequence[Reading], read: Sequence[Reading]) -> dict[str, Interval]:
+    """Share of failures, and probability on the digits."""
+    groups = np.asarray([comparison_group(reading.annotation) for reading in readings])
+    is_failed = np.asarray([float(isinstance(r.score, Failed)) for r in readings])
+    masses = np.asarray([r.score.detail["mass"] for r in read if isinstance(r.score, Scored)])
+    inner = np.asarray([comparison_group(reading.annotation) for reading in read])
+    return {
+        "failed": interval(_mean, is_failed, is_failed, groups),
+        "mass": interval(_mean, masses, masses, inner),
+        "mass_lowest": Interval(float(masses.min()), math.nan, math.nan),
+    }
+
+
+def _mean(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:
+    return float(ours.mean())
+
+
+def _moved(
+    before: Sequence[Reading], after: Sequence[Score], groups: concordance.Groups
+) -> dict[str, Interval]:
+    """How scores change between two askings about the same pictures."""
+    raw = [
+        (raw_of(reading.score), raw_of(score)) for reading, score in zip(before, after, strict=True)
+    ]
+    both = [(row, *pair) for row, pair in enumerate(raw) if None not in pair]
+    if not both:
+        nothing = Interval(math.nan, math.nan, math.nan)
+        return dict.fromkeys(("shift", "moved", "rank", "noise", "lost"), nothing)
+    rows, old, new = (np.asarray(side) for side in zip(*both, strict=True))
+    names = groups[rows]
+    lost = np.asarray([float(now is None and once is not None) for once, now in raw])
+    return {
+        "shift": interval(_mean, new - old, old, names),
+        "moved": interval(_mean, np.abs(new - old), old, names),
+        "rank": interval(concordance.spearman, new, old, names),
+        # Each asking has its own error, and the difference has both.
+        "noise": interval(_spread, new - old, old, names),
+        "lost": interval(_mean, lost, lost, groups),
+    }
+
+
+def _spread(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:
+    return float(np.sqrt((ours**2).mean() / 2))
+
+
+def _changed(request: ScoreRequest, probe: Callable[..., Any]) -> ScoreRequest:
+    return replace(request, image=images.to_tensor(probe(images.to_pil(request.image))))
+
+
+def _plain(found: Interval) -> dict[str, float | None]:
+    parts = {"value": found.value, "low": found.low, "high": found.high}
+    return {name: None if math.isnan(number) else number for name, number in parts.items()}

@@ -1,0 +1,168 @@
+"""The examination of a judge: what it measures, what it refuses, what its page shows."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from burnish import images
+from burnish.annotations.base import write_annotations
+from burnish.annotations.schema import Annotation
+from burnish.cli import main
+from burnish.probes import PROBES
+from burnish.rewards.vlm import Judge
+from burnish.trust import Examination, TrustConfig, examine
+from burnish.types import Scored
+
+
+def annotation(number: int) -> Annotation:
+    """A grey picture whose brightness is its quality; four pictures share a prompt."""
+    score = 1 + (number * 7 % 17) / 4
+    shade = Image.new("RGB", (32, 32), (round(50 * score),) * 3)
+    return Annotation(
+        id=f"picture-{number}",
+        prompt=f"<b>prompt</b> {number // 4}",
+        output=images.encode_png(shade),
+        dimension="alignment",
+        score_mean=score,
+        score_std=0.3,
+        num_raters=5,
+        reasoning="<script>raters</script> said so",
+        pair_group=f"group {number // 4}",
+        licence="Apache-2.0",
+        origin="test",
+    )
+
+
+SOME = [annotation(number) for number in range(80)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("annotated") / "some.jsonl"
+    write_annotations(path, SOME)
+    return path
+
+
+def settings(file: Path, **changes: object) -> TrustConfig:
+    given = {"annotations": [{"path": str(file)}], "held_out": False, "probed": 20}
+    return TrustConfig.model_validate({**given, **changes})
+
+
+@pytest.fixture(scope="module")
+def found(small_judge: Path, file: Path) -> Examination:
+    (examination,) = examine(Judge.load(small_judge), SOME, settings(file))
+    return examination
+
+
+def test_a_judge_of_brightness_agrees_with_raters_of_brightness(found: Examination) -> None:
+    metrics = found.metrics
+    assert metrics["spearman"].value > 0.7 and metrics["within_prompt"].value > 0.5
+    assert metrics["spearman"].low < metrics["spearman"].value <= metrics["spearman"].high
+    assert metrics["spearman_ceiling"].value > 0.9
+    assert metrics["failed"].value == 0 and metrics["mass"].value > 0.9
+    # The judge's own scale is compressed; a map fitted on other prompts mends most of it.
+    assert metrics["calibration_error"].value < 0.5
+
+
+def test_asking_again_in_other_company_changes_next_to_nothing(found: Examination) -> None:
+    assert 0 <= found.metrics["repeat_noise"].value < 1e-3
+
+
+def test_every_probe_is_tried_and_a_margin_of_light_brightens(found: Examination) -> None:
+    assert set(found.probes) == set(PROBES)
+    assert found.probes["jpeg"]["moved"].value < 0.1
+    assert found.probes["padding"]["shift"].value > found.probes["jpeg"]["shift"].value
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_probe_keeps_the_size_and_changes_the_picture(name: str) -> None:
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8))
+    changed = PROBES[name](picture)
+    assert changed.size == picture.size and changed.mode == "RGB"
+    assert changed.tobytes() != picture.tobytes()
+    assert PROBES[name](picture).tobytes() == changed.tobytes()
+
+
+def test_the_page_holds_everything_and_escapes_what_others_wrote(
+    small_judge: Path, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [str(small_judge), f"annotations=[{{path: {file}}}]", "held_out=false"]
+    quick = ["probed=8", "limit=40", "--out", str(tmp_path / "page"), "--json"]
+    code = main(["reward", "report", *given, *quick])
+    last = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert code == 0 and last["dimensions"]["alignment"]["spearman"]["value"] > 0.8
+    page = (tmp_path / "page" / "report.html").read_text()
+    assert page.count("data:image/webp") >= 6 and "Worst disagreements" in page
+    assert "<script>" not in page and "<b>prompt</b>" not in page
+    assert "http:" not in page and "https:" not in page
+    kept = json.loads((tmp_path / "page" / "report.json").read_text())
+    assert kept["dimensions"] == last["dimensions"]
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["reward", "report", *arguments]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    return said
+
+
+def test_what_cannot_be_examined_is_one_line(
+    small_judge: Path,
+    file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    copy_with: Callable[[dict[str, object]], Path],
+) -> None:
+    given = f"annotations=[{{path: {file}}}]"
+    assert "need the folder of a judge" in refused([str(tmp_path), given], capsys)
+    assert "without `split`" in refused([str(small_judge), given], capsys)
+    none = copy_with({"split": {"held_out": 0.0, "seed": 0}})
+    assert "got none among 80" in refused([str(none), given], capsys)
+    wrong = refused([str(small_judge), given, "dimensions=[aligment]", "held_out=false"], capsys)
+    assert "did you mean 'alignment'" in wrong
+    other = tmp_path / "other.jsonl"
+    write_annotations(other, [replace(SOME[0], dimension="portrait")])
+    said = refused([str(small_judge), f"annotations=[{{path: {other}}}]", "held_out=false"], capsys)
+    assert "in a dimension of the judge (alignment)" in said
+
+
+@pytest.fixture
+def copy_with(small_judge: Path, tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """A copy of the judge with more in its judge.json."""
+
+    def make(more: dict[str, object]) -> Path:
+        folder = tmp_path / "copied"
+        shutil.copytree(small_judge, folder)
+        facts = json.loads((folder / "judge.json").read_text())
+        (folder / "judge.json").write_text(json.dumps(facts | more))
+        return folder
+
+    return make
+
+
+def test_only_held_out_prompts_are_read(
+    file: Path,
+    copy_with: Callable[[dict[str, object]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = copy_with({"split": {"held_out": 0.5, "seed": 0}})
+    arguments = [str(folder), f"annotations=[{{path: {file}}}]", "probed=4", "--json"]
+    assert main(["reward", "report", *arguments, "--out", str(tmp_path / "page")]) == 0
+    count = json.loads(capsys.readouterr().out.strip().splitlines()[-1])["dimensions"]["alignment"]
+    assert 0 < count["count"] < len(SOME)
+
+
+def test_failures_are_counted_and_are_no_numbers(small_judge: Path, file: Path) -> None:
+    judge = replace(Judge.load(small_judge), longest_answer=1)
+    with pytest.raises(Exception, match="need scores of at least two pictures, got 0 of 20"):
+        examine(judge, SOME, settings(file, limit=20, probed=2))
+    (fast,) = examine(judge, SOME, settings(file, limit=20, probed=2, reasoning=False))
+    assert all(isinstance(reading.score, Scored) for reading in fast.readings)
