@@ -29,7 +29,7 @@ from burnish.miniature.judges import (
     PicturesPlan,
     annotated_pictures,
     new_judge,
-    train_miniature_judges,
+    train_miniature_judge,
 )
 from burnish.miniature.sight import (
     KINDS,
@@ -504,7 +504,7 @@ def test_annotated_pictures_are_a_function_of_the_plan_and_train_a_judge(tmp_pat
     sight = SightPlan(steps=2, batch_size=4)
     changes = {"steps": 2, "batch_size": 4, "held_out": 0.0}
     folder = located("embedded:weights/base")
-    judge = Judge.load(train_miniature_judges(tmp_path, folder, CPU, sight=sight, **changes))
+    judge = Judge.load(train_miniature_judge(tmp_path, folder, CPU, sight=sight, **changes))
     assert "alignment" in judge.rubrics
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from burnish import images
+from burnish.algorithms.base import reward_advantages
 from burnish.config import ConfigError, config_hash, dump_yaml
 from burnish.endpoint import MAX_REPLY
 from burnish.handshake import scored
@@ -347,6 +348,34 @@ def test_the_table_of_faults(
     path = Path(os.environ.get("BURNISH_FAULT_TABLE", tmp_path / "faults.md"))
     path.write_text("\n".join(lines) + "\n")
     assert len(CASES) >= 20 and len(path.read_text().splitlines()) == len(CASES) + 2
+
+
+@pytest.mark.parametrize("name", ["503 for ever", "log-probability NaN", "score 26", "refusal"])
+def test_groups_without_the_fault_train_as_without_it(
+    name: str,
+    build: Callable[..., Remote],
+    fake: Any,
+    grouped: Callable[..., Group],
+) -> None:
+    asked = pictures(8)
+    groups = [
+        grouped(Prompt(id=who, text=f"two of {who}"), [r.image for r in asked[start : start + 4]])
+        for who, start in (("hit", 0), ("spared", 4))
+    ]
+
+    def advantages(remote: Remote) -> torch.Tensor:
+        configs = {"judge": remote._config}
+        scored = RewardSet(configs, {"judge": remote}).score(groups)
+        return reward_advantages(scored, configs)[0].advantages
+
+    expected = advantages(build(fake))
+    remote = build(fake)
+    remote.score(pictures(1))
+    fake.fault = next(case.fault for case in CASES if case.name == name)
+    fake.poisoned = hash_of(asked[HIT])
+    found = advantages(remote)
+    assert torch.equal(found[1], expected[1]) and bool((expected[1] != 0).any())
+    assert found[0, HIT] == 0 and bool((found[0, [0, 1, 3]] != 0).any())
 
 
 # --- What a picture can be -------------------------------------------------------------------

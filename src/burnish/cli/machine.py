@@ -43,3 +43,31 @@ def build(
     from burnish.miniature.build import build
 
     print(json.dumps(build(out, quick=quick)))
+
+
+@miniature.command(epilog="Example: burnish miniature annotate --out held-out --prompts 40")
+def annotate(
+    out: Annotated[Path, typer.Option(help="Where to write.", metavar="DIR")] = Path("annotated"),
+    prompts: Annotated[
+        int, typer.Option(help="Prompts of each of the five kinds of picture.", min=1)
+    ] = 60,
+    seed: Annotated[int, typer.Option(help="Another seed, other pictures.", min=0)] = 1,
+) -> None:
+    """Write pictures that no judge was trained on, with the opinions of the world's raters.
+
+    Their prompts ask for combinations that no model of the miniature has seen. DIR/pictures.jsonl
+    is what `burnish reward report JUDGE annotations='[{path: DIR/pictures.jsonl}]' held_out=false`
+    reads.
+    """
+    from burnish.miniature.judges import PicturesPlan, write_pictures
+
+    plan = PicturesPlan(
+        rendered_scenes=prompts,
+        rendered_edits=prompts,
+        portraits=prompts,
+        sampled_scenes=prompts,
+        sampled_edits=prompts,
+        held_out=True,
+        seed=seed,
+    )
+    print(write_pictures(out, plan))

@@ -1,4 +1,4 @@
-"""Build the miniature from nothing: tokenizer, autoencoder, base model, judge, prompt sets, cards.
+"""Build the miniature from nothing: tokenizer, autoencoder, base, judges, face embedder, prompts.
 
     burnish miniature build --out DIR         everything, on two cores
     burnish miniature build --out DIR --quick a reduced version that only shows that it learns
@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from burnish import checkpoint, runtime
+from burnish.miniature import cards
 from burnish.miniature.autoencoder import (
     AutoencoderKLQwenImage21,
     AutoencoderPlan,
@@ -36,7 +37,8 @@ from burnish.miniature.base_model import (
     make_pool,
     train_base,
 )
-from burnish.miniature.judges import PicturesPlan, train_miniature_judges
+from burnish.miniature.faces import FacesPlan, build_faces
+from burnish.miniature.judges import JUDGES, PicturesPlan, train_miniature_judge
 from burnish.miniature.pictures import edit_example, text_example
 from burnish.miniature.prompt_sets import prompt_sets
 from burnish.miniature.sight import SightPlan
@@ -45,13 +47,13 @@ from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import write_prompts
 from burnish.runtime import Runtime
-from burnish.tracking import Progress, progress, write_atomic, write_json
+from burnish.tracking import Progress, progress, write_json
 
 SEED = 0
 
 
 def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
-    """Build everything below `out`: `weights/base`, `weights/judge` and `prompts`.
+    """Build everything below `out`: the models in `weights`, and `prompts`.
 
     A build that was cut off goes on where its last checkpoint in `out/checkpoints` stands.
 
@@ -94,37 +96,67 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     if rt.is_main:
         policy.save(out / "weights" / "base")
         store_half(out / "weights" / "base")
-        write_card(out / "weights" / "base", facts)
+        cards.write_base_card(out / "weights" / "base", facts)
         for name, prompts in prompt_sets().items():
             write_prompts(out / "prompts" / f"{name}.jsonl", prompts)
     rt.barrier()
-    facts["judge"] = _build_judge(out, folder / "judge", rt, quick=quick)
+    facts["judges"] = _build_judges(out, folder / "judge", rt, quick=quick)
+    if rt.is_main:
+        facts["face"] = _build_faces(out, quick=quick)
+    rt.barrier()
     return facts
 
 
-def _build_judge(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[str, Any]:
-    """Train the judge on pictures of the base below `out`; its agreement with held-out raters."""
+def _build_judges(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[str, Any]:
+    """Train the judge on pictures of the base below `out`, and the pairwise control arm of the same
+    start; agreement of each with held-out raters."""
     pictures, sight, changes = PicturesPlan(), SightPlan(), {}
     if quick:
         pictures = PicturesPlan(
-            rendered_scenes=8, rendered_edits=6, sampled_scenes=4, sampled_edits=4, members=3
+            rendered_scenes=8,
+            rendered_edits=6,
+            portraits=2,
+            sampled_scenes=4,
+            sampled_edits=4,
+            members=3,
         )
         sight = SightPlan(steps=4, batch_size=8)
         changes = {"steps": 4, "batch_size": 8, "held_out": 0.2, "reasoning": False}
-    trained = train_miniature_judges(
-        folder, out / "weights" / "base", rt, pictures=pictures, sight=sight, **changes
-    )
-    facts = json.loads((trained / "judge.json").read_text(encoding="utf-8"))
-    if rt.is_main:
-        ship_judge(trained, out / "weights" / "judge")
-    return facts["held_out"]
+    # bfloat16 pays on processors that have it.
+    rt = replace(rt, dtype=torch.bfloat16)
+    found = {}
+    for name, settings in JUDGES.items():
+        trained = train_miniature_judge(
+            folder,
+            out / "weights" / "base",
+            rt,
+            name=name,
+            pictures=pictures,
+            sight=sight,
+            **{**settings, **changes},
+        )
+        facts = json.loads((trained / "judge.json").read_text(encoding="utf-8"))
+        found[name] = facts["held_out"]
+        if rt.is_main:
+            ship_judge(trained, out / "weights" / name)
+        rt.barrier()
+    return found
+
+
+def _build_faces(out: Path, *, quick: bool) -> dict[str, Any]:
+    """Train the face embedder on what the autoencoder of the base below `out` gives back."""
+    base = QwenImage21Policy.load(out / "weights" / "base", resolution=64)
+    plan = FacesPlan(portraits=120, others=24, steps=4) if quick else FacesPlan()
+    measured = build_faces(base, plan, out / "weights" / "face")
+    cards.write_face_card(out / "weights" / "face", measured, plan)
+    return measured
 
 
 def ship_judge(trained: Path, folder: Path) -> None:
     """Copy a trained judge in half precision, without the places of the machine it was trained on.
 
     Args:
-        trained: what `train_miniature_judges` returned.
+        trained: what `train_miniature_judge` returned.
         folder: replaced if it is there.
     """
     shutil.rmtree(folder, ignore_errors=True)
@@ -132,21 +164,7 @@ def ship_judge(trained: Path, folder: Path) -> None:
     store_half(folder)
     facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
     write_json(folder / "judge.json", {key: facts[key] for key in facts if key != "base"})
-    lines = [
-        "# Burnish miniature: judge",
-        "",
-        "A `Qwen3VLForConditionalGeneration` of 3.7 million parameters (Apache-2.0), trained from",
-        "random weights on pictures of the embedded world: to describe and compare them, then on",
-        "the opinions of simulated raters. It reasons, then scores alignment, aesthetic,",
-        "portrait and instruction from 1 to 5. Agreement with raters on prompts it never saw:",
-        "",
-        "```json",
-        json.dumps(facts["held_out"], indent=2),
-        "```",
-        "",
-        "Rebuild it, base model first, with `burnish miniature build --out DIR`.",
-    ]
-    write_atomic(folder / "README.md", "\n".join(lines) + "\n")
+    cards.write_judge_card(folder, facts)
 
 
 def _assemble() -> Any:
@@ -235,23 +253,3 @@ def store_half(folder: Path) -> None:
         if not all(bool(tensor.isfinite().all()) for tensor in halves.values()):
             raise ValueError(f"need weights that float16 can hold, got larger ones in {file}")
         save_file(halves, file, metadata={"format": "pt"})
-
-
-def write_card(folder: Path, facts: dict[str, Any]) -> None:
-    """The model card beside the weights: data, seed, metrics, how to rebuild."""
-    lines = [
-        "# Burnish miniature: base model",
-        "",
-        "A `QwenImage21Pipeline` of tiny parts (Apache-2.0), trained from random weights on",
-        "pictures that Burnish's own renderer drew: no data of others. It draws 64 x 64 pictures",
-        "from text and edits them. It saw good pictures first, then a mixture in which eight in",
-        "ten carry one flaw on purpose, so that reinforcement learning has something to gain; it",
-        "is a laboratory, not a product.",
-        "",
-        "Rebuild it with `torchrun --nproc-per-node 2 -m burnish miniature build --out DIR`.",
-        "",
-        "```json",
-        json.dumps(facts, indent=2),
-        "```",
-    ]
-    write_atomic(folder / "README.md", "\n".join(lines) + "\n")

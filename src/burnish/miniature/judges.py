@@ -26,6 +26,7 @@ from PIL import Image
 from burnish import checkpoint, images
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
+from burnish.config import located
 from burnish.miniature.base_model import reconstructed
 from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes
 from burnish.miniature.prompt_sets import edit_prompt, scene_prompt
@@ -36,7 +37,7 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
 from burnish.rollout import draw
 from burnish.runtime import Runtime, derived_seed, seeded
-from burnish.tracking import progress, track
+from burnish.tracking import progress, track, writing
 from burnish.types import Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import spoil
@@ -67,6 +68,12 @@ ORIGIN = "Burnish, the embedded world"
 LICENCE = "Apache-2.0"
 CATEGORY_OF = {"portraits": "portrait"}
 """Sets of one category."""
+JUDGES: dict[str, dict[str, Any]] = {
+    "judge": {},
+    "judge_pairwise": {"loss": "pairwise", "batch_size": 16},
+}
+"""The judges that ship, by name of their folder, and what is special about their training. Two
+pictures make a pair, so the control arm reads as many pictures in a step."""
 _BLOCK = 16
 """Prompts that are worked on together."""
 
@@ -89,6 +96,8 @@ class PicturesPlan:
     """Sampler steps of the base."""
     guidance: tuple[float, float] = (1.0, 3.0)
     """Range of the base's guidance scale."""
+    held_out: bool = False
+    """Only combinations that no model of the miniature is trained on, instead of none of them."""
     seed: int = 0
 
 
@@ -101,7 +110,7 @@ class _Subject:
 
 
 def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Annotation]:
-    """Pictures of the embedded world with the opinions of raters, without held-out combinations.
+    """Pictures of the embedded world with the opinions of raters.
 
     Alignment and aesthetic of every picture drawn from text, and the anatomy of portraits;
     instruction and aesthetic of every edit. A function of the base and the plan.
@@ -123,7 +132,7 @@ def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Anno
         name = f"{made}-{task}"
         rng = np.random.default_rng(derived_seed(plan.seed, "annotated pictures", name))
         subjects = [
-            _subject(f"{name}-{number}", task, rng, category=CATEGORY_OF.get(made))
+            _subject(f"{name}-{number}", task, rng, CATEGORY_OF.get(made), plan.held_out)
             for number in range(count)
         ]
         blocks = [subjects[start : start + _BLOCK] for start in range(0, count, _BLOCK)]
@@ -138,6 +147,16 @@ def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Anno
             for subject, group in zip(block, pictures, strict=True):
                 found += _opinions(subject, group, raters, rng)
     return found
+
+
+def write_pictures(out: Path, plan: PicturesPlan) -> Path:
+    """Write `annotated_pictures` of the embedded base into a folder; returns the file."""
+    base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    path = out / "pictures.jsonl"
+    with writing(path):
+        out.mkdir(parents=True, exist_ok=True)
+        write_annotations(path, annotated_pictures(base, plan))
+    return path
 
 
 def new_judge(texts: Sequence[str]) -> tuple[Any, Any]:
@@ -167,10 +186,12 @@ def judge_config(model: Path, annotations: Path, **changes: Any) -> RewardTraini
         "annotations": (SourceConfig(path=str(annotations)),),
         "rubrics": "embedded:rubrics",
         "lora_rank": 0,
-        "learning_rate": 7e-4,
-        "warmup_steps": 100,
+        "learning_rate": 5e-4,
+        "warmup_steps": 50,
         "batch_size": 32,
-        "epochs": 1.0,
+        # About one epoch of two processes.
+        "steps": 900,
+        "held_out_limit": 500,
         # A model from nothing has neither mode.
         "skip_reasoning": 0.15,
         "save_every": 250,
@@ -178,24 +199,26 @@ def judge_config(model: Path, annotations: Path, **changes: Any) -> RewardTraini
     return RewardTrainingConfig(**{**settings, **changes})
 
 
-def train_miniature_judges(
+def train_miniature_judge(
     out: Path,
     base_folder: Path,
     rt: Runtime,
     *,
+    name: str = "judge",
     pictures: PicturesPlan | None = None,
     sight: SightPlan | None = None,
     **changes: Any,
 ) -> Path:
-    """Make the annotations, teach a new model to see, then train one judge of all dimensions.
+    """Make the annotations, teach a new model to see, then train a judge of all dimensions.
 
     What is there already is not made again, so a call that was cut off goes on where it stood.
 
     Args:
-        out: made if missing; gets `annotations/`, `sighted/` (what the judge starts from) and the
-            run `training/`.
+        out: made if missing; gets `annotations/`, `sighted/` (what judges start from) and the run
+            of the judge.
         base_folder: the base model, as its pipeline is written.
         rt: precision and ranks; bfloat16 pays on processors that have it.
+        name: of the run's folder.
         pictures: how many annotated pictures.
         sight: how the model learns to see.
         changes: settings of the training that differ from `judge_config`.
@@ -212,7 +235,7 @@ def train_miniature_judges(
         _teach_to_see(out, base, sight or SightPlan(), rt)
     rt.barrier()
     config = judge_config(sighted, annotations, **changes)
-    return train_judge(config, out / "training", rt)
+    return train_judge(config, out / name, rt)
 
 
 def _teach_to_see(out: Path, base: QwenImage21Policy, plan: SightPlan, rt: Runtime) -> None:
@@ -240,12 +263,12 @@ def _teach_to_see(out: Path, base: QwenImage21Policy, plan: SightPlan, rt: Runti
 
 
 def _subject(
-    name: str, task: str, rng: np.random.Generator, category: str | None = None
+    name: str, task: str, rng: np.random.Generator, category: str | None, held_out: bool
 ) -> _Subject:
     if task == "edit":
-        edit = draw_edit(rng)
+        edit = draw_edit(rng, held_out=held_out)
         return _Subject(edit_prompt(name, edit), edit)
-    scene = draw_scene(rng, category)
+    scene = draw_scene(rng, category, held_out=held_out)
     return _Subject(scene_prompt(name, scene, rng), scene)
 
 

@@ -51,18 +51,22 @@ def pixel_flaw(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return PIXEL_FLAWS[names[int(rng.integers(len(names)))]](pixels)
 
 
-def _trainable(draw: Callable[[], Scene]) -> Scene:
-    """The first scene drawn whose combinations are not held out."""
-    while is_held_out(scene := draw()):
+def _first(draw: Callable[[], Scene], *, held_out: bool = False) -> Scene:
+    """The first scene drawn with a combination that is held out, or without one."""
+    while is_held_out(scene := draw()) != held_out:
         pass
     return scene
 
 
-def draw_scene(rng: np.random.Generator, category: str | None = None) -> Scene:
-    """A scene whose combinations are not held out, of one category or of any."""
-    if category is not None:
-        return _trainable(lambda: sample_scene(rng, category=category))
-    return _trainable(lambda: sample_scene(rng, **_subject(rng)))
+def draw_scene(
+    rng: np.random.Generator, category: str | None = None, *, held_out: bool = False
+) -> Scene:
+    """A scene without combinations that are held out, or with one; of one category or of any."""
+
+    def draw() -> Scene:
+        return sample_scene(rng, **({"category": category} if category else _subject(rng)))
+
+    return _first(draw, held_out=held_out)
 
 
 def _subject(rng: np.random.Generator) -> dict[str, str]:
@@ -72,11 +76,11 @@ def _subject(rng: np.random.Generator) -> dict[str, str]:
     return {"category": str(rng.choice(list(CATEGORY_SHARES), p=list(CATEGORY_SHARES.values())))}
 
 
-def draw_edit(rng: np.random.Generator) -> Edit:
-    """An edit whose source and target are not held out."""
+def draw_edit(rng: np.random.Generator, *, held_out: bool = False) -> Edit:
+    """An edit whose source and target are not held out, or of which one is."""
     while True:
         edit = sample_edit(rng, **_subject(rng))
-        if not (is_held_out(edit.source) or is_held_out(edit.target)):
+        if (is_held_out(edit.source) or is_held_out(edit.target)) == held_out:
             return edit
 
 
@@ -86,7 +90,7 @@ def text_example(rng: np.random.Generator, name: str = "") -> Example:
     shown, is_flawed = scene, rng.random() < FLAWED
     spoil_pixels = is_flawed and rng.random() < PIXEL_SHARE
     if is_flawed and not spoil_pixels:
-        shown = _trainable(lambda: spoil(scene, rng))
+        shown = _first(lambda: spoil(scene, rng))
     pixels = render(shown)
     if spoil_pixels:
         pixels = pixel_flaw(pixels, rng)
@@ -101,7 +105,7 @@ def edit_example(rng: np.random.Generator, name: str = "") -> Example:
     spoil_pixels = is_flawed and rng.random() < PIXEL_SHARE
     if is_flawed and not spoil_pixels:
         is_undone = rng.random() < 0.5
-        shown = edit.source if is_undone else _trainable(lambda: _drifted(edit, rng))
+        shown = edit.source if is_undone else _first(lambda: _drifted(edit, rng))
     pixels = render(shown)
     if spoil_pixels:
         pixels = pixel_flaw(pixels, rng)
