@@ -25,12 +25,10 @@ from burnish.config import ConfigError, located
 from burnish.judge_trainer import Objective, judge_loss
 from burnish.judging import MARKER, Rubric, answer
 from burnish.lessons import Collator, Curriculum, Lesson, compared, exercises, prompt_of, spoken
-from burnish.miniature.judges import (
-    PicturesPlan,
-    annotated_pictures,
-    new_judge,
-    train_miniature_judge,
-)
+from burnish.miniature.annotated import PicturesPlan, annotated_pictures
+from burnish.miniature.eyes import CLASSES, EyesPlan, learn_to_recognise, to_recognise
+from burnish.miniature.judges import new_judge, train_miniature_judge
+from burnish.miniature.pictures import draw_edit, draw_scene
 from burnish.miniature.sight import (
     KINDS,
     Reader,
@@ -47,7 +45,8 @@ from burnish.reward_training import RUBRICS, RewardTrainingConfig, SourceConfig,
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.tracking import RunError, read_rows
 from burnish.types import Scored, ScoreRequest
-from burnish.world.scenes import Scene, sample_scene
+from burnish.world.flaws import spoil
+from burnish.world.scenes import Scene, is_held_out, sample_scene
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
 DIMENSIONS = ("aesthetic", "instruction")
@@ -492,20 +491,72 @@ def test_the_miniatures_judge_is_tiny_and_sees_sixteen_tokens_of_a_picture() -> 
 
 def test_annotated_pictures_are_a_function_of_the_plan_and_train_a_judge(tmp_path: Path) -> None:
     plan = PicturesPlan(
-        rendered_scenes=3, rendered_edits=2, sampled_scenes=2, sampled_edits=1, members=2
+        rendered_scenes=3,
+        rendered_edits=2,
+        portraits=1,
+        mismatched_scenes=1,
+        mismatched_edits=1,
+        sampled_scenes=2,
+        sampled_edits=1,
+        members=2,
     )
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
     found = annotated_pictures(base, plan)
     assert found == annotated_pictures(base, plan)
     assert {a.dimension for a in found} >= {"alignment", "aesthetic", "instruction"}
     assert len({a.output for a in found}) >= 14
-    assert len({a.pair_group for a in found}) == 8
+    assert len({a.pair_group for a in found}) == 11
     write_annotations(tmp_path / "annotations" / "pictures.jsonl", found)
-    sight = SightPlan(steps=2, batch_size=4)
+    eyes, sight = EyesPlan(steps=2, batch_size=4), SightPlan(steps=2, batch_size=4)
     changes = {"steps": 2, "batch_size": 4, "held_out": 0.0}
     folder = located("embedded:weights/base")
-    judge = Judge.load(train_miniature_judge(tmp_path, folder, CPU, sight=sight, **changes))
-    assert "alignment" in judge.rubrics
+    judge = train_miniature_judge(tmp_path, folder, CPU, eyes=eyes, sight=sight, **changes)
+    assert "alignment" in Judge.load(judge).rubrics
+
+
+def test_held_out_pictures_ask_for_what_nobody_was_trained_on() -> None:
+    rng = np.random.default_rng(0)
+    scenes = [draw_scene(rng, held_out=held) for held in (True, False) for _ in range(20)]
+    assert [is_held_out(scene) for scene in scenes] == [True] * 20 + [False] * 20
+    edits = [draw_edit(rng, held_out=True) for _ in range(10)]
+    assert all(is_held_out(edit.source) or is_held_out(edit.target) for edit in edits)
+
+
+def test_a_tower_learns_to_recognise_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    plan = EyesPlan(steps=12, batch_size=16, save_every=8)
+
+    def learn(stop: int = 0) -> tuple[list[dict[str, float]], torch.Tensor]:
+        model, processor = new_judge(TEXTS)
+        done: list[dict[str, float]] = []
+
+        def on_step(found: dict[str, float]) -> None:
+            done.append(found)
+            if len(done) == stop:
+                raise KeyboardInterrupt
+
+        folder = tmp_path / ("cut" if stop or (tmp_path / "cut").is_dir() else "whole")
+        visual = model.model.visual
+        with contextlib.suppress(KeyboardInterrupt):
+            learn_to_recognise(visual, processor, base, plan, CPU, folder=folder, on_step=on_step)
+        return done, torch.cat([p.flatten() for p in visual.parameters()])
+
+    whole, weights = learn()
+    assert np.mean([f["loss"] for f in whole[-3:]]) < np.mean([f["loss"] for f in whole[:3]])
+    learn(stop=10)
+    rest, again = learn()
+    assert rest == whole[8:] and torch.equal(weights, again)
+
+
+def test_what_a_picture_does_not_show_is_left_out() -> None:
+    for seed in range(30):
+        pixels, wanted = to_recognise(np.random.default_rng(seed))
+        found = dict(zip(CLASSES, wanted, strict=True))
+        assert pixels.shape == (64, 64, 3) and found["flaw"] >= 0
+        if CLASSES["0.shape"][found["0.shape"]] == "none" and found["0.shape"] >= 0:
+            assert found["0.colour"] < 0
+        # A picture has one category, so most keys are not there.
+        assert sum(place >= 0 for place in wanted) < 16
 
 
 def test_what_is_said_of_pictures_names_what_differs() -> None:
@@ -569,7 +620,7 @@ def test_a_model_learns_to_see_and_a_training_that_was_cut_off_goes_on(tmp_path:
 
 
 def test_a_flawed_version_may_leave_nothing_to_spoil_further() -> None:
-    from burnish.miniature.judges import _versions
+    from burnish.miniature.annotated import _versions
 
     values = {
         "style": "flat",
@@ -582,4 +633,4 @@ def test_a_flawed_version_may_leave_nothing_to_spoil_further() -> None:
     }
     rng = np.random.default_rng(0)
     scene = Scene("general", values)
-    assert len(list(_versions(scene, 200, rng))) == 200
+    assert len(list(_versions(scene, 200, rng, spoil))) == 200

@@ -49,8 +49,8 @@ def build(
 def annotate(
     out: Annotated[Path, typer.Option(help="Where to write.", metavar="DIR")] = Path("annotated"),
     prompts: Annotated[
-        int, typer.Option(help="Prompts of each of the five kinds of picture.", min=1)
-    ] = 60,
+        int, typer.Option(help="Prompts of each of the seven kinds of picture.", min=1)
+    ] = 50,
     seed: Annotated[int, typer.Option(help="Another seed, other pictures.", min=0)] = 1,
 ) -> None:
     """Write pictures that no judge was trained on, with the opinions of the world's raters.
@@ -59,12 +59,14 @@ def annotate(
     is what `burnish reward report JUDGE annotations='[{path: DIR/pictures.jsonl}]' held_out=false`
     reads.
     """
-    from burnish.miniature.judges import PicturesPlan, write_pictures
+    from burnish.miniature.annotated import PicturesPlan, write_pictures
 
     plan = PicturesPlan(
         rendered_scenes=prompts,
         rendered_edits=prompts,
         portraits=prompts,
+        mismatched_scenes=prompts,
+        mismatched_edits=prompts,
         sampled_scenes=prompts,
         sampled_edits=prompts,
         held_out=True,

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from burnish import checkpoint, runtime
 from burnish.miniature import cards
+from burnish.miniature.annotated import PicturesPlan
 from burnish.miniature.autoencoder import (
     AutoencoderKLQwenImage21,
     AutoencoderPlan,
@@ -37,8 +38,9 @@ from burnish.miniature.base_model import (
     make_pool,
     train_base,
 )
+from burnish.miniature.eyes import EyesPlan
 from burnish.miniature.faces import FacesPlan, build_faces
-from burnish.miniature.judges import JUDGES, PicturesPlan, train_miniature_judge
+from burnish.miniature.judges import JUDGES, train_miniature_judge
 from burnish.miniature.pictures import edit_example, text_example
 from burnish.miniature.prompt_sets import prompt_sets
 from burnish.miniature.sight import SightPlan
@@ -110,17 +112,19 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
 def _build_judges(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[str, Any]:
     """Train the judge on pictures of the base below `out`, and the pairwise control arm of the same
     start; agreement of each with held-out raters."""
-    pictures, sight, changes = PicturesPlan(), SightPlan(), {}
+    pictures, eyes, sight, changes = PicturesPlan(), EyesPlan(), SightPlan(), {}
     if quick:
         pictures = PicturesPlan(
             rendered_scenes=8,
             rendered_edits=6,
             portraits=2,
+            mismatched_scenes=2,
+            mismatched_edits=2,
             sampled_scenes=4,
             sampled_edits=4,
             members=3,
         )
-        sight = SightPlan(steps=4, batch_size=8)
+        eyes, sight = EyesPlan(steps=4, batch_size=8), SightPlan(steps=4, batch_size=8)
         changes = {"steps": 4, "batch_size": 8, "held_out": 0.2, "reasoning": False}
     # bfloat16 pays on processors that have it.
     rt = replace(rt, dtype=torch.bfloat16)
@@ -132,6 +136,7 @@ def _build_judges(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[
             rt,
             name=name,
             pictures=pictures,
+            eyes=eyes,
             sight=sight,
             **{**settings, **changes},
         )

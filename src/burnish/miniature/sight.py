@@ -28,7 +28,7 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
 from burnish.types import Prompt
 from burnish.world.edits import Edit
-from burnish.world.flaws import alternatives, is_visible, spoil
+from burnish.world.flaws import is_visible, otherwise, spoil
 from burnish.world.grammar import say
 from burnish.world.raters import by_weight, checks, words
 from burnish.world.render import render
@@ -46,7 +46,7 @@ class SightPlan:
     steps: int = 1300
     batch_size: int = 64
     """Examples of each process and step."""
-    shares: tuple[float, ...] = (0.25, 0.15, 0.35, 0.25)
+    shares: tuple[float, ...] = (0.2, 0.2, 0.35, 0.25)
     """Shares of the steps that describe, compare, check a picture, and check an edit."""
     learning_rate: float = 1.5e-3
     """AdamW's peak, for all that is not a matrix of a layer."""
@@ -100,7 +100,7 @@ def two_pictures(rng: np.random.Generator) -> Sight:
 def checked_picture(rng: np.random.Generator) -> Sight:
     """A prompt, and a picture that has much of it otherwise."""
     scene = draw_scene(rng)
-    shown = _otherwise(scene, rng, share=0.35)
+    shown = otherwise(scene, rng, share=0.35)
     pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
     keys = [key for key in scene.values if key not in scene.free]
     return Sight((pixels,), _checked(keys, scene, shown), CHECK, say(scene, rng))
@@ -132,23 +132,13 @@ def _checked(keys: Iterable[str], wanted: Scene, shown: Scene) -> str:
     return checks(is_right, wanted, shown)
 
 
-def _otherwise(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
-    """The scene with each value replaced by an alternative with a probability of `share`."""
-    changes = {}
-    for key in scene.values:
-        options = alternatives(scene, key)
-        if options and rng.random() < share:
-            changes[key] = options[int(rng.integers(len(options)))]
-    return scene.changed(changes)
-
-
 def _outcome(edit: Edit, rng: np.random.Generator) -> tuple[Scene, tuple[np.ndarray, ...]]:
     """What became of an instruction: done, not done, something else; the source and its picture."""
     shown, kind = edit.target, rng.random()
     if kind < 0.3:
         shown = edit.source
     elif kind < 0.6:
-        shown = _otherwise(edit.target, rng, share=0.35)
+        shown = otherwise(edit.target, rng, share=0.35)
     pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
     return shown, (to_bytes(render(edit.source)), pixels)
 

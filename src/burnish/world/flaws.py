@@ -80,6 +80,16 @@ def spoil(scene: Scene, rng: np.random.Generator, names: Sequence[str] = ()) -> 
     return scene.changed({key: options[int(rng.integers(len(options)))]})
 
 
+def otherwise(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
+    """The scene with each value replaced by an alternative with a probability of `share`."""
+    changes = {}
+    for key in scene.values:
+        options = alternatives(scene, key)
+        if options and rng.random() < share:
+            changes[key] = options[int(rng.integers(len(options)))]
+    return scene.changed(changes)
+
+
 def blur(pixels: np.ndarray) -> np.ndarray:
     """Out of focus: a Gaussian of 2.4 pixels."""
     image = Image.fromarray((pixels * 255).round().astype(np.uint8))
