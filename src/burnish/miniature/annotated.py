@@ -6,9 +6,9 @@ their crisp edges; they hold what a trained policy may come to draw. Others are 
 itself, at random guidance, with the smears and half-made things that no list of flaws holds. The
 portrait dimension has a set of its own, as in the paper (arXiv 2606.27608, section 3.2), because
 elsewhere hands and eyes are nearly always right. And there are pictures that do not fit their
-prompt at all: where nearly everything is as asked, a judge does well to take what it was asked for
-what it sees. Several pictures of each prompt make a pair group, because training by groups asks for differences
-within a prompt.
+prompt at all: where nearly everything is as asked, a judge does well to take what was asked for
+what it sees. Several pictures of each prompt make a pair group, because training by groups asks for
+differences within a prompt.
 """
 
 from collections.abc import Callable, Iterator, Sequence

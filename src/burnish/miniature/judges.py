@@ -134,7 +134,7 @@ def train_miniature_judge(
 def _teach_to_see(
     out: Path, base: QwenImage21Policy, eyes: EyesPlan, sight: SightPlan, rt: Runtime
 ) -> None:
-    """Write `out/sighted`, a model that recognises, describes and checks, and has judged nothing."""
+    """Write `out/sighted`: a model that recognises, describes, checks, and never judged."""
     model, processor = new_judge(list(sample_texts(1500)))
     folder = out / "checkpoints"
     with _shown("eyes", eyes.steps, folder / "eyes") as show:
