@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from burnish import runtime
+from burnish.annotations.base import read_annotations
+from burnish.cli import main
 from burnish.config import located
 from burnish.miniature.autoencoder import new_autoencoder, patches, to_input
 from burnish.miniature.base_model import BasePlan, make_pool, train_base
@@ -228,3 +230,13 @@ def test_a_reduced_build_learns_and_can_be_loaded(tmp_path: Path) -> None:
     shipped = located("embedded:prompts/train.jsonl").read_bytes()
     built = (tmp_path / "prompts" / "train.jsonl").read_bytes()
     assert hashlib.sha256(built).digest() == hashlib.sha256(shipped).digest()
+
+
+def test_annotated_pictures_can_be_had_by_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["miniature", "annotate", "--out", str(tmp_path), "--prompts", "1"]) == 0
+    (path,) = [Path(line) for line in capsys.readouterr().out.splitlines() if "jsonl" in line]
+    found = read_annotations(path)
+    assert {a.dimension for a in found} >= {"alignment", "aesthetic", "portrait", "instruction"}
+    assert len({a.pair_group for a in found}) == 7 and len(found) >= 7 * 5 * 2

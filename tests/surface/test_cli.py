@@ -20,6 +20,7 @@ from burnish.cli import recipes
 from burnish.config import located
 from burnish.launcher import STOPPED, JobError, launch
 
+GROUPED = ("miniature build", "miniature annotate", "reward train", "reward report", "reward serve")
 COMMANDS = ("run", "grpo", "nft", "distill", "report", "recipes", "sample", "doctor")
 
 
@@ -125,7 +126,7 @@ def test_help_comes_at_once() -> None:
     assert "  job " not in done.stdout and "..." not in done.stdout.replace("[ARGS]...", "")
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "miniature build", "reward train", "reward serve"])
+@pytest.mark.parametrize("command", [*COMMANDS, *GROUPED])
 def test_help_teaches(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Every command has an example that begins with itself."""
     assert cli.main([*command.split(), "--help"]) == 0
@@ -199,6 +200,8 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
         ("reward train path=missing annotations=[]", "annotations: need at least one file"),
         ("reward train path=. annotations=[{path:missing.jsonl}]", "missing.jsonl"),
         ("reward train path=. annotations=[] los=pairwise", "did you mean `loss`?"),
+        ("reward report missing annotations=[]", "need the folder of a judge"),
+        ("reward report . limti=3", "did you mean `limit`?"),
         ("reward serve missing", "need the folder of a judge"),
     ],
 )
