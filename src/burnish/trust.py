@@ -143,7 +143,7 @@ def examine(
         for name in known
     }
     calls = sum(
-        len(part) + (2 + len(PROBES)) * min(len(part), config.probed) for part in chosen.values()
+        len(part) + (1 + len(PROBES)) * min(len(part), config.probed) for part in chosen.values()
     )
     with progress("judge", calls) as bar:
         return [_examined(judge, name, part, config, bar) for name, part in chosen.items()]
