@@ -77,7 +77,7 @@ def judge_config(model: Path, annotations: Path, **changes: Any) -> RewardTraini
         "annotations": (SourceConfig(path=str(annotations)),),
         "rubrics": "embedded:rubrics",
         "lora_rank": 0,
-        "learning_rate": 5e-4,
+        "learning_rate": 4e-4,
         "warmup_steps": 50,
         "batch_size": 32,
         # About one epoch of two processes.

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from burnish.config import located
 from burnish.judging import Rubric, question
 from burnish.miniature.base_model import reconstructed
 from burnish.miniature.fitting import Fitting
@@ -30,13 +31,18 @@ from burnish.types import Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import is_visible, otherwise, spoil
 from burnish.world.grammar import say
-from burnish.world.raters import by_weight, checks, words
+from burnish.world.raters import ANATOMY, by_weight, checks, words
 from burnish.world.render import render
-from burnish.world.scenes import Scene
+from burnish.world.scenes import Scene, attribute
 
 DESCRIBE = Rubric("description", "Describe the picture.")
 COMPARE = Rubric("comparison", "What differs?")
-CHECK = Rubric("check", "Check the picture.")
+ALIGNMENT, AESTHETIC, PORTRAIT, INSTRUCTION = (
+    Rubric.read(located(f"embedded:rubrics/{name}.md"))
+    for name in ("alignment", "aesthetic", "portrait", "instruction")
+)
+"""What the judge will be asked: with other words than these it would have to learn its checks
+again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +52,8 @@ class SightPlan:
     steps: int = 1300
     batch_size: int = 64
     """Examples of each process and step."""
-    shares: tuple[float, ...] = (0.2, 0.2, 0.35, 0.25)
-    """Shares of the steps that describe, compare, check a picture, and check an edit."""
+    shares: tuple[float, ...] = (0.15, 0.15, 0.3, 0.1, 0.05, 0.25)
+    """Shares of the steps of each of `KINDS`."""
     learning_rate: float = 1.5e-3
     """AdamW's peak, for all that is not a matrix of a layer."""
     matrix_learning_rate: float = 3e-3
@@ -102,8 +108,24 @@ def checked_picture(rng: np.random.Generator) -> Sight:
     scene = draw_scene(rng)
     shown = otherwise(scene, rng, share=0.35)
     pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
-    keys = [key for key in scene.values if key not in scene.free]
-    return Sight((pixels,), _checked(keys, scene, shown), CHECK, say(scene, rng))
+    keys = [k for k in scene.values if k not in scene.free and attribute(k) not in ANATOMY]
+    return Sight((pixels,), _checked(keys, scene, shown), ALIGNMENT, say(scene, rng))
+
+
+def checked_portrait(rng: np.random.Generator) -> Sight:
+    """A portrait whose hand and eyes are often wrong."""
+    scene = draw_scene(rng, "portrait")
+    shown = otherwise(scene, rng, share=0.35)
+    pixels, _ = _perhaps_spoilt(render(shown), rng, share=0.2)
+    return Sight((pixels,), _checked(ANATOMY, scene, shown), PORTRAIT, say(scene, rng))
+
+
+def checked_quality(rng: np.random.Generator) -> Sight:
+    """A picture that is clean or spoilt as a whole."""
+    scene = draw_scene(rng)
+    pixels, is_clean = _perhaps_spoilt(render(scene), rng, share=0.5)
+    said = "picture clean" if is_clean else "picture spoilt"
+    return Sight((pixels,), said, AESTHETIC, say(scene, rng))
 
 
 def checked_edit(rng: np.random.Generator) -> Sight:
@@ -113,14 +135,16 @@ def checked_edit(rng: np.random.Generator) -> Sight:
     rest = [k for k in shown.values if k not in edit.changes]
     spoilt = [k for k in rest if shown.values[k] != edit.target.values[k]]
     said = [_checked(keys, edit.target, shown) for keys in (edit.changes, spoilt) if keys]
-    return Sight(pictures, "; ".join(said), CHECK, edit.instruction)
+    return Sight(pictures, "; ".join(said), INSTRUCTION, edit.instruction)
 
 
 KINDS = {
     "describe": one_picture,
     "compare": two_pictures,
-    "check": checked_picture,
-    "check_edit": checked_edit,
+    "alignment": checked_picture,
+    "portrait": checked_portrait,
+    "aesthetic": checked_quality,
+    "instruction": checked_edit,
 }
 """What the model learns, by name, in the order of `SightPlan.shares`."""
 
