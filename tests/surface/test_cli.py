@@ -146,7 +146,7 @@ def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]
     assert cli.main(["recipes"]) == 0
     out = capsys.readouterr().out
     names = [line.split(" (")[0] for line in out.splitlines() if line and line[0] != " "]
-    assert names == ["distill", "grpo", "miniature", "nft", "objectives", "smoke"]
+    assert names == ["distill", "grpo", "miniature", "nft", "objectives", "oracle", "smoke"]
     for word in ("burnish ", "Hardware: ", "Time: ", "Result: "):
         assert out.count(f"    {word}") >= len(names)
 
