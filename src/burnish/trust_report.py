@@ -1,6 +1,5 @@
 """The page about a judge: may it be trained against, and where is it most wrong."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,13 +128,12 @@ def _shown(reading: Reading) -> dict[str, Any]:
         page.embedded(images.decode(data, where=annotation.id))
         for data in (*annotation.sources, annotation.output)
     ]
-    is_scored = isinstance(score, Scored)
     return {
         "prompt": annotation.prompt,
         "pictures": pictures,
         "raters": annotation.score_mean,
         "raters_std": annotation.score_std,
         "raters_said": annotation.reasoning,
-        "judge": score.value if is_scored else None,
-        "judge_said": score.note if is_scored else json.dumps(getattr(score, "reason", "")),
+        "judge": score.value if isinstance(score, Scored) else None,
+        "judge_said": score.note if isinstance(score, Scored) else score.reason,
     }

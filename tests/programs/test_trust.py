@@ -14,6 +14,7 @@ from burnish import images
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
+from burnish.config import ConfigError
 from burnish.probes import PROBES
 from burnish.rewards.vlm import Judge
 from burnish.trust import Examination, TrustConfig, examine
@@ -160,9 +161,11 @@ def test_only_held_out_prompts_are_read(
     assert 0 < count["count"] < len(SOME)
 
 
-def test_failures_are_counted_and_are_no_numbers(small_judge: Path, file: Path) -> None:
+def test_a_judge_that_scores_nothing_is_refused_and_its_fast_mode_may_still_work(
+    small_judge: Path, file: Path
+) -> None:
     judge = replace(Judge.load(small_judge), longest_answer=1)
-    with pytest.raises(Exception, match="need scores of at least two pictures, got 0 of 20"):
+    with pytest.raises(ConfigError, match="need scores of at least two pictures, got 0 of 20"):
         examine(judge, SOME, settings(file, limit=20, probed=2))
     (fast,) = examine(judge, SOME, settings(file, limit=20, probed=2, reasoning=False))
     assert all(isinstance(reading.score, Scored) for reading in fast.readings)
