@@ -34,8 +34,8 @@ from burnish.miniature.sight import (
     Reader,
     SightPlan,
     checked_picture,
-    compare,
     describe,
+    half_otherwise,
     learn_to_see,
     sample_texts,
 )
@@ -46,6 +46,8 @@ from burnish.rewards.vlm import Judge, Vlm
 from burnish.tracking import RunError, read_rows
 from burnish.types import Scored, ScoreRequest
 from burnish.world.flaws import spoil
+from burnish.world.raters import Raters, rate_edit
+from burnish.world.render import render
 from burnish.world.scenes import Scene, is_held_out, sample_scene
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -559,13 +561,20 @@ def test_what_a_picture_does_not_show_is_left_out() -> None:
         assert sum(place >= 0 for place in wanted) < 16
 
 
-def test_what_is_said_of_pictures_names_what_differs() -> None:
-    rng = np.random.default_rng(0)
-    source = sample_scene(rng, category="typography", style="flat")
-    other = source.changed({"frame": "framed" if source.values["frame"] == "none" else "none"})
-    assert compare(source, source) == "all kept"
-    assert compare(source, other) == (f"frame {source.values['frame']} now {other.values['frame']}")
-    assert f"word {source.values['word']}" in describe(source, is_clean=True)
+def test_what_is_said_of_pictures_names_what_is_there() -> None:
+    scene = sample_scene(np.random.default_rng(0), category="typography", style="flat")
+    assert f"word {scene.values['word']}" in describe(scene, is_clean=True)
+
+
+def test_of_an_edit_the_change_and_all_the_rest_are_checked() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        edit = draw_edit(rng)
+        shown = half_otherwise(edit.target, rng)
+        said = rate_edit(render(shown), edit, Raters.hire(), rng)[0].reasoning
+        core, rest = said.split("; ")
+        assert len(core.split(", ")) == len(edit.changes)
+        assert len(rest.split(", ")) >= 2
 
 
 def test_checks_name_what_was_asked_and_what_is_there() -> None:
@@ -576,7 +585,7 @@ def test_checks_name_what_was_asked_and_what_is_there() -> None:
         seen, verdict = rest.rsplit(" ", 1)
         assert (verdict == "right") == (asked.endswith(f" {seen}"))
     share = sum(check.endswith("wrong") for check in checks) / len(checks)
-    assert 0.2 < share < 0.45
+    assert 0.35 < share < 0.5
 
 
 def test_a_reader_teaches_what_is_said_and_nothing_else() -> None:

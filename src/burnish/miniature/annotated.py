@@ -48,6 +48,8 @@ CHANGES: dict[str, Callable[[Scene, np.random.Generator], Scene]] = {
     "mismatched": partial(otherwise, share=0.35),
 }
 """What is wrong with the content of rendered pictures."""
+SET_FOR_CONTENT = frozenset({"portraits", "mismatched"})
+"""Sets that nobody is asked to rate for beauty: the others hold enough of that."""
 _BLOCK = 16
 """Prompts that are worked on together."""
 
@@ -89,8 +91,8 @@ class _Subject:
 def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Annotation]:
     """Pictures of the embedded world with the opinions of raters.
 
-    Alignment and aesthetic of every picture drawn from text, and the anatomy of portraits;
-    instruction and aesthetic of every edit. A function of the base and the plan.
+    Alignment of every picture drawn from text, and the anatomy of portraits; instruction of every
+    edit; aesthetic outside `SET_FOR_CONTENT`. A function of the base and the plan.
 
     Args:
         base: whose autoencoder all pictures pass, and who draws half of them.
@@ -122,7 +124,7 @@ def annotated_pictures(base: QwenImage21Policy, plan: PicturesPlan) -> list[Anno
                 else _rendered(base, block, plan, rng, CHANGES[made])
             )
             for subject, group in zip(block, pictures, strict=True):
-                found += _opinions(subject, group, raters, rng)
+                found += _opinions(subject, made, group, raters, rng)
     return found
 
 
@@ -223,9 +225,13 @@ def _grouped(pictures: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]
 
 
 def _opinions(
-    subject: _Subject, pictures: Sequence[np.ndarray], raters: Raters, rng: np.random.Generator
+    subject: _Subject,
+    made: str,
+    pictures: Sequence[np.ndarray],
+    raters: Raters,
+    rng: np.random.Generator,
 ) -> Iterator[Annotation]:
-    """What the raters say of each picture of one prompt."""
+    """What the raters say of each picture of one prompt, `made` in one of the ways of the plan."""
     prompt, wanted = subject.prompt, subject.wanted
     for number, picture in enumerate(pictures):
         # What was written to the file is what is rated.
@@ -235,6 +241,8 @@ def _opinions(
             if isinstance(wanted, Edit)
             else rate_scene(seen, wanted, raters, rng)
         )
+        if made in SET_FOR_CONTENT:
+            opinions = [opinion for opinion in opinions if opinion.dimension != "aesthetic"]
         output = images.encode_png(Image.fromarray(picture))
         for opinion in opinions:
             yield Annotation(

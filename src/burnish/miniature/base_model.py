@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from burnish.miniature.fitting import Fitting
+from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import Example, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
@@ -32,25 +32,19 @@ ENCODER_SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layer
 
 
 @dataclass(frozen=True, kw_only=True)
-class BasePlan:
+class BasePlan(FittingPlan):
     """How long and how fast the base model is trained."""
 
     steps: int = 6000
     clean_steps: int = 3600
     """The first steps, which see no flawed picture."""
     batch_size: int = 24
-    """Examples of each process and step."""
     noise_levels: int = 4
     """Noise levels per example and step, sharing one prefix."""
     learning_rate: float = 1.2e-3
-    """AdamW's peak, for all that is not a matrix of the transformer's blocks."""
-    matrix_learning_rate: float = 3e-3
-    """Muon's peak, scaled to the size of an AdamW step."""
     drop_prompt: float = 0.1
     edit_share: float = 0.4
     ema: float = 0.998
-    save_every: int = 250
-    seed: int = 0
 
 
 @torch.no_grad()
@@ -141,28 +135,18 @@ def train_base(
     Returns:
         The losses of every step by task, those before a training was cut off included.
     """
-    fitting = Fitting(
-        torch.nn.ModuleList([policy.transformer, policy.text_encoder]),
-        policy.transformer.transformer_blocks,
-        runtime,
-        plan.learning_rate,
-        plan.matrix_learning_rate,
-        plan.steps,
-        folder,
-    )
-    for step in range(len(fitting.losses), plan.steps):
+
+    def losses(step: int) -> tuple[Tensor, dict[str, float]]:
         torch.manual_seed(derived_seed(plan.seed, "base model", step, runtime.rank))
         is_edit = (
             float(torch.rand(1, generator=generator(plan.seed, "task", step))) < plan.edit_share
         )
         loss = _loss(policy, edit_pool if is_edit else text_pool, plan, step)
-        fitting.step(loss, plan.ema)
-        fitting.losses.append({"edit" if is_edit else "t2i": float(loss.detach())})
-        on_step(fitting.losses[-1])
-        if runtime.is_main and (step + 1) % plan.save_every == 0:
-            fitting.save()
-    fitting.finish()
-    return fitting.losses
+        return loss, {"edit" if is_edit else "t2i": float(loss.detach())}
+
+    modules = torch.nn.ModuleList([policy.transformer, policy.text_encoder])
+    blocks = policy.transformer.transformer_blocks
+    return fit(modules, blocks, plan, runtime, losses, folder=folder, on_step=on_step)
 
 
 def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan, step: int) -> Tensor:

@@ -35,7 +35,7 @@ def write_judge_card(folder: Path, facts: Mapping[str, Any]) -> None:
         "# Burnish miniature: judge",
         "",
         "A `Qwen3VLForConditionalGeneration` of 3.9 million parameters (Apache-2.0), trained from",
-        "random weights on pictures of the embedded world: to describe, compare and check them,",
+        "random weights on pictures of the embedded world: to describe and to check them,",
         f"then on the opinions of simulated raters, with the loss `{facts['loss']}`. It reasons,",
         "then scores alignment, aesthetic, portrait and instruction from 1 to 5. Agreement with",
         "raters on prompts that it never saw:",

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from burnish.miniature.base_model import reconstructed
-from burnish.miniature.fitting import Fitting
+from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import draw_scene, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, seeded
@@ -39,19 +39,10 @@ _LEFT_OUT = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class EyesPlan:
+class EyesPlan(FittingPlan):
     """How long and how fast the tower learns."""
 
     steps: int = 700
-    batch_size: int = 64
-    """Pictures of each process and step."""
-    learning_rate: float = 1.5e-3
-    """AdamW's peak, for all that is not a matrix of a layer."""
-    matrix_learning_rate: float = 3e-3
-    """Muon's peak, scaled to the size of an AdamW step."""
-    ema: float = 0.99
-    save_every: int = 250
-    seed: int = 0
 
 
 def to_recognise(rng: np.random.Generator) -> tuple[np.ndarray, list[int]]:
@@ -121,16 +112,8 @@ def learn_to_recognise(
     tokens = (64 // visual.config.patch_size // visual.config.spatial_merge_size) ** 2
     with seeded(plan.seed, "heads"):
         heads = nn.Linear(tokens * visual.config.out_hidden_size, sum(map(len, CLASSES.values())))
-    fitting = Fitting(
-        nn.ModuleList([visual, heads]),
-        list(visual.blocks),
-        rt,
-        plan.learning_rate,
-        plan.matrix_learning_rate,
-        plan.steps,
-        folder,
-    )
-    for step in range(len(fitting.losses), plan.steps):
+
+    def losses(step: int) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(derived_seed(plan.seed, "eyes", step, rt.rank))
         drawn, wanted = zip(*(to_recognise(rng) for _ in range(plan.batch_size)), strict=True)
         seen = reconstructed(base, np.stack(drawn))
@@ -141,11 +124,7 @@ def learn_to_recognise(
             found = visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
             logits = heads(found.pooler_output.reshape(plan.batch_size, -1))
         loss, right = recognition_loss(logits, torch.tensor(wanted))
-        fitting.step(loss, plan.ema)
-        fitting.losses.append({"loss": float(loss.detach()), **right})
-        on_step(fitting.losses[-1])
-        is_due = (step + 1) % plan.save_every == 0 or step + 1 == plan.steps
-        if rt.is_main and is_due:
-            fitting.save()
-    fitting.finish()
-    return fitting.losses
+        return loss, {"loss": float(loss.detach()), **right}
+
+    modules = nn.ModuleList([visual, heads])
+    return fit(modules, visual.blocks, plan, rt, losses, folder=folder, on_step=on_step)

@@ -1,9 +1,11 @@
-"""Weights, their running average and the optimizers of the builder, which a checkpoint holds.
+"""The builder's training loop: what it changes, which a checkpoint holds, and how it goes on.
 
 Muon trains the matrices of the blocks, AdamW the rest, both along one cycle of the learning rate.
+The weights that are kept are a running average.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +16,74 @@ from burnish import checkpoint
 from burnish.runtime import Runtime
 
 
-class Fitting:
-    """What a training of the builder changes, at the place where it stands."""
+@dataclass(frozen=True, kw_only=True)
+class FittingPlan:
+    """How long and how fast."""
+
+    steps: int
+    batch_size: int = 64
+    """Examples of each process and step."""
+    learning_rate: float = 1.5e-3
+    """AdamW's peak, for all that is not a matrix of a block."""
+    matrix_learning_rate: float = 3e-3
+    """Muon's peak, scaled to the size of an AdamW step."""
+    ema: float = 0.99
+    """Decay of the average; it begins shorter."""
+    save_every: int = 250
+    seed: int = 0
+
+
+def fit(
+    modules: nn.Module,
+    blocks: Iterable[nn.Module],
+    plan: FittingPlan,
+    runtime: Runtime,
+    losses: Callable[[int], tuple[Tensor, dict[str, float]]],
+    *,
+    folder: Path | None = None,
+    on_step: Callable[[dict[str, float]], None] = lambda found: None,
+) -> list[dict[str, float]]:
+    """Train in place; the weights end as their average.
+
+    Args:
+        modules: all of whose parameters are trained.
+        blocks: whose matrices Muon trains.
+        plan: how long and how fast.
+        runtime: ranks that share each step.
+        losses: loss of a step on this process, and figures of it.
+        folder: checkpoints go here, and a training that was cut off goes on from the newest; None
+            keeps none.
+        on_step: called with the figures of each step done now.
+
+    Returns:
+        The figures of every step, those before a training was cut off included.
+    """
+    fitting = _Fitting(modules, blocks, plan, runtime, folder)
+    for step in range(len(fitting.figures), plan.steps):
+        loss, found = losses(step)
+        fitting.step(loss)
+        fitting.figures.append(found)
+        on_step(found)
+        is_due = (step + 1) % plan.save_every == 0 or step + 1 == plan.steps
+        if runtime.is_main and is_due:
+            fitting.save()
+    fitting.finish()
+    return fitting.figures
+
+
+class _Fitting:
+    """What a training changes, at the place where it stands."""
 
     def __init__(
         self,
         modules: nn.Module,
         blocks: Iterable[nn.Module],
+        plan: FittingPlan,
         runtime: Runtime,
-        learning_rate: float,
-        matrix_learning_rate: float,
-        steps: int,
         folder: Path | None,
     ) -> None:
-        """Start, or go on from the newest checkpoint.
-
-        Args:
-            modules: all of whose parameters are trained.
-            blocks: whose matrices Muon trains.
-            runtime: ranks that share each step.
-            learning_rate: AdamW's peak.
-            matrix_learning_rate: Muon's peak, scaled to the size of an AdamW step.
-            steps: of the whole training.
-            folder: of the checkpoints; None keeps none.
-        """
+        """Start, or go on from the newest checkpoint; the arguments are those of `fit`."""
+        self._plan = plan
         self._modules, self._runtime, self._folder = modules, runtime, folder
         modules.requires_grad_(True).train()
         self._parameters = list(modules.parameters())
@@ -48,36 +94,31 @@ class Fitting:
         self._optimizers: dict[str, torch.optim.Optimizer] = {
             "matrices": torch.optim.Muon(
                 list(matrices.values()),
-                lr=matrix_learning_rate,
+                lr=plan.matrix_learning_rate,
                 weight_decay=0.01,
                 adjust_lr_fn="match_rms_adamw",
             ),
             "others": torch.optim.AdamW(
-                others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+                others, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
             ),
         }
-        self.losses: list[dict[str, float]] = []
-        """One entry for each step done; the caller adds it."""
+        self.figures: list[dict[str, float]] = []
+        """One entry for each step done."""
         self._resume()
         self._schedules = [
             torch.optim.lr_scheduler.OneCycleLR(
                 optimizer,
                 [group.get("max_lr", group["lr"]) for group in optimizer.param_groups],
-                total_steps=steps,
+                total_steps=plan.steps,
                 pct_start=0.05,
                 cycle_momentum=False,
-                last_epoch=len(self.losses) - 1,
+                last_epoch=len(self.figures) - 1,
             )
             for optimizer in self._optimizers.values()
         ]
 
-    def step(self, loss: Tensor, ema: float) -> None:
-        """One step of all optimizers down the mean gradient of all processes.
-
-        Args:
-            loss: of this process.
-            ema: decay of the average; it begins shorter.
-        """
+    def step(self, loss: Tensor) -> None:
+        """One step of all optimizers down the mean gradient of all processes."""
         for optimizer in self._optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -86,8 +127,8 @@ class Fitting:
         for optimizer, schedule in zip(self._optimizers.values(), self._schedules, strict=True):
             optimizer.step()
             schedule.step()
-        done = len(self.losses)
-        decay = min(ema, (done + 1) / (done + 10))
+        done = len(self.figures)
+        decay = min(self._plan.ema, (done + 1) / (done + 10))
         current = [p.detach() for p in self._parameters]
         torch._foreach_lerp_(self._average, current, 1 - decay)
 
@@ -98,10 +139,10 @@ class Fitting:
         named = {}
         for group, values in (("parameters", self._parameters), ("average", self._average)):
             named[group] = {str(n): value.detach() for n, value in enumerate(values)}
-        state: dict[str, Any] = {"losses": self.losses}
+        state: dict[str, Any] = {"figures": self.figures}
         for name, optimizer in self._optimizers.items():
             named[name], state[name] = checkpoint.optimizer_state(optimizer)
-        checkpoint.save(self._folder, len(self.losses), named, state, keep=1)
+        checkpoint.save(self._folder, len(self.figures), named, state, keep=1)
 
     @torch.no_grad()
     def _resume(self) -> None:
@@ -113,7 +154,7 @@ class Fitting:
                 value.copy_(found.tensors[group][str(n)])
         for name, optimizer in self._optimizers.items():
             checkpoint.load_optimizer_state(optimizer, found.tensors[name], found.state[name])
-        self.losses = found.state["losses"]
+        self.figures = found.state["figures"]
 
     @torch.no_grad()
     def finish(self) -> None:

@@ -80,11 +80,20 @@ def spoil(scene: Scene, rng: np.random.Generator, names: Sequence[str] = ()) -> 
     return scene.changed({key: options[int(rng.integers(len(options)))]})
 
 
-def otherwise(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
-    """The scene with each value replaced by an alternative with a probability of `share`."""
+def otherwise(
+    scene: Scene, rng: np.random.Generator, share: float, fixed: Sequence[str] = ()
+) -> Scene:
+    """The scene with each value replaced by an alternative with a probability of `share`.
+
+    Args:
+        scene: as it should be.
+        rng: decides what is replaced, and by what.
+        share: of the values.
+        fixed: attributes that stay as they are.
+    """
     changes = {}
     for key in scene.values:
-        options = alternatives(scene, key)
+        options = () if attribute(key) in fixed else alternatives(scene, key)
         if options and rng.random() < share:
             changes[key] = options[int(rng.integers(len(options)))]
     return scene.changed(changes)

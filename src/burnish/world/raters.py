@@ -137,12 +137,7 @@ def rate_edit(
     done = min(core.values())
     points = 1 + 4 * (0.6 * done + 0.4 * done * (_harsh(list(rest.values())) if rest else 1.0))
     truth = min(points, CAP) if done < 0.5 else points
-    spoilt = {key: value for key, value in rest.items() if value < 0.5}
-    said = "; ".join(
-        part
-        for part in (checks(core, edit.target, seen), checks(spoilt, edit.target, seen))
-        if part
-    )
+    said = "; ".join(checks(part, edit.target, seen) for part in (core, rest) if part)
     return [raters.rate("instruction", truth, said, rng), _aesthetic(pixels, seen, raters, rng)]
 
 
