@@ -46,6 +46,16 @@ class PolicyConfig(Config):
     resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=32)
 
 
+class StudyConfig(Config):
+    """What makes a recipe a study: its stages are arms that answer a question."""
+
+    question: str
+    claim: str = ""
+    """What the paper says."""
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    """Of the runs; the pictures that are measured have the same seeds in all of them."""
+
+
 class RunConfig(Config):
     """One complete run; recipes are files of this."""
 
@@ -60,6 +70,8 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     judge: AnyReward
     """Scores the held-out pictures."""
+    study: StudyConfig | None = None
+    """For recipes that `burnish study` runs with several seeds."""
 
     @model_validator(mode="after")
     def _stages_follow(self) -> "RunConfig":

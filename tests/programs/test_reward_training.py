@@ -35,7 +35,6 @@ from burnish.miniature.sight import (
     SightPlan,
     checked_picture,
     describe,
-    half_otherwise,
     learn_to_see,
     sample_texts,
 )
@@ -45,7 +44,7 @@ from burnish.reward_training import RUBRICS, RewardTrainingConfig, SourceConfig,
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.tracking import RunError, read_rows
 from burnish.types import Scored, ScoreRequest
-from burnish.world.flaws import spoil
+from burnish.world.flaws import otherwise, spoil
 from burnish.world.raters import Raters, rate_edit
 from burnish.world.render import render
 from burnish.world.scenes import Scene, is_held_out, sample_scene
@@ -570,7 +569,7 @@ def test_of_an_edit_the_change_and_all_the_rest_are_checked() -> None:
     for seed in range(20):
         rng = np.random.default_rng(seed)
         edit = draw_edit(rng)
-        shown = half_otherwise(edit.target, rng)
+        shown = otherwise(edit.target, rng, share=0.5)
         said = rate_edit(render(shown), edit, Raters.hire(), rng)[0].reasoning
         core, rest = said.split("; ")
         assert len(core.split(", ")) == len(edit.changes)

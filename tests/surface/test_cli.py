@@ -146,7 +146,9 @@ def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]
     assert cli.main(["recipes"]) == 0
     out = capsys.readouterr().out
     names = [line.split(" (")[0] for line in out.splitlines() if line and line[0] != " "]
-    assert names == ["distill", "grpo", "miniature", "nft", "objectives", "oracle", "smoke"]
+    assert names == [
+        "distill", "grpo", "judges", "miniature", "nft", "objectives", "oracle", "smoke"
+    ]  # fmt: skip
     for word in ("burnish ", "Hardware: ", "Time: ", "Result: "):
         assert out.count(f"    {word}") >= len(names)
 
@@ -174,6 +176,10 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
         ("run none.yaml", "none.yaml does not exist"),
         ("run smoke stages.student.step=3", "did you mean `stages.student.steps`?"),
         ("run smoke seed", "need key=value, got 'seed'"),
+        ("study", "need a study, got none; the studies are judges"),
+        ("study judgs", "got 'judgs'; did you mean 'judges'?"),
+        ("study smoke", "need a recipe with `study:`, got smoke"),
+        ("study judges --all", "need --all alone, got more"),
         ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
         ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
         ("grpo stages.teacher.rollout.kernel=ode", "rollout.kernel=precise"),
@@ -322,6 +328,24 @@ def test_a_run_is_trained_measured_and_reported(
     assert cli.main([*command, "--model", str(out)]) == 2
     assert f"take {out / 'student'}" in capsys.readouterr().err
     assert cli.main(["report", str(out)]) == 0
+
+
+def test_a_study_runs_every_seed_and_goes_on_where_it_stopped(
+    recipe: Path, tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A second start finds everything done and writes the same table."""
+    with recipe.open("a") as file:
+        file.write("study: {question: 'Does it learn?', seeds: [3, 4]}\n")
+    out = tmp_path / "study"
+    command = ["study", str(recipe), "--out", str(out), "--json"]
+    tables = []
+    for _ in range(2):
+        assert cli.main(command) == 0
+        tables.append(json.loads(capsys.readouterr().out.splitlines()[-1])["study"])
+    assert tables[0] == tables[1] and tables[0]["seeds"] == [3, 4]
+    stages = [out / f"seed-{seed}" / "stages" / "student" for seed in (3, 4)]
+    assert (out / "study.md").read_text().startswith("# Does it learn?")
+    assert len({(stage / "metrics.jsonl").read_bytes() for stage in stages}) == 2
 
 
 def test_a_damaged_checkpoint_is_told(

@@ -3,7 +3,7 @@
 One file for each group of commands; importing it hangs them on the program.
 """
 
-from burnish.cli import machine, pictures, recipes, rewards, runs
+from burnish.cli import machine, pictures, recipes, rewards, runs, studies
 from burnish.cli.program import main
 
-__all__ = ["machine", "main", "pictures", "recipes", "rewards", "runs"]
+__all__ = ["machine", "main", "pictures", "recipes", "rewards", "runs", "studies"]

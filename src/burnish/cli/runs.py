@@ -5,9 +5,9 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,6 +17,9 @@ from burnish.cli.program import app
 from burnish.cli.recipes import recipe_path
 from burnish.config import ConfigError, load, nearest
 from burnish.launcher import JobError
+
+if TYPE_CHECKING:
+    from burnish.stages import RunConfig
 
 
 @app.command(epilog="Example: burnish run miniature seed=1 --out runs/second")
@@ -63,19 +66,42 @@ def _run(
     recipe: str, overrides: Sequence[str] | None, out: Path | None, force: bool, as_json: bool
 ) -> None:
     path = recipe_path(recipe)
-    from burnish import preflight, runtime
     from burnish.stages import RunConfig
-    from burnish.tracking import Run
 
     config = load(RunConfig, path, overrides or ())
+    folder = out or Path("runs") / config.name
+    carry_out(config, folder, force=force)
+    _finish(folder.resolve(), as_json)
+
+
+def carry_out(
+    config: "RunConfig",
+    folder: Path,
+    *,
+    force: bool = False,
+    before: Callable[[], None] | None = None,
+) -> None:
+    """Run every job of a run that has not left its result, after checking all that can be checked.
+
+    Args:
+        config: of the run.
+        folder: made if missing.
+        force: drop what is there.
+        before: called when the folder exists and no job runs yet.
+    """
+    from burnish import preflight, runtime
+    from burnish.tracking import Run
+
     preflight.check_inputs(config)
     device = runtime.choose_device(config.runtime.device)
     dtype = runtime.choose_dtype(config.runtime.dtype, device)
     here = runtime.Runtime(device=device, dtype=dtype).describe()
     # Absolute, because the settings of a stage hold the folders of its teachers.
-    folder = (out or Path("runs") / config.name).resolve()
+    folder = folder.resolve()
     is_new = not folder.exists()
     Run.create(folder, config, command=shlex.join(["burnish", *sys.argv[1:]]), environment=here)
+    if before is not None:
+        before()
     try:
         launcher.run_jobs(config, folder, force=force)
     except JobError as error:
@@ -83,7 +109,6 @@ def _run(
             # Or else the corrected command would find the folder of another run.
             shutil.rmtree(folder)
         raise
-    _finish(folder, as_json)
 
 
 def _has_results(folder: Path) -> bool:

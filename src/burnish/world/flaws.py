@@ -80,20 +80,15 @@ def spoil(scene: Scene, rng: np.random.Generator, names: Sequence[str] = ()) -> 
     return scene.changed({key: options[int(rng.integers(len(options)))]})
 
 
-def otherwise(
-    scene: Scene, rng: np.random.Generator, share: float, fixed: Sequence[str] = ()
-) -> Scene:
+def otherwise(scene: Scene, rng: np.random.Generator, share: float) -> Scene:
     """The scene with each value replaced by an alternative with a probability of `share`.
 
-    Args:
-        scene: as it should be.
-        rng: decides what is replaced, and by what.
-        share: of the values.
-        fixed: attributes that stay as they are.
+    Of two objects the places stay, or nobody could tell which is which.
     """
     changes = {}
     for key in scene.values:
-        options = () if attribute(key) in fixed else alternatives(scene, key)
+        is_fixed = attribute(key) == "place" and "1.place" in scene.values
+        options = () if is_fixed else alternatives(scene, key)
         if options and rng.random() < share:
             changes[key] = options[int(rng.integers(len(options)))]
     return scene.changed(changes)

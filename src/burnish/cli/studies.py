@@ -1,0 +1,78 @@
+"""The command that runs a recipe's stages as the arms of a study, with several seeds."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from burnish.cli.options import Json, Overrides
+from burnish.cli.program import app
+from burnish.cli.recipes import known_recipes, recipe_path
+from burnish.cli.runs import carry_out
+from burnish.config import ConfigError, load, read_yaml
+
+
+@app.command(epilog="Example: burnish study judges")
+def study(
+    name: Annotated[
+        str | None, typer.Argument(help="A study's name, or the path of a recipe with `study:`.")
+    ] = None,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Study folder; runs/studies/NAME if left out.", metavar="DIR"),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Run all studies, one by one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the arms of a study with several seeds and compare them.
+
+    Every seed is a run of its own, with its report; scores, table and page are in the study's
+    folder. Start the same command again to go on where it stopped.
+    """
+    if every and (name is not None or overrides or out is not None):
+        raise ConfigError("need --all alone, got more; name one study to change its settings")
+    names = known_studies() if every else [name] if name is not None else []
+    if not names:
+        raise ConfigError(f"need a study, got none; the studies are {', '.join(known_studies())}")
+    for one in names:
+        _study(one, list(overrides or ()), out, as_json)
+
+
+def known_studies() -> list[str]:
+    """Names of the recipes that are studies."""
+    return [name for name, path in known_recipes().items() if "study" in read_yaml(path)]
+
+
+def _study(name: str, overrides: list[str], out: Path | None, as_json: bool) -> None:
+    path = recipe_path(name)
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from burnish import studies
+    from burnish.stages import RunConfig
+
+    config = load(RunConfig, path, overrides)
+    if config.study is None:
+        raise ConfigError(
+            f"need a recipe with `study:`, got {name}; the studies are {', '.join(known_studies())}"
+        )
+    folder = out or Path("runs/studies") / config.name
+    seeds = config.study.seeds
+    for seed in seeds:
+        carry_out(
+            config.model_copy(update={"seed": seed}),
+            studies.seed_folder(folder, seed),
+            before=lambda seed=seed: studies.share_base(folder, seeds, seed),
+        )
+    command = shlex.join(["burnish", "study", name, *overrides])
+    found = studies.write_study(folder, command)
+    Console(width=None if sys.stdout.isatty() else 160).print(
+        Markdown((folder / "study.md").read_text(encoding="utf-8"))
+    )
+    print(f"Table: {folder / 'study.md'}")
+    if as_json:
+        print(json.dumps({"folder": str(folder), "study": found}))
