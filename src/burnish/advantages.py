@@ -203,6 +203,31 @@ def group_advantages(
     )
 
 
+def composite(
+    rewards: Float[Tensor, "reward group sample"],
+    present: Bool[Tensor, "reward group sample"],
+    weights: Float[Tensor, "reward group"],
+) -> tuple[Float[Tensor, "group sample"], Bool[Tensor, "group sample"]]:
+    """Weighted sum of raw rewards of each sample, C = sum_k w_k R_k, and whether it is complete.
+
+    A sample without a full set of the scores that apply has no composite; its value means nothing.
+
+    Args:
+        rewards: raw scores; anything where not present.
+        present: the score exists.
+        weights: weight of each reward in each group, 0 where it does not apply; scaled to sum 1.
+
+    Raises:
+        ValueError: a weight is negative, or a present reward is not finite.
+
+    >>> rewards = torch.tensor([[[1.0, 3.0]], [[2.0, 0.0]]])
+    >>> composite(rewards, rewards > 0, torch.ones(2, 1))
+    (tensor([[1.5000, 1.5000]], dtype=torch.float64), tensor([[ True, False]]))
+    """
+    values, weights, counts = _checked(rewards, present, weights, "sample")
+    return (weights.unsqueeze(-1) * values).sum(dim=0), counts.any(dim=0)
+
+
 def group_range(
     rewards: Float[Tensor, "reward group sample"],
     present: Bool[Tensor, "reward group sample"],
@@ -228,9 +253,7 @@ def group_range(
     >>> group_range(rewards, rewards > 0, torch.ones(1, 1))
     tensor([2.])
     """
-    values, weights, counts = _checked(rewards, present, weights, "sample")
-    composite = (weights.unsqueeze(-1) * values).sum(dim=0)
-    counted = counts.any(dim=0)
-    low = composite.where(counted, torch.inf).amin(dim=-1)
-    high = composite.where(counted, -torch.inf).amax(dim=-1)
+    values, counted = composite(rewards, present, weights)
+    low = values.where(counted, torch.inf).amin(dim=-1)
+    high = values.where(counted, -torch.inf).amax(dim=-1)
     return (high - low).where(counted.any(dim=-1), 0).float()

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.advantages import Advantages, group_advantages, normalised_weights
+from burnish.advantages import Advantages, composite, group_advantages
 from burnish.config import Config
 from burnish.policies.base import Policy
-from burnish.rewards.base import RewardConfig, scored_values
-from burnish.types import Group, LossOutput, NotApplicable, Prompt, Signal, Task, Trajectory
+from burnish.rewards.base import RewardConfig, tabulated
+from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
 
 
 class SelfCheckError(RuntimeError):
@@ -184,50 +184,29 @@ def reward_advantages(
     Raises:
         ValueError: groups of different sizes.
     """
-    names = list(configs)
-    size = len(groups[0].trajectories)
-    if any(len(group.trajectories) != size for group in groups):
-        raise ValueError("need groups of one size, got several; draw them with one group_size")
-    values = torch.zeros(len(names), len(groups), size)
-    present = torch.zeros(len(names), len(groups), size, dtype=torch.bool)
-    for r, name in enumerate(names):
-        for g, group in enumerate(groups):
-            for s, value in enumerate(scored_values(group.scores.get(name, ()))):
-                if value is not None:
-                    values[r, g, s], present[r, g, s] = value, True
-    weights = torch.tensor(
-        [[configs[name].weight(g.prompt) * _has_say(g, name) for g in groups] for name in names]
-    )
-    floors = torch.tensor([configs[name].floor for name in names])
-    advantages = group_advantages(values, present, weights, floors)
-    asked = torch.tensor([[name in group.scores for group in groups] for name in names])
+    table = tabulated(groups, configs)
+    values, present, weights = table.values, table.present, table.weights
+    advantages = group_advantages(values, present, weights, table.floors)
+    asked = torch.tensor([[name in group.scores for group in groups] for name in configs])
     metrics = {"reward/missing": 1.0 - float(present[asked].float().mean()) if asked.any() else 0.0}
     metrics["data/dropped_groups"] = float((~advantages.keep).sum())
-    for r, name in enumerate(names):
+    for r, name in enumerate(configs):
         if present[r].any():
             metrics[f"reward/{name}"] = float(values[r][present[r]].mean())
     return advantages, metrics | _composite(values, present, weights)
 
 
-def _has_say(group: Group, name: str) -> bool:
-    """Whether a reward applies to a group; one that failed applies, and its samples drop out."""
-    scores = group.scores.get(name, ())
-    return any(not isinstance(score, NotApplicable) for score in scores)
-
-
 def _composite(values: Tensor, present: Tensor, weights: Tensor) -> dict[str, float]:
     """Mean weighted reward, and its mean spread within a group, of the samples with all scores."""
-    shares = normalised_weights(weights)[..., None]
-    counted = (present | (shares == 0)).all(dim=0) & (weights.sum(dim=0) > 0)[:, None]
-    composite = (shares * values).sum(dim=0)
+    values, counted = composite(values, present, weights)
     spreads = [
         float(row[kept].std(correction=0))
-        for row, kept in zip(composite, counted, strict=True)
+        for row, kept in zip(values, counted, strict=True)
         if bool(kept.any())
     ]
     if not spreads:
         return {}
     return {
-        "reward/mean": float(composite[counted].mean()),
+        "reward/mean": float(values[counted].mean()),
         "reward/group_std": sum(spreads) / len(spreads),
     }

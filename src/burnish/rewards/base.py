@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
 from pydantic import model_validator
+from torch import Tensor
 
 from burnish.config import Config
-from burnish.types import Group, Prompt, Score, Scored, ScoreRequest
+from burnish.types import Group, NotApplicable, Prompt, Score, Scored, ScoreRequest
 
 EVERY_CATEGORY = "default"
 """Key of the weights for categories that have none of their own."""
@@ -148,6 +151,49 @@ class AsyncRewardSet:
         trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class RewardTable:
+    """The scores of several groups as tensors, and what the recipe makes of them."""
+
+    values: Float[Tensor, "reward group sample"]
+    present: Bool[Tensor, "reward group sample"]
+    """The score exists; where it does not, its value means nothing."""
+    weights: Float[Tensor, "reward group"]
+    """0 where the reward has no say."""
+    floors: Float[Tensor, " reward"]
+
+
+def tabulated(groups: Sequence[Group], configs: Mapping[str, RewardConfig]) -> RewardTable:
+    """The scores of groups in the order of the rewards.
+
+    Raises:
+        ValueError: groups of different sizes.
+    """
+    size = len(groups[0].trajectories)
+    if any(len(group.trajectories) != size for group in groups):
+        raise ValueError("need groups of one size, got several; draw them with one group_size")
+    found = [
+        [scored_values(group.scores.get(name, ())) or [None] * size for group in groups]
+        for name in configs
+    ]
+    weights = [
+        [config.weight(group.prompt) * _has_say(group, name) for group in groups]
+        for name, config in configs.items()
+    ]
+    return RewardTable(
+        values=torch.tensor([[[v or 0.0 for v in group] for group in row] for row in found]),
+        present=torch.tensor([[[v is not None for v in group] for group in row] for row in found]),
+        weights=torch.tensor(weights),
+        floors=torch.tensor([config.floor for config in configs.values()]),
+    )
+
+
+def _has_say(group: Group, name: str) -> bool:
+    """Whether a reward applies to a group; one that failed applies, and its samples drop out."""
+    scores = group.scores.get(name, ())
+    return any(not isinstance(score, NotApplicable) for score in scores)
 
 
 def scored_values(scores: Sequence[Score]) -> list[float | None]:

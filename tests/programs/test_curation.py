@@ -1,0 +1,146 @@
+"""Prompts are kept by what their groups' rewards say, and a stopped measurement goes on."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from burnish import runtime
+from burnish.config import ConfigError, located, parse
+from burnish.curation import (
+    CurationConfig,
+    SelectionConfig,
+    measure_prompts,
+    profile,
+    read_profile,
+    select,
+    write_kept,
+)
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import read_prompts
+from burnish.rewards.oracle import OracleConfig
+from burnish.types import Failed, Group, Prompt, Score, Scored, Trajectory
+
+CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+CONFIGS = {
+    "alignment": OracleConfig(dimension="alignment", floor=0.3, weights={"default": 3.0}),
+    "quality": OracleConfig(dimension="quality", floor=0.4, weights={"default": 1.0}),
+}
+
+
+def group(scores: Mapping[str, Sequence[float | None]], name: str = "p") -> Group:
+    """A group whose samples are scores alone; None is a failure."""
+    none, states = torch.zeros(0), torch.zeros(0, 1)
+    path = Trajectory(
+        seed=0, image=torch.zeros(3, 1, 1), clean=torch.zeros(1), latents=states,
+        next_latents=states, sigmas=none, sigmas_next=none, noise=states, guided=states,
+        conditional=states,
+    )  # fmt: skip
+    said: dict[str, tuple[Score, ...]] = {
+        reward: tuple(Failed(reason="x") if v is None else Scored(value=v) for v in values)
+        for reward, values in scores.items()
+    }
+    count = len(next(iter(said.values())))
+    return Group(prompt=Prompt(id=name, text=name), trajectories=(path,) * count, scores=said)
+
+
+def test_a_profile_is_the_range_of_the_weighted_sum() -> None:
+    (row,) = profile([group({"alignment": [1, 2, 3], "quality": [5, 1, 1]})], CONFIGS)
+    # 0.75 a + 0.25 q: 2.0, 1.75, 2.5.
+    assert row["range"] == pytest.approx(0.75) and row["mean"] == pytest.approx(25 / 12)
+    assert row["noise"] == pytest.approx(((0.75 * 0.3) ** 2 + (0.25 * 0.4) ** 2) ** 0.5)
+    assert (row["scored"], row["samples"]) == (3, 3)
+
+
+def test_what_failed_is_left_out_and_one_sample_has_no_range() -> None:
+    rows = list(
+        profile(
+            [
+                group({"alignment": [1, None, 3], "quality": [1, 9, 1]}),
+                group({"alignment": [1, None, None], "quality": [1, 9, 1]}),
+            ],
+            CONFIGS,
+        )
+    )
+    assert rows[0]["range"] == pytest.approx(1.5) and rows[0]["scored"] == 2
+    assert rows[1]["range"] is None and rows[1]["scored"] == 1
+
+
+def rows(
+    *pairs: tuple[float, float], task: str = "t2i", noise: float = 0.0
+) -> list[dict[str, Any]]:
+    """Profile rows of ranges and means."""
+    return [
+        {"prompt": f"{task}-{n}", "task": task, "category": "general", "range": spread,
+         "mean": mean, "noise": noise}
+        for n, (spread, mean) in enumerate(pairs)
+    ]  # fmt: skip
+
+
+def test_each_rule_keeps_what_it_says() -> None:
+    some = rows((0.0, 5.0), (0.5, 4.0), (1.0, 3.0), (2.0, 1.0), noise=0.2)
+
+    def kept(**rule: Any) -> list[int]:
+        return [int(name[-1]) for name in select(some, parse(SelectionConfig, rule))]
+
+    # Three times a noise of 0.2 is 0.6.
+    assert kept() == [2, 3]
+    assert kept(noise_multiple=0) == [1, 2, 3]
+    assert kept(noise_multiple=0, min_range=1.0) == [3]
+    assert kept(noise_multiple=0, top=0.5) == [2, 3]
+    assert kept(noise_multiple=0, band=[0.5, 1.0]) == [1]
+    assert kept(noise_multiple=0, band=[0.0, 0.5]) == [2, 3]
+
+
+def test_a_share_is_taken_of_each_task() -> None:
+    """Or one task, whose rewards spread more, would leave nothing of the other."""
+    some = [*rows((0.1, 1.0), (0.2, 1.0)), *rows((5.0, 1.0), (6.0, 1.0), task="edit")]
+    assert select(some, SelectionConfig(noise_multiple=0, top=0.5)) == ["t2i-1", "edit-1"]
+
+
+def test_an_empty_pool_tells_the_quantiles() -> None:
+    some = rows((0.5, 1.0), (1.5, 1.0))
+    with pytest.raises(ConfigError, match=r"got none of 2; .* 0% 0.5, .*50% 1, .*100% 1.5: loosen"):
+        select(some, SelectionConfig(min_range=9))
+    with pytest.raises(ConfigError, match="unknown, as nothing was scored"):
+        select([{**some[0], "range": None}], SelectionConfig())
+
+
+@pytest.mark.parametrize("band", [[0.5, 0.5], [0.9, 0.1], [-0.1, 0.5]])
+def test_a_band_must_be_one(band: list[float]) -> None:
+    with pytest.raises(ConfigError, match="need a band of two quantiles"):
+        parse(SelectionConfig, {"band": band})
+
+
+def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same(tmp_path: Path) -> None:
+    """Ranks share the prompts, and what each wrote does not depend on who else did."""
+    base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    config = parse(
+        CurationConfig,
+        {
+            "prompts": {"path": "embedded:prompts/train.jsonl", "tasks": ["t2i"], "limit": 5},
+            "rollout": {"num_steps": 2, "group_size": 3, "window": 0, "keep": "none"},
+            "rewards": {"quality": {"kind": "oracle", "dimension": "quality"}},
+            "block": 2,
+        },
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for folder in (whole, cut):
+        folder.mkdir()
+    prompts = measure_prompts(config, base, whole, CPU)
+    written = (whole / "profile-0.jsonl").read_text().splitlines(keepends=True)
+    assert len(written) == 5 and all(json.loads(line)["range"] > 0 for line in written)
+    # As if two processes had been stopped, the second one on its second prompt.
+    (cut / "profile-0.jsonl").write_text(written[0])
+    (cut / "profile-1.jsonl").write_text(written[1])
+    measure_prompts(config, base, cut, CPU)
+    by_name = sorted(written, key=lambda line: json.loads(line)["prompt"])
+    found = sorted(read_profile(cut), key=lambda row: row["prompt"])
+    assert [json.loads(line) for line in by_name] == found
+    summary = write_kept(whole, prompts, SelectionConfig(noise_multiple=0, top=0.4))
+    names = [prompt.id for prompt in read_prompts(whole / "kept.jsonl")]
+    assert len(names) == summary["all"]["kept"] == 2 and summary["all"]["prompts"] == 5
+    assert json.loads((whole / "curation.json").read_text())["all"]["not_scored"] == 0
