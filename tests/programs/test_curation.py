@@ -40,7 +40,7 @@ def group(scores: Mapping[str, Sequence[float | None]], name: str = "p") -> Grou
         conditional=states,
     )  # fmt: skip
     said: dict[str, tuple[Score, ...]] = {
-        reward: tuple(Failed(reason="x") if v is None else Scored(value=v) for v in values)
+        reward: tuple(Failed(reason="x") if v is None else Scored(value=float(v)) for v in values)
         for reward, values in scores.items()
     }
     count = len(next(iter(said.values())))
