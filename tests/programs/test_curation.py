@@ -51,7 +51,7 @@ def test_a_profile_is_the_range_of_the_weighted_sum() -> None:
     (row,) = profile([group({"alignment": [1, 2, 3], "quality": [5, 1, 1]})], CONFIGS)
     # 0.75 a + 0.25 q: 2.0, 1.75, 2.5.
     assert row["range"] == pytest.approx(0.75) and row["mean"] == pytest.approx(25 / 12)
-    assert row["noise"] == pytest.approx(((0.75 * 0.3) ** 2 + (0.25 * 0.4) ** 2) ** 0.5)
+    assert row["noise"] == pytest.approx(((0.75 * 0.3) ** 2 + (0.25 * 0.4) ** 2) ** 0.5, abs=1e-6)
     assert (row["scored"], row["samples"]) == (3, 3)
 
 
