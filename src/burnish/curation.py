@@ -24,7 +24,7 @@ from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
 from burnish.policies.base import Policy
 from burnish.prompts import PromptsConfig, write_prompts
-from burnish.rewards.base import AsyncRewardSet, RewardSet, tabulated
+from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.tracking import progress, read_rows, write_json, writing
@@ -32,7 +32,7 @@ from burnish.training import AnyReward
 from burnish.types import Group, Prompt
 
 Profile = Mapping[str, Any]
-"""prompt, task, category, range, mean, noise, scored, samples."""
+"""prompt, task, category, range, mean, noise, scored; `scores`: reward -> one for each sample."""
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
@@ -137,7 +137,10 @@ def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterat
             "mean": round(float(values[row][complete[row]].mean()), 6) if count else None,
             "noise": round(float(noises[row]), 6),
             "scored": count,
-            "samples": len(group.trajectories),
+            "scores": {
+                name: [None if v is None else round(v, 6) for v in scored_values(scores)]
+                for name, scores in group.scores.items()
+            },
         }
 
 

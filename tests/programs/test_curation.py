@@ -52,7 +52,8 @@ def test_a_profile_is_the_range_of_the_weighted_sum() -> None:
     # 0.75 a + 0.25 q: 2.0, 1.75, 2.5.
     assert row["range"] == pytest.approx(0.75) and row["mean"] == pytest.approx(25 / 12)
     assert row["noise"] == pytest.approx(((0.75 * 0.3) ** 2 + (0.25 * 0.4) ** 2) ** 0.5, abs=1e-6)
-    assert (row["scored"], row["samples"]) == (3, 3)
+    assert row["scored"] == 3
+    assert row["scores"] == {"alignment": [1.0, 2.0, 3.0], "quality": [5.0, 1.0, 1.0]}
 
 
 def test_what_failed_is_left_out_and_one_sample_has_no_range() -> None:
@@ -66,6 +67,7 @@ def test_what_failed_is_left_out_and_one_sample_has_no_range() -> None:
         )
     )
     assert rows[0]["range"] == pytest.approx(1.5) and rows[0]["scored"] == 2
+    assert rows[0]["scores"]["alignment"] == [1.0, None, 3.0]
     assert rows[1]["range"] is None and rows[1]["scored"] == 1
 
 

@@ -1,4 +1,4 @@
-"""The command that measures prompts before a training and keeps those that can teach."""
+"""Commands before a training: keep the prompts that can teach, weigh what rewards have to say."""
 
 import json
 import shlex
@@ -83,3 +83,47 @@ def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
     print(f"Kept: {folder / 'kept.jsonl'}")
     if as_json:
         print(json.dumps({"folder": str(folder), "curation": found}))
+
+
+@app.command(epilog="Example: burnish calibrate runs/curation/t2i_teacher")
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="The folder of `burnish curate`.")],
+    as_json: Json = False,
+) -> None:
+    """Propose weights of the rewards for each category, from groups that are drawn already.
+
+    Prints how much each reward varies inside groups beside its own noise, how rewards go together,
+    and the proposal as settings of the stage. It is a proposal: what a category is about, no
+    number knows.
+    """
+    from burnish.calibration import calibrate as measured
+    from burnish.curation import CurationConfig, read_profile
+    from burnish.tracking import Run, write_json
+
+    config = parse(CurationConfig, Run.open(folder).config(), where=str(folder / "config.yaml"))
+    rows = read_profile(folder)
+    if not rows:
+        raise ConfigError(
+            f"need a measured profile in {folder}, got none; run burnish curate first"
+        )
+    found = measured(rows, config.rewards)
+    write_json(folder / "calibration.json", found)
+    _show_loudness(found)
+    for name in config.rewards:
+        own = {category: weights[name] for category, weights in found["weights"].items()}
+        told = ", ".join(f"{category}: {weight:g}" for category, weight in own.items())
+        print(f"rewards.{name}.weights='{{{told}}}'")
+    if as_json:
+        print(json.dumps({"folder": str(folder), "calibration": found}))
+
+
+def _show_loudness(found: dict[str, Any]) -> None:
+    for category, rewards in found["loudness"].items():
+        for name, heard in rewards.items():
+            print(
+                f"{category}, {name}: mean {heard['mean']:.3g}, spread {heard['spread']:.3g} in "
+                f"groups, {heard['signal']:.0%} of it signal, {heard['saturated']:.0%} of "
+                f"{heard['prompts']} groups below the floor"
+            )
+    for pair, value in found["correlation"].items():
+        print(f"correlation of {pair}: {'none' if value is None else f'{value:.2f}'}")

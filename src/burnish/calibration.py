@@ -1,0 +1,138 @@
+"""How much each reward has to say in each category, and the weights that follow from it.
+
+The paper weights rewards by category and gives directions only: portraits raise the portrait
+reward, words the alignment (arXiv 2606.27608, section 4.2). A z-score makes every reward as loud as
+every other, so a reward that all samples of a category satisfy speaks in noise at full weight. What
+is measured here, on the groups that `burnish curate` drew, is the share of a reward's variance
+inside groups that is not its own noise:
+
+    signal_k = max(0, 1 - floor_k^2 / var_k),   w_k proportional to prior_k * signal_k,
+
+with the recipe's own weights as the prior, so that a person's sense of what matters is kept and
+only what cannot be heard is turned down. It is a proposal: a person reads it, and may edit it.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from burnish.curation import Profile
+from burnish.rewards.base import EVERY_CATEGORY, RewardConfig
+
+LEAST_PROMPTS = 8
+"""Of a category with a proposal of its own."""
+
+
+@dataclass(frozen=True)
+class Loudness:
+    """One reward in one category."""
+
+    prompts: int
+    mean: float
+    spread: float
+    """Root of the mean variance inside groups, in the reward's unit."""
+    signal: float
+    """Share of that variance that is not the reward's own noise, in [0, 1]."""
+    saturated: float
+    """Share of groups whose spread is below the reward's floor."""
+    missing: float
+    """Share of samples without a score."""
+
+
+def loudness(rows: Sequence[Profile], reward: str, floor: float) -> Loudness | None:
+    """What a reward says inside the groups of some prompts; None where it has no say.
+
+    Args:
+        rows: of a profile.
+        reward: its name.
+        floor: standard deviation of scoring one image again.
+    """
+    groups = [row["scores"][reward] for row in rows if reward in row["scores"]]
+    scored = [[value for value in group if value is not None] for group in groups]
+    usable = [np.asarray(group, dtype=float) for group in scored if len(group) > 1]
+    if not usable:
+        return None
+    variances = np.array([group.var() for group in usable])
+    variance = float(variances.mean())
+    return Loudness(
+        prompts=len(usable),
+        mean=float(np.mean([group.mean() for group in usable])),
+        spread=variance**0.5,
+        signal=max(0.0, 1 - floor**2 / variance) if variance > 0 else 0.0,
+        saturated=float((variances < floor**2).mean()),
+        missing=1 - sum(map(len, scored)) / sum(map(len, groups)),
+    )
+
+
+def correlation(rows: Sequence[Profile], left: str, right: str) -> float | None:
+    """Correlation of two rewards inside groups, over the samples that both score.
+
+    None where either is constant in every group, or where no group has both.
+    """
+    xs, ys = [], []
+    for row in rows:
+        if left in row["scores"] and right in row["scores"]:
+            pairs = [
+                (x, y)
+                for x, y in zip(row["scores"][left], row["scores"][right], strict=True)
+                if x is not None and y is not None
+            ]
+            if len(pairs) > 1:
+                found = np.asarray(pairs, dtype=float)
+                xs.append(found[:, 0] - found[:, 0].mean())
+                ys.append(found[:, 1] - found[:, 1].mean())
+    if not xs:
+        return None
+    x, y = np.concatenate(xs), np.concatenate(ys)
+    size = float(np.linalg.norm(x) * np.linalg.norm(y))
+    return float(x @ y) / size if size > 0 else None
+
+
+def propose(
+    rows: Sequence[Profile], configs: Mapping[str, RewardConfig]
+) -> dict[str, dict[str, float]]:
+    """Weights that sum to 1, by category: the recipe's own, turned down where nothing is heard.
+
+    A category with few prompts, or in which no reward is heard, keeps the recipe's weights.
+    """
+    proposal = {}
+    for category in sorted({row["category"] for row in rows}):
+        own = [row for row in rows if row["category"] == category]
+        prior = {
+            name: config.weights.get(category, config.weights.get(EVERY_CATEGORY, 0.0))
+            for name, config in configs.items()
+        }
+        heard = {name: loudness(own, name, configs[name].floor) for name in configs}
+        weights = {
+            name: weight * (found.signal if (found := heard[name]) is not None else 0.0)
+            for name, weight in prior.items()
+        }
+        is_usable = len(own) >= LEAST_PROMPTS and sum(weights.values()) > 0
+        chosen = weights if is_usable else prior
+        total = sum(chosen.values()) or 1.0
+        proposal[category] = {name: round(weight / total, 3) for name, weight in chosen.items()}
+    return proposal
+
+
+def calibrate(rows: Sequence[Profile], configs: Mapping[str, RewardConfig]) -> dict[str, Any]:
+    """All of it as plain data: loudness by category and reward, correlations, proposed weights."""
+    categories = sorted({row["category"] for row in rows})
+    parts = {c: [row for row in rows if row["category"] == c] for c in categories}
+    return {
+        "loudness": {
+            category: {
+                name: vars(found)
+                for name, config in configs.items()
+                if (found := loudness(own, name, config.floor)) is not None
+            }
+            for category, own in parts.items()
+        },
+        "correlation": {
+            f"{left} {right}": correlation(rows, left, right)
+            for left, right in itertools.combinations(configs, 2)
+        },
+        "weights": propose(rows, configs),
+    }

@@ -1,0 +1,91 @@
+"""What a reward has to say is found where it was planted."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from burnish.calibration import correlation, loudness, propose
+from burnish.rewards.oracle import OracleConfig
+
+CONFIGS = {
+    "alignment": OracleConfig(
+        dimension="alignment", floor=0.1, weights={"default": 0.6, "typography": 0.8}
+    ),
+    "quality": OracleConfig(dimension="quality", floor=0.1, weights={"default": 0.4}),
+}
+
+
+def rows(
+    category: str, alignment: float, quality: float, count: int = 300, rho: float = 0.0
+) -> list[dict[str, Any]]:
+    """Groups of 16 whose rewards have these standard deviations; group means differ wildly."""
+    rng = np.random.default_rng(len(category))
+    found = []
+    for number in range(count):
+        x, y = rng.normal(size=(2, 16))
+        y = rho * x + (1 - rho**2) ** 0.5 * y
+        offset = rng.normal(0, 10)
+        found.append(
+            {
+                "prompt": f"{category}-{number}",
+                "category": category,
+                "scores": {
+                    "alignment": list(offset + alignment * x),
+                    "quality": list(quality * y - offset),
+                },
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("spread", [0.11, 0.2, 1.0])
+def test_spread_inside_groups_is_measured_whatever_their_means(spread: float) -> None:
+    found = loudness(rows("general", spread, 1.0), "alignment", 0.1)
+    assert found is not None
+    # The variance of a group of 16 about its own mean is 15/16 of the planted one.
+    assert found.spread == pytest.approx(spread * (15 / 16) ** 0.5, rel=0.03)
+    assert found.signal == pytest.approx(max(0, 1 - 0.01 / found.spread**2))
+    assert found.missing == 0 and found.prompts == 300
+
+
+def test_what_failed_has_no_say_and_is_counted() -> None:
+    some = rows("general", 1.0, 1.0, count=20)
+    for row in some:
+        row["scores"]["alignment"][0] = None
+    found = loudness(some, "alignment", 0.1)
+    assert found is not None and found.missing == pytest.approx(1 / 16)
+    for row in some:
+        row["scores"]["alignment"] = [None] * 16
+    assert loudness(some, "alignment", 0.1) is None
+    assert loudness(some, "portrait", 0.1) is None
+
+
+@pytest.mark.parametrize("rho", [-0.5, 0.0, 0.9])
+def test_rewards_that_go_together_are_found_inside_groups(rho: float) -> None:
+    """Between groups these rewards are opposites, which is no answer to the question."""
+    assert correlation(rows("general", 1.0, 3.0, rho=rho), "alignment", "quality") == pytest.approx(
+        rho, abs=0.05
+    )
+    assert correlation(rows("general", 0.0, 1.0, count=9), "alignment", "portrait") is None
+
+
+def test_weights_sum_to_one_and_what_is_heard_keeps_its_own() -> None:
+    loud = propose([*rows("general", 1.0, 1.0), *rows("typography", 1.0, 1.0)], CONFIGS)
+    assert loud["general"] == pytest.approx({"alignment": 0.6, "quality": 0.4}, abs=0.01)
+    assert loud["typography"] == pytest.approx({"alignment": 2 / 3, "quality": 1 / 3}, abs=0.01)
+
+
+def test_a_reward_without_a_signal_is_turned_down() -> None:
+    # A spread of half the floor is noise: nothing is left.
+    found = propose(rows("general", 0.05, 1.0), CONFIGS)
+    assert found["general"] == {"alignment": 0.0, "quality": 1.0}
+    # A spread of twice the floor is three quarters signal.
+    found = propose(rows("general", 0.2 * (16 / 15) ** 0.5, 100.0), CONFIGS)
+    assert found["general"]["alignment"] == pytest.approx(0.45 / 0.85, abs=0.02)
+
+
+def test_a_category_that_says_nothing_keeps_the_recipe() -> None:
+    few = propose(rows("general", 0.05, 1.0, count=7), CONFIGS)
+    silent = propose(rows("general", 0.01, 0.01), CONFIGS)
+    assert few == silent == {"general": {"alignment": 0.6, "quality": 0.4}}
