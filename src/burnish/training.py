@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from burnish import runtime
 from burnish.algorithms.base import (
+    AdvantagesConfig,
     Algorithm,
     AlgorithmConfig,
     LearnsFrom,
@@ -69,6 +70,7 @@ class StageConfig(Config):
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()
     rewards: Mapping[str, AnyReward] = {}
+    advantages: AdvantagesConfig = AdvantagesConfig()
     algorithm: AnyAlgorithm
     optimizer: OptimizerConfig = OptimizerConfig()
     save_every: int = Field(default=20, ge=1)
@@ -181,6 +183,7 @@ def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Settin
         micro_batch=config.optimizer.micro_batch,
         seed=seed,
         rewards=config.rewards,
+        advantages=config.advantages,
     )
 
 

@@ -30,13 +30,18 @@ from burnish.miniature.eyes import CLASSES, EyesPlan, learn_to_recognise, to_rec
 from burnish.miniature.judges import new_judge, train_miniature_judge
 from burnish.miniature.pictures import draw_edit, draw_scene
 from burnish.miniature.sight import (
+    ASKED,
+    DESCRIBE,
     KINDS,
     Reader,
     SightPlan,
     checked_picture,
+    checked_portrait,
     describe,
+    drawn,
     learn_to_see,
     sample_texts,
+    told,
 )
 from burnish.policies.qwen_assembly import assemble, byte_tokenizer, learned_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
@@ -51,6 +56,16 @@ from burnish.world.scenes import Scene, is_held_out, sample_scene
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
 DIMENSIONS = ("aesthetic", "instruction")
+FEW = PicturesPlan(
+    rendered_scenes=3,
+    rendered_edits=2,
+    portraits=1,
+    mismatched_scenes=1,
+    mismatched_edits=1,
+    sampled_scenes=2,
+    sampled_edits=1,
+    members=2,
+)
 
 
 def picture(level: int, side: int = 32) -> bytes:
@@ -491,19 +506,9 @@ def test_the_miniatures_judge_is_tiny_and_sees_sixteen_tokens_of_a_picture() -> 
 
 
 def test_annotated_pictures_are_a_function_of_the_plan_and_train_a_judge(tmp_path: Path) -> None:
-    plan = PicturesPlan(
-        rendered_scenes=3,
-        rendered_edits=2,
-        portraits=1,
-        mismatched_scenes=1,
-        mismatched_edits=1,
-        sampled_scenes=2,
-        sampled_edits=1,
-        members=2,
-    )
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
-    found = annotated_pictures(base, plan)
-    assert found == annotated_pictures(base, plan)
+    found = annotated_pictures(base, FEW)
+    assert found == annotated_pictures(base, FEW)
     assert {a.dimension for a in found} >= {"alignment", "aesthetic", "instruction"}
     assert len({a.output for a in found}) >= 14
     assert len({a.pair_group for a in found}) == 11
@@ -587,22 +592,51 @@ def test_checks_name_what_was_asked_and_what_is_there() -> None:
     assert 0.35 < share < 0.5
 
 
+def test_what_raters_do_not_check_is_not_checked() -> None:
+    """Of objects beside each other nobody counts one, and of a hand that is down no fingers."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        asked = {part.split(" seen ")[0] for part in checked_portrait(rng).text.split(", ")}
+        assert "fingers 0" not in asked
+        said = checked_picture(rng)
+        if "place left" in said.text:
+            assert "count" not in said.text
+
+
 def test_a_reader_teaches_what_is_said_and_nothing_else() -> None:
+    """Up to where the score will stand; of a description, to the end of the turn."""
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
     _, processor = new_judge(TEXTS)
     rng = np.random.default_rng(0)
     for make in KINDS.values():
-        sights = [make(rng) for _ in range(5)]
+        sights = drawn(base, make, 5, rng)
         count = len(sights[0].pictures)
-        inputs, written = Reader(base, processor)(sights)
+        inputs, written = Reader(processor)(sights)
         assert len(inputs["image_grid_thw"]) == 5 * count
         for sight, ids, taught in zip(sights, inputs["input_ids"], written, strict=True):
-            assert processor.tokenizer.decode(ids[taught]) == f"{sight.text}<|im_end|>"
+            end = "<|im_end|>" if sight.rubric is DESCRIBE else MARKER
+            assert processor.tokenizer.decode(ids[taught]) == f"{sight.text}{end}"
             assert taught[-1] and not taught[: int(taught.int().argmax())].any()
+
+
+def test_what_raters_wrote_is_read_as_the_judge_will_be_asked() -> None:
+    """Token for token what the judge's own training puts before the digit."""
+    base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    _, processor = new_judge(TEXTS)
+    annotations = annotated_pictures(base, FEW)
+    collator = Collator.of(processor)
+    for annotation in annotations[:: len(annotations) // 12]:
+        rubric = ASKED[annotation.dimension]
+        lesson = Lesson(annotation, rubric, spoken(annotation), is_written=True)
+        taught = collator([(lesson,)])
+        inputs, _ = Reader(processor)([told(annotation)])
+        assert torch.equal(inputs["input_ids"], taught["input_ids"][:, :-2])
+        assert torch.equal(inputs["pixel_values"], taught["pixel_values"])
 
 
 def test_a_model_learns_to_see_and_a_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
+    annotations = annotated_pictures(base, FEW)
     plan = SightPlan(steps=6, batch_size=4, save_every=3)
 
     def learn(folder: Path, stop: int = 6) -> tuple[list[dict[str, float]], Any]:
@@ -615,7 +649,9 @@ def test_a_model_learns_to_see_and_a_training_that_was_cut_off_goes_on(tmp_path:
                 raise KeyboardInterrupt
 
         with contextlib.suppress(KeyboardInterrupt):
-            learn_to_see(model, processor, base, plan, CPU, folder=folder, on_step=on_step)
+            learn_to_see(
+                model, processor, base, annotations, plan, CPU, folder=folder, on_step=on_step
+            )
         return done, model
 
     whole, model = learn(tmp_path / "whole", stop=0)

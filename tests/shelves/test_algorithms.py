@@ -8,11 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from burnish.algorithms.base import AlgorithmConfig, SelfCheckError, Setting, evaluate_guided, stack
+from burnish.algorithms.base import (
+    AdvantagesConfig,
+    AlgorithmConfig,
+    SelfCheckError,
+    Setting,
+    evaluate_guided,
+    reward_advantages,
+    stack,
+)
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, Teachers
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.algorithms.nft import NftConfig
-from burnish.config import ConfigError, located, shelf
+from burnish.config import ConfigError, located, parse, shelf
 from burnish.objectives import velocity_matching
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
@@ -93,6 +101,28 @@ def build(kind: str, policy: QwenImage21Policy, folder: Path, num_updates: int =
         ),
     }
     return configs[kind].build(setting(policy, num_updates))
+
+
+def test_a_plain_sum_lets_the_reward_with_the_larger_unit_rule(
+    policy: QwenImage21Policy,
+) -> None:
+    """Normalised each, two rewards share evenly; both shares are logged."""
+    configs = {"points": OracleConfig(), "hundredths": OracleConfig()}
+    drawn = groups(policy, "nft")
+    values = {"points": [1.0, 5.0, 1.0, 5.0], "hundredths": [0.01, 0.01, 0.02, 0.02]}
+    said = {name: tuple(Scored(value=v) for v in row) for name, row in values.items()}
+    scored = [replace(group, scores=said) for group in drawn]
+    each = reward_advantages(scored, configs, AdvantagesConfig())
+    plain = reward_advantages(scored, configs, AdvantagesConfig(combination="sum"))
+    assert each[1]["advantage/share_points"] == pytest.approx(0.5, abs=1e-3)
+    assert plain[1]["advantage/share_points"] > 0.99
+    clamped = reward_advantages(scored, configs, AdvantagesConfig(clamp=0.5))[0].advantages
+    assert float(clamped.abs().max()) == 0.5
+
+
+def test_a_sum_needs_all_its_terms() -> None:
+    with pytest.raises(ConfigError, match="need missing=sample for combination=sum"):
+        parse(AdvantagesConfig, {"combination": "sum", "missing": "reward"})
 
 
 def gradients(policy: QwenImage21Policy, algorithm: Any, signals: list[Any]) -> list[torch.Tensor]:

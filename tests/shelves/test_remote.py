@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from burnish import images
-from burnish.algorithms.base import reward_advantages
+from burnish.algorithms.base import AdvantagesConfig, reward_advantages
 from burnish.config import ConfigError, config_hash, dump_yaml
 from burnish.endpoint import MAX_REPLY
 from burnish.handshake import scored
@@ -366,7 +366,7 @@ def test_groups_without_the_fault_train_as_without_it(
     def advantages(remote: Remote) -> torch.Tensor:
         configs = {"judge": remote._config}
         scored = RewardSet(configs, {"judge": remote}).score(groups)
-        return reward_advantages(scored, configs)[0].advantages
+        return reward_advantages(scored, configs, AdvantagesConfig())[0].advantages
 
     expected = advantages(build(fake))
     remote = build(fake)

@@ -7,14 +7,22 @@ only method that sees gradients. Distillation is an algorithm like any other.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish.advantages import Advantages, composite, group_advantages
+from burnish.advantages import (
+    Advantages,
+    Combination,
+    MissingMode,
+    StdMode,
+    composite,
+    group_advantages,
+)
 from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
@@ -48,6 +56,30 @@ class AlgorithmConfig(Config, ABC):
         """The algorithm for one run."""
 
 
+class AdvantagesConfig(Config):
+    """From scores to advantages; the defaults are the paper's, the rest are controls."""
+
+    spread: StdMode = "group"
+    """What divides a centred reward: the spread of its group, that of the batch, or nothing."""
+    combination: Combination = "each"
+    """`each` normalises every reward, then adds; `sum` adds raw rewards, then normalises."""
+    missing: MissingMode = "sample"
+    """What a missing score takes out: the whole sample, or its place in that one reward."""
+    rescale_batch: bool = False
+    """Divide by the spread of the advantages of the whole batch, too."""
+    clamp: float = Field(default=5.0, gt=0)
+    """Largest absolute advantage."""
+
+    @model_validator(mode="after")
+    def _a_sum_has_all_its_terms(self) -> "AdvantagesConfig":
+        if self.combination == "sum" and self.missing == "reward":
+            raise ValueError(
+                "need missing=sample for combination=sum, got missing=reward; a sum needs all its "
+                "terms"
+            )
+        return self
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting:
     """What an algorithm is told about the run it works in."""
@@ -63,6 +95,7 @@ class Setting:
     """States at once."""
     seed: int
     rewards: Mapping[str, RewardConfig]
+    advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +210,9 @@ def credited(
 
 
 def reward_advantages(
-    groups: Sequence[Group], configs: Mapping[str, RewardConfig]
+    groups: Sequence[Group],
+    configs: Mapping[str, RewardConfig],
+    plan: AdvantagesConfig,
 ) -> tuple[Advantages, dict[str, float]]:
     """Group-normalised, category-weighted advantages of scored groups, and what to log.
 
@@ -186,13 +221,24 @@ def reward_advantages(
     """
     table = tabulated(groups, configs)
     values, present, weights = table.values, table.present, table.weights
-    advantages = group_advantages(values, present, weights, table.floors)
+    advantages = group_advantages(
+        values,
+        present,
+        weights,
+        table.floors,
+        std_mode=plan.spread,
+        combination=plan.combination,
+        missing=plan.missing,
+        rescale_batch=plan.rescale_batch,
+        clamp=plan.clamp,
+    )
     asked = torch.tensor([[name in group.scores for group in groups] for name in configs])
     metrics = {"reward/missing": 1.0 - float(present[asked].float().mean()) if asked.any() else 0.0}
     metrics["data/dropped_groups"] = float((~advantages.keep).sum())
     for r, name in enumerate(configs):
         if present[r].any():
             metrics[f"reward/{name}"] = float(values[r][present[r]].mean())
+            metrics[f"advantage/share_{name}"] = float(advantages.share[r])
     return advantages, metrics | _composite(values, present, weights)
 
 

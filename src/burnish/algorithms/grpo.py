@@ -59,7 +59,9 @@ class Grpo(Algorithm):
         self._config, self._setting = config, setting
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        advantages, metrics = reward_advantages(groups, self._setting.rewards)
+        advantages, metrics = reward_advantages(
+            groups, self._setting.rewards, self._setting.advantages
+        )
         signals = [
             Signal(
                 prompt=group.prompt,

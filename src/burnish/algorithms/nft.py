@@ -76,7 +76,9 @@ class Nft(Algorithm):
         self._config, self._setting = config, setting
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        advantages, metrics = reward_advantages(groups, self._setting.rewards)
+        advantages, metrics = reward_advantages(
+            groups, self._setting.rewards, self._setting.advantages
+        )
         signals = []
         for group, place, trajectory, advantage in credited(groups, advantages):
             names = ("forward process", step, group.prompt.id, place)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from burnish import checkpoint
-from burnish.annotations.base import write_annotations
+from burnish.annotations.base import read_annotations, split, write_annotations
+from burnish.annotations.schema import Annotation
 from burnish.miniature.annotated import PicturesPlan, annotated_pictures
 from burnish.miniature.eyes import EyesPlan, learn_to_recognise
 from burnish.miniature.sight import SightPlan, learn_to_see, sample_texts
@@ -124,17 +125,23 @@ def train_miniature_judge(
     if rt.is_main and not annotations.is_file():
         write_annotations(annotations, annotated_pictures(base, pictures or PicturesPlan()))
     rt.barrier()
-    if not (sighted / "config.json").is_file():
-        _teach_to_see(out, base, eyes or EyesPlan(), sight or SightPlan(), rt)
-    rt.barrier()
     config = judge_config(sighted, annotations, **changes)
+    if not (sighted / "config.json").is_file():
+        known, _ = split(read_annotations(annotations), held_out=config.held_out, seed=config.seed)
+        _teach_to_see(out, base, known, eyes or EyesPlan(), sight or SightPlan(), rt)
+    rt.barrier()
     return train_judge(config, out / name, rt)
 
 
 def _teach_to_see(
-    out: Path, base: QwenImage21Policy, eyes: EyesPlan, sight: SightPlan, rt: Runtime
+    out: Path,
+    base: QwenImage21Policy,
+    annotations: Sequence[Annotation],
+    eyes: EyesPlan,
+    sight: SightPlan,
+    rt: Runtime,
 ) -> None:
-    """Write `out/sighted`: a model that recognises, describes, checks, and never judged."""
+    """Write `out/sighted`: a model that recognises, describes, checks, and never scored."""
     model, processor = new_judge(list(sample_texts(1500)))
     folder = out / "checkpoints"
     with _shown("eyes", eyes.steps, folder / "eyes") as show:
@@ -148,7 +155,9 @@ def _teach_to_see(
             on_step=lambda found: show({"loss": found["loss"]}),
         )
     with _shown("sight", sight.steps, folder / "sight") as show:
-        learn_to_see(model, processor, base, sight, rt, folder=folder / "sight", on_step=show)
+        learn_to_see(
+            model, processor, base, annotations, sight, rt, folder=folder / "sight", on_step=show
+        )
     if rt.is_main:
         unfinished = out / ".sighted.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)

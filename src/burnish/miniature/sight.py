@@ -5,13 +5,16 @@ have to learn that from judgements alone, and does not: most of what a prompt as
 "as asked" is nearly always right, and copying the prompt explains most of what raters wrote. Here
 the model first describes pictures with no prompt to copy from; and it checks pictures against
 prompts of which half is otherwise, because where they nearly fit, what is asked for can pass for
-what is seen.
-The data is drawn as it is needed and passes the base's autoencoder, as all pictures do that a judge
-gets to see; nothing in it is held out from the judge's own training or is a rater's opinion.
+what is seen. These are drawn as they are needed and pass the base's autoencoder, as all pictures do
+that a judge gets to see. Between them it reads what raters wrote of the pictures that the judge's
+own training holds, for what no drawing has: smears, and words for them. It never sees a score.
+
+Everything is asked in the judge's own words and ends where the score will stand. With other words
+the judge's training would begin by learning its checks again, and forget some.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from burnish.annotations.schema import Annotation
 from burnish.config import located
-from burnish.judging import Rubric, question
+from burnish.judging import MARKER, Rubric, question
+from burnish.lessons import pictures_of, spoken
 from burnish.miniature.base_model import reconstructed
 from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes
@@ -29,7 +34,7 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
 from burnish.types import Prompt
 from burnish.world.edits import Edit
-from burnish.world.flaws import is_visible, otherwise, spoil
+from burnish.world.flaws import alternatives, is_visible, otherwise, spoil
 from burnish.world.grammar import say
 from burnish.world.raters import ANATOMY, by_weight, checks, words
 from burnish.world.render import render
@@ -40,8 +45,9 @@ ALIGNMENT, AESTHETIC, PORTRAIT, INSTRUCTION = (
     Rubric.read(located(f"embedded:rubrics/{name}.md"))
     for name in ("alignment", "aesthetic", "portrait", "instruction")
 )
-"""What the judge will be asked: with other words than these it would have to learn its checks
-again."""
+ASKED = {rubric.dimension: rubric for rubric in (ALIGNMENT, AESTHETIC, PORTRAIT, INSTRUCTION)}
+"""What the judge will be asked, by dimension."""
+END = "<|im_end|>"
 
 OTHERWISE = 0.5
 """Share of what is asked for that a picture shows otherwise: nothing is gained by guessing."""
@@ -51,9 +57,11 @@ OTHERWISE = 0.5
 class SightPlan(FittingPlan):
     """How long and how fast the judge learns to see."""
 
-    steps: int = 900
-    shares: tuple[float, ...] = (0.1, 0.36, 0.12, 0.04, 0.38)
-    """Shares of the steps of each of `KINDS`."""
+    steps: int = 700
+    annotated: float = 0.4
+    """Share of the steps that read what raters wrote."""
+    shares: tuple[float, ...] = (0.08, 0.36, 0.12, 0.04, 0.4)
+    """Shares of the other steps of each of `KINDS`."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,11 @@ class Sight:
     text: str
     rubric: Rubric
     prompt: str = ""
+
+    @property
+    def said(self) -> str:
+        """What the model writes: where a score will stand, up to there."""
+        return f"{self.text}{END if self.rubric is DESCRIBE else MARKER}"
 
 
 def describe(scene: Scene, is_clean: bool) -> str:
@@ -128,8 +141,12 @@ KINDS = {
 
 def _checked(keys: Iterable[str], wanted: Scene, shown: Scene) -> str:
     """Checks in the words of raters, of values that are right or plainly others."""
-    visible = [key for key in keys if is_visible(wanted, key) and is_visible(shown, key)]
-    is_right = {key: float(wanted.values[key] == shown.values[key]) for key in visible}
+    checked = [
+        key
+        for key in keys
+        if alternatives(wanted, key) and is_visible(wanted, key) and is_visible(shown, key)
+    ]
+    is_right = {key: float(wanted.values[key] == shown.values[key]) for key in checked}
     return checks(is_right, wanted, shown)
 
 
@@ -158,21 +175,37 @@ def sample_texts(count: int, seed: int = 0) -> Iterator[str]:
     """Some of what is said, and what raters alone say, for a tokenizer to learn from."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        yield from (make(rng).text for make in KINDS.values())
+        yield from (make(rng).said for make in KINDS.values())
         yield "picture slightly spoilt, seen unclear wrong"
+
+
+def drawn(
+    base: QwenImage21Policy,
+    make: Callable[[np.random.Generator], Sight],
+    count: int,
+    rng: np.random.Generator,
+) -> list[Sight]:
+    """Sights of one kind, whose spoken-of pictures have passed an autoencoder."""
+    sights = [make(rng) for _ in range(count)]
+    outputs = reconstructed(base, np.stack([sight.pictures[-1] for sight in sights]))
+    return [
+        replace(sight, pictures=(*sight.pictures[:-1], output))
+        for sight, output in zip(sights, outputs, strict=True)
+    ]
+
+
+def told(annotation: Annotation) -> Sight:
+    """What raters wrote of a picture."""
+    pictures = tuple(np.asarray(picture) for picture in pictures_of(annotation))
+    return Sight(pictures, spoken(annotation), ASKED[annotation.dimension], annotation.prompt)
 
 
 class Reader:
     """Pictures and texts as the tensors of a Qwen-VL model."""
 
-    def __init__(self, base: QwenImage21Policy, processor: Any) -> None:
-        """A reader.
-
-        Args:
-            base: whose autoencoder the spoken-of pictures pass.
-            processor: of the model that learns.
-        """
-        self._base, self._processor = base, processor
+    def __init__(self, processor: Any) -> None:
+        """A reader for the model of a processor."""
+        self._processor = processor
 
     def _asked(self, sight: Sight) -> str:
         task = "edit" if len(sight.pictures) == 2 else "t2i"
@@ -187,20 +220,15 @@ class Reader:
         Args:
             sights: all with the same number of pictures.
         """
-        outputs = reconstructed(self._base, np.stack([sight.pictures[-1] for sight in sights]))
-        pictures = [
-            list(map(Image.fromarray, (*sight.pictures[:-1], output)))
-            for sight, output in zip(sights, outputs, strict=True)
-        ]
         tokenizer = self._processor.tokenizer
         inputs = self._processor(
-            text=[f"{self._asked(sight)}{sight.text}<|im_end|>" for sight in sights],
-            images=pictures,
+            text=[f"{self._asked(sight)}{sight.said}" for sight in sights],
+            images=[list(map(Image.fromarray, sight.pictures)) for sight in sights],
             padding=True,
             padding_side="left",
             return_tensors="pt",
         )
-        said = tokenizer([f"{sight.text}<|im_end|>" for sight in sights])["input_ids"]
+        said = tokenizer([sight.said for sight in sights])["input_ids"]
         written = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         for row, ids in enumerate(said):
             written[row, -len(ids) :] = True
@@ -220,6 +248,7 @@ def learn_to_see(
     model: Any,
     processor: Any,
     base: QwenImage21Policy,
+    annotations: Sequence[Annotation],
     plan: SightPlan,
     rt: Runtime,
     *,
@@ -231,7 +260,8 @@ def learn_to_see(
     Args:
         model: of random weights.
         processor: of the model.
-        base: whose autoencoder the pictures pass.
+        base: whose autoencoder the drawn pictures pass.
+        annotations: what raters wrote; none that the judge's training holds out.
         plan: how long and how fast.
         rt: ranks that share each step.
         folder: checkpoints go here, and a training that was cut off goes on from the newest.
@@ -240,14 +270,26 @@ def learn_to_see(
     Returns:
         Loss and share of right tokens of every step, by kind.
     """
-    reader = Reader(base, processor)
+    reader = Reader(processor)
+    shelves: dict[tuple[str, str], list[Annotation]] = {}
+    for annotation in annotations:
+        shelves.setdefault((annotation.dimension, annotation.task), []).append(annotation)
 
-    def losses(step: int) -> tuple[Tensor, dict[str, float]]:
+    def sights(step: int) -> tuple[str, list[Sight]]:
         draws = generator(plan.seed, "sight", step)
+        rng = np.random.default_rng(derived_seed(plan.seed, "sight", step, rt.rank))
+        if float(torch.rand(1, generator=draws)) < plan.annotated:
+            # Each shelf as often as any other, or beauty would be most of what is read.
+            shelf = list(shelves.values())[int(torch.randint(len(shelves), (), generator=draws))]
+            rows = rng.integers(len(shelf), size=plan.batch_size)
+            return "annotated", [told(shelf[row]) for row in rows]
         row = int(torch.multinomial(torch.tensor(plan.shares), 1, generator=draws))
         kind, make = list(KINDS.items())[row]
-        rng = np.random.default_rng(derived_seed(plan.seed, "sight", step, rt.rank))
-        inputs, written = reader([make(rng) for _ in range(plan.batch_size)])
+        return kind, drawn(base, make, plan.batch_size, rng)
+
+    def losses(step: int) -> tuple[Tensor, dict[str, float]]:
+        kind, batch = sights(step)
+        inputs, written = reader(batch)
         with rt.autocast():
             loss, right = writing_loss(model, inputs, written)
         return loss, {kind: float(loss.detach()), f"{kind}_right": float(right)}
