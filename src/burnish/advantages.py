@@ -222,10 +222,10 @@ def composite(
 
     >>> rewards = torch.tensor([[[1.0, 3.0]], [[2.0, 0.0]]])
     >>> composite(rewards, rewards > 0, torch.ones(2, 1))
-    (tensor([[1.5000, 1.5000]], dtype=torch.float64), tensor([[ True, False]]))
+    (tensor([[1.5000, 0.0000]]), tensor([[ True, False]]))
     """
     values, weights, counts = _checked(rewards, present, weights, "sample")
-    return (weights.unsqueeze(-1) * values).sum(dim=0), counts.any(dim=0)
+    return (weights.unsqueeze(-1) * values).sum(dim=0).float(), counts.any(dim=0)
 
 
 def group_range(
@@ -256,4 +256,4 @@ def group_range(
     values, counted = composite(rewards, present, weights)
     low = values.where(counted, torch.inf).amin(dim=-1)
     high = values.where(counted, -torch.inf).amax(dim=-1)
-    return (high - low).where(counted.any(dim=-1), 0).float()
+    return (high - low).where(counted.any(dim=-1), 0)

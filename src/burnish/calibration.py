@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 
 from burnish.curation import Profile
-from burnish.rewards.base import EVERY_CATEGORY, RewardConfig
+from burnish.rewards.base import RewardConfig
 
 LEAST_PROMPTS = 8
-"""Of a category with a proposal of its own."""
+"""That a reward has scored, for an opinion of its own."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Loudness:
     prompts: int
     mean: float
     spread: float
-    """Root of the mean variance inside groups, in the reward's unit."""
+    """Root of the mean unbiased variance inside groups, in the reward's unit."""
     signal: float
     """Share of that variance that is not the reward's own noise, in [0, 1]."""
     saturated: float
@@ -55,7 +55,7 @@ def loudness(rows: Sequence[Profile], reward: str, floor: float) -> Loudness | N
     usable = [np.asarray(group, dtype=float) for group in scored if len(group) > 1]
     if not usable:
         return None
-    variances = np.array([group.var() for group in usable])
+    variances = np.array([group.var(ddof=1) for group in usable])
     variance = float(variances.mean())
     return Loudness(
         prompts=len(usable),
@@ -96,24 +96,22 @@ def propose(
 ) -> dict[str, dict[str, float]]:
     """Weights that sum to 1, by category: the recipe's own, turned down where nothing is heard.
 
-    A category with few prompts, or in which no reward is heard, keeps the recipe's weights.
+    A category with few groups that a reward scored keeps the recipe's weight of it, and one in
+    which no reward is heard keeps all of them.
     """
     proposal = {}
     for category in sorted({row["category"] for row in rows}):
         own = [row for row in rows if row["category"] == category]
-        prior = {
-            name: config.weights.get(category, config.weights.get(EVERY_CATEGORY, 0.0))
-            for name, config in configs.items()
-        }
-        heard = {name: loudness(own, name, configs[name].floor) for name in configs}
-        weights = {
-            name: weight * (found.signal if (found := heard[name]) is not None else 0.0)
-            for name, weight in prior.items()
-        }
-        is_usable = len(own) >= LEAST_PROMPTS and sum(weights.values()) > 0
-        chosen = weights if is_usable else prior
-        total = sum(chosen.values()) or 1.0
-        proposal[category] = {name: round(weight / total, 3) for name, weight in chosen.items()}
+        weights = {}
+        for name, config in configs.items():
+            heard = loudness(own, name, config.floor)
+            is_known = heard is not None and heard.prompts >= LEAST_PROMPTS
+            signal = heard.signal if heard is not None and is_known else 1.0
+            weights[name] = config.weight_of(category) * signal
+        if not sum(weights.values()) > 0:
+            weights = {name: config.weight_of(category) for name, config in configs.items()}
+        total = sum(weights.values()) or 1.0
+        proposal[category] = {name: round(weight / total, 3) for name, weight in weights.items()}
     return proposal
 
 

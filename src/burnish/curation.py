@@ -3,22 +3,25 @@
 A group whose samples are all good, or all bad, teaches nothing: its advantages are noise over
 noise. So before training the base draws one group of every prompt, and a prompt is kept if its
 range, the largest minus the smallest composite reward, exceeds a threshold (arXiv 2606.27608,
-section 4.2). The paper does not give the threshold. Here it is a multiple of what the judges' own
-noise does to the composite; a share of the prompts, or a band of difficulty, can be asked for in
-its place.
+section 4.2). The paper does not give the threshold. Here it is the range that the rewards' own
+noise would reach by chance; a least range, a share of the prompts, and a band of difficulty can be
+asked for besides.
 
-    profile.jsonl   a row for every prompt, written as it is measured: a stopped job goes on
-    kept.jsonl      the prompts that are kept, as a set that a stage reads
-    curation.json   counts and quantiles, over all prompts and by category
+    profile-0.jsonl  a row for every prompt, written as it is measured; one file for each process
+    kept.jsonl       the prompts that are kept, as a set that a stage reads
+    curation.json    counts and quantiles, over all prompts and by category
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pydantic import Field, model_validator
+from scipy.stats import studentized_range
 
 from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
@@ -26,24 +29,28 @@ from burnish.policies.base import Policy
 from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
-from burnish.runtime import Runtime
-from burnish.tracking import progress, read_rows, write_json, writing
+from burnish.runtime import Runtime, RuntimeConfig
+from burnish.stages import PolicyConfig
+from burnish.tracking import progress, read_rows, write_atomic, write_json, writing
 from burnish.training import AnyReward
-from burnish.types import Group, Prompt
+from burnish.types import Failed, Group, Prompt
 
 Profile = Mapping[str, Any]
-"""prompt, task, category, range, mean, noise, scored; `scores`: reward -> one for each sample."""
+"""prompt, digest, task, category, range, mean, noise, scored; `scores`: reward -> one for each
+sample; `failures`: why some are missing."""
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_BLOCK = 12
+"""Prompts that are drawn and scored before their rows are written."""
 
 
 class SelectionConfig(Config):
     """Which prompts of a profile are kept; a prompt must pass every rule that is given."""
 
-    noise_multiple: float = Field(default=3.0, ge=0)
-    """Least range, as a multiple of the standard deviation that the rewards' floors give the
-    composite; 0 keeps every prompt with a range."""
+    chance: float | None = Field(default=0.05, gt=0, lt=1)
+    """Share of groups without any difference that would pass by the rewards' noise alone; None
+    takes the rule out."""
     min_range: float | None = Field(default=None, ge=0)
-    """Least range in points of the composite."""
+    """In points of the composite; ranges above it pass."""
     top: float | None = Field(default=None, gt=0, le=1)
     """Share of the prompts of each task with the largest ranges."""
     band: tuple[float, float] | None = None
@@ -61,45 +68,53 @@ class SelectionConfig(Config):
 
 
 class CurationConfig(Config):
-    """What is drawn, from which prompts, and what judges it."""
+    """What is drawn, by what, from which prompts, and what judges it."""
 
+    stage: str
+    """Of a recipe, whose settings these are."""
     seed: int = 0
+    policy: PolicyConfig
+    runtime: RuntimeConfig = RuntimeConfig()
     prompts: PromptsConfig
     rollout: RolloutConfig
     rewards: Mapping[str, AnyReward] = Field(min_length=1)
-    block: int = Field(default=12, ge=1)
-    """Prompts that are drawn and scored before their rows are written."""
 
 
 def measure_prompts(
-    config: CurationConfig, policy: Policy[Any, Any], folder: Path, rt: Runtime
-) -> list[Prompt]:
-    """Append a row for every prompt that has none to the folder's profile; returns all prompts.
+    config: CurationConfig,
+    prompts: Sequence[Prompt],
+    policy: Policy[Any, Any],
+    folder: Path,
+    rt: Runtime,
+) -> None:
+    """Append a row for every prompt that has none to the folder's profile.
 
     Ranks share the prompts, each with a file of its own. A prompt's samples do not depend on what
     they are drawn with, so the rows are the same however often the job was stopped.
 
     Args:
         config: what to draw.
+        prompts: of the config.
         policy: the base.
         folder: of the job.
         rt: ranks and precision.
     """
-    prompts = config.prompts.read()
     own = folder / f"profile-{rt.rank}.jsonl"
-    done = {row["prompt"] for row in read_profile(folder)}
+    _cut_unfinished(own)
     rt.barrier()
-    todo = [p for p in prompts[rt.rank :: rt.world_size] if p.id not in done]
-    blocks = [todo[start : start + config.block] for start in range(0, len(todo), config.block)]
-    total = len(prompts[rt.rank :: rt.world_size])
+    done = {row["prompt"] for row in read_profile(folder, prompts)}
+    rt.barrier()
+    todo = [p for p in prompts if p.id not in done][rt.rank :: rt.world_size]
+    blocks = [todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK)]
+    rollout = config.rollout.model_copy(update={"keep": "none"})
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
-        progress("prompts", total, done=total - len(todo)) as bar,
+        progress("prompts", len(todo)) as bar,
     ):
         for block in blocks:
             with rt.autocast():
                 drawn = sample(
-                    policy, block, config.rollout, seed=config.seed, step=0, on_batch=scorer.submit
+                    policy, block, rollout, seed=config.seed, step=0, on_batch=scorer.submit
                 )
             scored = scorer.collect()
             rows = profile([scored[group.prompt.id] for group in drawn], config.rewards)
@@ -107,13 +122,31 @@ def measure_prompts(
                 file.writelines(json.dumps(row) + "\n" for row in rows)
             bar.advance(len(block))
     rt.barrier()
-    return prompts
 
 
-def read_profile(folder: Path) -> list[Profile]:
-    """The rows that all ranks wrote; a prompt that two of them measured counts once."""
+def _cut_unfinished(path: Path) -> None:
+    """Remove the line on which a process was killed, or the next row would be written behind it."""
+    if path.is_file():
+        data = path.read_text(encoding="utf-8")
+        if not data.endswith("\n"):
+            write_atomic(path, data[: data.rfind("\n") + 1])
+
+
+def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
+    """The rows that all ranks wrote of prompts as they are now.
+
+    A prompt whose words or source have changed has none.
+    """
+    digests = {prompt.id: digest(prompt) for prompt in prompts}
     rows = [row for path in sorted(folder.glob("profile-*.jsonl")) for row in read_rows(path)]
-    return list({row["prompt"]: row for row in rows}.values())
+    own = [row for row in rows if digests.get(row["prompt"]) == row["digest"]]
+    return list({row["prompt"]: row for row in own}.values())
+
+
+def digest(prompt: Prompt) -> str:
+    """What a prompt asks for, in sixteen characters."""
+    data = prompt.text.encode() + b"\0" + (prompt.source or b"")
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterator[Profile]:
@@ -129,8 +162,10 @@ def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterat
     noises = ((shares * table.floors[:, None]) ** 2).sum(dim=0).sqrt()
     for row, group in enumerate(groups):
         count = int(complete[row].sum())
+        failed = [s.reason for row in group.scores.values() for s in row if isinstance(s, Failed)]
         yield {
             "prompt": group.prompt.id,
+            "digest": digest(group.prompt),
             "task": group.prompt.task,
             "category": group.prompt.category,
             "range": round(float(ranges[row]), 6) if count > 1 else None,
@@ -141,39 +176,61 @@ def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterat
                 name: [None if v is None else round(v, 6) for v in scored_values(scores)]
                 for name, scores in group.scores.items()
             },
+            "failures": sorted(set(failed)),
         }
+
+
+@lru_cache
+def noise_range(count: int, chance: float) -> float:
+    """Range of `count` standard normal numbers that is exceeded with a probability of `chance`."""
+    return float(studentized_range.ppf(1 - chance, count, np.inf))
 
 
 def select(rows: Sequence[Profile], rule: SelectionConfig) -> list[str]:
     """Ids of the prompts that are kept, in the order of the rows.
 
     Raises:
-        ConfigError: none is; the quantiles of the ranges are told.
+        ConfigError: none is, of some task; the quantiles of its ranges are told.
     """
+    kept = {
+        row["prompt"]
+        for task in dict.fromkeys(row["task"] for row in rows)
+        for row in _select_alike([row for row in rows if row["task"] == task], rule)
+    }
+    return [row["prompt"] for row in rows if row["prompt"] in kept]
+
+
+def _select_alike(rows: Sequence[Profile], rule: SelectionConfig) -> list[Profile]:
+    """The rows of one task that are kept."""
     measured = [row for row in rows if row["range"] is not None]
-    kept = [row for row in measured if row["range"] > rule.noise_multiple * row["noise"]]
+    kept = measured
+    if rule.chance is not None:
+        kept = [
+            row
+            for row in kept
+            if row["range"] > noise_range(row["scored"], rule.chance) * row["noise"]
+        ]
     if rule.min_range is not None:
         kept = [row for row in kept if row["range"] > rule.min_range]
-    for task in sorted({row["task"] for row in rows}):
-        own = [row for row in measured if row["task"] == task]
-        if own and rule.top is not None:
-            least = float(np.quantile([row["range"] for row in own], 1 - rule.top))
-            kept = [row for row in kept if row["task"] != task or row["range"] >= least]
-        if own and rule.band is not None:
-            low, high = np.quantile([row["mean"] for row in own], rule.band)
-            kept = [row for row in kept if row["task"] != task or low <= row["mean"] <= high]
+    if measured and rule.top is not None:
+        least = float(np.quantile([row["range"] for row in measured], 1 - rule.top))
+        kept = [row for row in kept if row["range"] >= least]
+    if measured and rule.band is not None:
+        low, high = np.quantile([row["mean"] for row in measured], rule.band)
+        kept = [row for row in kept if low <= row["mean"] <= high]
     if not kept:
         told = ", ".join(f"{q:.0%} {v:.3g}" for q, v in _quantiles(measured, "range").items())
         raise ConfigError(
-            f"need prompts to keep, got none of {len(rows)}; the quantiles of their ranges are "
-            f"{told or 'unknown, as nothing was scored'}: loosen the rule"
+            f"need prompts of task {rows[0]['task']} to keep, got none of {len(rows)}; the "
+            f"quantiles of their ranges are {told or 'unknown, as nothing was scored'}: loosen the "
+            "rule"
         )
-    return [row["prompt"] for row in kept]
+    return kept
 
 
 def write_kept(folder: Path, prompts: Sequence[Prompt], rule: SelectionConfig) -> dict[str, Any]:
     """Write the kept prompts and the summary of a measured profile; returns the summary."""
-    rows = read_profile(folder)
+    rows = read_profile(folder, prompts)
     kept = set(select(rows, rule))
     summary = {"rule": rule.model_dump(mode="json"), **summarise(rows, kept)}
     with writing(folder / "kept.jsonl"):
@@ -185,16 +242,23 @@ def write_kept(folder: Path, prompts: Sequence[Prompt], rule: SelectionConfig) -
 def summarise(rows: Sequence[Profile], kept: set[str]) -> dict[str, Any]:
     """Counts, and quantiles of range and mean, over all prompts and by category."""
     categories = sorted({row["category"] for row in rows})
-    parts = {"all": rows, **{c: [r for r in rows if r["category"] == c] for c in categories}}
     return {
-        name: {
-            "prompts": len(own),
-            "kept": sum(row["prompt"] in kept for row in own),
-            "not_scored": sum(row["range"] is None for row in own),
-            "range": _quantiles(own, "range"),
-            "mean": _quantiles(own, "mean"),
-        }
-        for name, own in parts.items()
+        "all": _summary(rows, kept),
+        "categories": {
+            name: _summary([row for row in rows if row["category"] == name], kept)
+            for name in categories
+        },
+    }
+
+
+def _summary(rows: Sequence[Profile], kept: set[str]) -> dict[str, Any]:
+    return {
+        "prompts": len(rows),
+        "kept": sum(row["prompt"] in kept for row in rows),
+        "not_scored": sum(row["range"] is None for row in rows),
+        "failures": sorted({reason for row in rows for reason in row["failures"]}),
+        "range": _quantiles(rows, "range"),
+        "mean": _quantiles(rows, "mean"),
     }
 
 

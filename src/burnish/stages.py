@@ -13,7 +13,7 @@ import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -23,7 +23,7 @@ from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, writ
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.tracking import Run, write_atomic
+from burnish.tracking import Run, read_rows, write_atomic
 from burnish.training import AnyReward, StageConfig, train
 from burnish.types import Prompt
 
@@ -34,6 +34,8 @@ UNGUIDED = "base-unguided"
 BEST_OF = "base-best-of"
 BASES = (BASE, UNGUIDED, BEST_OF)
 """The ways in which the base itself is measured."""
+PARTS = ("rollout", "credit", "update")
+"""Parts of a training step that are timed."""
 STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
 
@@ -52,7 +54,9 @@ class StudyConfig(Config):
     question: str
     claim: str = ""
     """What the paper says."""
-    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        default=(0, 1, 2), min_length=1
+    )
     """Of the runs; the pictures that are measured have the same seeds in all of them."""
 
 
@@ -244,6 +248,20 @@ def _measure_role(
 
 def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Prompt]:
     return [p for task in tasks for p in [p for p in prompts if p.task == task][:count]]
+
+
+def spent(folder: Path, stage: str) -> dict[str, Any]:
+    """Steps, pictures drawn, and minutes of each part of one stage of the run in a folder."""
+    place = folder / "stages" / stage
+    steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")
+    drawn = [row["data/images"] for row in steps if row.get("data/images") is not None]
+    minutes = {p: sum(row.get(f"time/{p}") or 0.0 for row in times) / 60 for p in PARTS}
+    return {
+        "steps": len(steps),
+        "images": sum(drawn) if drawn else None,
+        "minutes": {p: minutes[p] if times else None for p in PARTS}
+        | {"total": sum(minutes.values()) if times else None},
+    }
 
 
 def all_scores(config: RunConfig, folder: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""A study: the stages of one recipe are arms, run with several seeds and compared on the oracle.
+"""A study: the stages of one recipe are arms, run with several seeds and compared.
 
 A study folder has a run folder for each seed, `seed-0` and so on, and what is computed from them:
 
@@ -6,8 +6,9 @@ A study folder has a run folder for each seed, `seed-0` and so on, and what is c
     study.json     the table
     study.md       the table as it is read
 
-Prompts are the unit of every interval: a prompt's value is its mean over pictures and seeds. How
-far seeds differ is shown beside it, one number for each, because three of them make no interval.
+Prompts are the unit of every interval: a prompt's value is the mean over seeds of what it gained in
+each. How far seeds differ is shown beside it, one number for each, because three of them make no
+interval.
 """
 
 import json
@@ -18,15 +19,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from burnish.config import ConfigError
 from burnish.evaluation import Row, by_prompt, estimate
-from burnish.stages import BASE, BASES, RunConfig, all_scores, is_complete
-from burnish.summary import HEADLINE, KNOWLEDGE, Number, knowledge_ids, read_run, shown, summarise
+from burnish.stages import BASE, BASES, RunConfig, all_scores, is_complete, spent
+from burnish.summary import HEADLINE, KNOWLEDGE, Number, knowledge_ids, read_run, shown
 from burnish.tracking import write_atomic, write_json, writing
+
+LEAST_SCORED = 0.99
+"""Share of an arm's pictures with a score; below it the arm is marked."""
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
     """The run folder of one seed."""
     return folder / f"seed-{seed}"
+
+
+def of_seed(config: RunConfig, seed: int) -> RunConfig:
+    """The run of one seed: what is asked and claimed, and which other seeds there are, is not part
+    of it, so that both can change without running it again."""
+    return config.model_copy(update={"seed": seed, "study": None})
 
 
 def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
@@ -37,36 +48,49 @@ def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
         seeds: in the order in which they are run.
         seed: whose run folder exists.
     """
-    here = seed_folder(folder, seed)
+    here, job = seed_folder(folder, seed), f"measure/{BASE}"
     for other in (seed_folder(folder, n) for n in seeds[: list(seeds).index(seed)]):
-        if is_complete(other, f"measure/{BASE}") and not is_complete(here, f"measure/{BASE}"):
-            # The marker that the job is complete stands in the first one.
-            for name in reversed(BASES):
-                shutil.copytree(
-                    other / "evaluation" / name, here / "evaluation" / name, dirs_exist_ok=True
-                )
+        if is_complete(other, job) and not is_complete(here, job):
+            for name in BASES:
+                source, target = (run / "evaluation" / name for run in (other, here))
+                ignored = shutil.ignore_patterns("DONE")
+                shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored)
+            # Last: it says that the rest is whole.
+            write_atomic(here / "evaluation" / BASE / "DONE", "")
 
 
-def write_study(folder: Path, command: str) -> dict[str, Any]:
+def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]:
     """Compute the table of a study from its complete runs, and write it down.
 
     Args:
+        config: with its seeds; runs of other seeds have no say.
         folder: of the study.
         command: that makes it again.
 
     Raises:
-        ValueError: no run is complete.
+        ConfigError: no study, no run is complete, or one has other settings.
     """
-    runs = {int(path.name.removeprefix("seed-")): path for path in sorted(folder.glob("seed-*"))}
-    configs = {seed: read_run(path) for seed, path in runs.items()}
-    done = [s for s, p in runs.items() if all(is_complete(p, job) for job in configs[s].jobs())]
+    if config.study is None:
+        raise ConfigError(f"need a recipe with `study:`, got {config.name}")
+    runs = {seed: seed_folder(folder, seed) for seed in config.study.seeds}
+    done = [s for s, p in runs.items() if all(is_complete(p, job) for job in config.jobs())]
     if not done:
-        raise ValueError(f"need a complete run in {folder}, got none")
-    config = configs[done[0]]
-    rows = [row | {"run": s} for s in done for row in all_scores(configs[s], runs[s])]
-    costs = [summarise(configs[s], runs[s], all_scores(configs[s], runs[s]))["cost"] for s in done]
-    found = tabulate(config, rows, costs)
-    found |= {"command": command, "seeds": done}
+        raise ConfigError(f"need a complete run in {folder}, got none; run the study to its end")
+    for seed in done:
+        if read_run(runs[seed]) != of_seed(config, seed):
+            raise ConfigError(
+                f"need runs of these settings, got others in {runs[seed]}; choose another folder"
+            )
+    rows = [row | {"run": s} for s in done for row in all_scores(config, runs[s])]
+    found = {
+        "name": config.name,
+        "question": config.study.question,
+        "claim": config.study.claim,
+        "command": command,
+        "seeds": done,
+        **tabulate(config, rows),
+        "cost": {arm: _cost([runs[s] for s in done], arm) for arm in config.stages},
+    }
     with writing(folder / "study.json"):
         write_json(folder / "study.json", found)
         write_atomic(folder / "scores.jsonl", "".join(raw_rows(config, rows)))
@@ -74,76 +98,63 @@ def write_study(folder: Path, command: str) -> dict[str, Any]:
     return found
 
 
-def tabulate(
-    config: RunConfig, rows: Sequence[Row], costs: Sequence[Sequence[Mapping[str, Any]]]
-) -> dict[str, Any]:
-    """The table of a study as plain data.
+def tabulate(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
+    """Scores and differences of all arms as plain data.
 
     Args:
-        config: of any of its runs.
+        config: whose stages are the arms.
         rows: scores of all runs; `run` is the seed.
-        costs: of each run, as in its `summary.json`.
     """
     known = knowledge_ids(config)
     held_out = [row for row in rows if row["prompt"] not in known]
-    arms = list(config.stages)
-    results = []
-    for arm in arms:
-        for task in config.tasks(arm):
-            of_task = [row for row in held_out if row["task"] == task]
-            metrics = dict.fromkeys(r["metric"] for r in of_task if r["policy"] == arm)
-            results += [
-                {
-                    "arm": arm,
-                    "task": task,
-                    "metric": metric,
-                    **_effect(of_task, arm, arms[0], metric),
-                }
-                for metric in sorted(metrics.keys() - {"failed"}, key=lambda m: m != HEADLINE)
-            ]
     remembered = [row for row in rows if row["prompt"] in known]
     return {
-        "name": config.name,
-        "question": config.study.question if config.study else "",
-        "claim": config.study.claim if config.study else "",
-        "arms": arms,
-        "results": results,
-        "knowledge": [
-            {"arm": arm, "metric": metric, **_effect(remembered, arm, arms[0], metric)}
-            for arm in arms
-            for metric in KNOWLEDGE
-            if any(r["policy"] == arm and r["metric"] == metric for r in remembered)
-        ],
-        "cost": {arm: _mean_cost(costs, arm) for arm in arms},
+        "arms": list(config.stages),
+        "results": list(_results(config, held_out)),
+        "knowledge": [r for r in _results(config, remembered) if r["metric"] in KNOWLEDGE],
     }
 
 
-def _effect(rows: Sequence[Row], arm: str, control: str, metric: str) -> dict[str, Any]:
-    """Score of an arm, and its difference to the base and to the first arm."""
-    mine = [row for row in rows if row["policy"] == arm and row["metric"] == metric]
-    base = [row for row in rows if row["policy"] == BASE and row["metric"] == metric]
-    first = [row for row in rows if row["policy"] == control and row["metric"] == metric]
-    runs = sorted({row["run"] for row in mine})
+def _results(config: RunConfig, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """One entry for each arm, task and metric, the headline first; it is there without scores."""
+    first = next(iter(config.stages))
+    for arm in config.stages:
+        for task in config.tasks(arm):
+            own = [row for row in rows if row["task"] == task]
+            found = [row["metric"] for row in own if row["policy"] == arm]
+            failed = found.count("failed")
+            total = found.count(HEADLINE) + failed
+            for metric in dict.fromkeys([HEADLINE, *found]):
+                if metric != "failed":
+                    yield {
+                        "arm": arm,
+                        "task": task,
+                        "metric": metric,
+                        "failed": failed,
+                        "is_valid": total > 0 and failed <= (1 - LEAST_SCORED) * total,
+                        **_effect(own, arm, None if arm == first else first, metric),
+                    }
+
+
+def _effect(rows: Sequence[Row], arm: str, control: str | None, metric: str) -> dict[str, Any]:
+    """Score of an arm, its difference to the base, and to the first arm if that is another one."""
+    runs = sorted({row["run"] for row in rows})
+    own = {n: [row for row in rows if row["run"] == n and row["metric"] == metric] for n in runs}
+    gains = [_differences(own[n], arm, BASE) for n in runs]
     return {
-        "score": _number(by_prompt(mine)),
-        "gain": _number(_differences(mine, base)),
+        "score": _number([by_prompt(own[n], policy=arm) for n in runs]),
+        "gain": _number(gains),
         "gain_of_each_seed": [
-            statistics.fmean(
-                v for d in _differences(_of(mine, n), _of(base, n)).values() for v in d
-            )
-            for n in runs
+            statistics.fmean(v for values in gain.values() for v in values) if gain else None
+            for gain in gains
         ],
-        "over_first_arm": None if arm == control else _number(_differences(mine, first)),
+        "over_first_arm": control and _number([_differences(own[n], arm, control) for n in runs]),
     }
 
 
-def _of(rows: Sequence[Row], run: int) -> list[Row]:
-    return [row for row in rows if row["run"] == run]
-
-
-def _differences(mine: Sequence[Row], theirs: Sequence[Row]) -> dict[str, list[float]]:
-    """Difference of two policies on every prompt that both have."""
-    left, right = by_prompt(mine), by_prompt(theirs)
+def _differences(rows: Sequence[Row], mine: str, theirs: str) -> dict[str, list[float]]:
+    """Difference of two policies of one run on every prompt that both have."""
+    left, right = by_prompt(rows, policy=mine), by_prompt(rows, policy=theirs)
     return {
         prompt: [statistics.fmean(left[prompt]) - statistics.fmean(right[prompt])]
         for prompt in left
@@ -151,24 +162,39 @@ def _differences(mine: Sequence[Row], theirs: Sequence[Row]) -> dict[str, list[f
     }
 
 
-def _number(values: Mapping[str, Sequence[float]]) -> Number:
+def _number(runs: Sequence[Mapping[str, Sequence[float]]]) -> Number:
+    """Mean over prompts of what they have in all runs; None if there is nothing."""
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        for prompt, found in run.items():
+            values.setdefault(prompt, []).append(statistics.fmean(found))
     return asdict(estimate(values)) if values else None
 
 
-def _mean_cost(costs: Sequence[Sequence[Mapping[str, Any]]], arm: str) -> dict[str, float]:
+def _cost(runs: Sequence[Path], arm: str) -> dict[str, float]:
     """Pictures drawn, and minutes of one process, as means over seeds."""
-    own = [stage for stages in costs for stage in stages if stage["stage"] == arm]
+    own = [spent(run, arm) for run in runs]
     return {
-        "images": statistics.fmean(stage["images"] for stage in own),
-        "minutes": statistics.fmean(stage["minutes"]["total"] for stage in own),
+        "images": statistics.fmean(found["images"] for found in own),
+        "minutes": statistics.fmean(found["minutes"]["total"] for found in own),
     }
 
 
 def raw_rows(config: RunConfig, rows: Sequence[Row]) -> Iterator[str]:
-    """A line for every score: study, arm, run, seed, prompt, task, category, metric, value."""
+    """A line for every score; `seed` is that of the run, `picture` that of the measured picture."""
     for row in rows:
-        own = {key: value for key, value in row.items() if key not in ("policy", "reason")}
-        yield json.dumps({"study": config.name, "arm": row["policy"], **own}) + "\n"
+        own = {
+            "study": config.name,
+            "arm": row["policy"],
+            "seed": row["run"],
+            "picture": row["seed"],
+            "prompt": row["prompt"],
+            "task": row["task"],
+            "category": row["category"],
+            "metric": row["metric"],
+            "value": row["value"],
+        }
+        yield json.dumps(own | ({"reason": row["reason"]} if "reason" in row else {})) + "\n"
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -188,8 +214,8 @@ def markdown(found: Mapping[str, Any]) -> str:
         lines.append(_line(row, (row["arm"], row["task"], row["metric"])))
     lines += _section(
         "What no reward asks for",
-        "| arm | | metric | score | gain over base | of each seed | over the first arm |",
-        [_line(row, (row["arm"], "", row["metric"])) for row in found["knowledge"]],
+        "| arm | task | metric | score | gain over base | of each seed | over the first arm |",
+        [_line(row, (row["arm"], row["task"], row["metric"])) for row in found["knowledge"]],
     )
     lines += _section(
         "Cost, mean over seeds",
@@ -209,7 +235,9 @@ def _section(title: str, head: str, lines: Sequence[str]) -> list[str]:
 
 def _line(row: Mapping[str, Any], names: Sequence[str]) -> str:
     score = "missing" if row["score"] is None else f"{row['score']['mean']:.3f}"
-    each = ", ".join(f"{gain:+.3f}" for gain in row["gain_of_each_seed"])
+    if not row["is_valid"]:
+        score = f"{score} invalid, {row['failed']} failed"
+    each = ", ".join("none" if g is None else f"{g:+.3f}" for g in row["gain_of_each_seed"])
     over = "" if row["over_first_arm"] is None else shown(row["over_first_arm"], signed=True)
     cells = (*names, score, shown(row["gain"], signed=True), each, over)
     return f"| {' | '.join(cells)} |"

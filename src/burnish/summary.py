@@ -22,17 +22,23 @@ from burnish.algorithms.distill import DistillConfig
 from burnish.config import located, parse
 from burnish.evaluation import Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.prompts import read_prompts
-from burnish.stages import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig, all_scores, is_complete
-from burnish.tracking import Run, read_rows, write_json
+from burnish.stages import (
+    BASE,
+    BEST_OF,
+    STAGE,
+    UNGUIDED,
+    RunConfig,
+    all_scores,
+    is_complete,
+    spent,
+)
+from burnish.tracking import Run, write_json
 
 HEADLINE = "composite"
 """The metric that a run is judged by."""
 
 KNOWLEDGE = ("likeness", "style")
 """Metrics of what no reward asks for, read on the knowledge prompts."""
-
-PARTS = ("rollout", "credit", "update")
-"""Parts of a training step that are timed."""
 
 _MIN_COVERAGE = 0.99  # Share of pictures with a score; below it a result is marked invalid.
 
@@ -273,22 +279,16 @@ def _knowledge(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]
 
 
 def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str, Any]:
-    """Pictures and minutes of one stage, and what it gained for them over where it started."""
-    stage, place = config.stages[name], folder / "stages" / name
-    steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")
-    drawn = [row["data/images"] for row in steps if row.get("data/images") is not None]
-    images = sum(drawn) if drawn else None
-    spent = {p: sum(row.get(f"time/{p}") or 0.0 for row in times) / 60 for p in PARTS}
-    total = sum(spent.values()) if times else None
+    """What one stage cost, and what it gained for that over where it started."""
+    stage, cost = config.stages[name], spent(folder, name)
+    images, total = cost["images"], cost["minutes"]["total"]
     gains = {t: cells.gain(name, stage.start, t, HEADLINE) for t in stage.prompts.tasks}
     return {
         "stage": name,
         "algorithm": stage.algorithm.kind,
-        "steps": len(steps),
         "planned_steps": stage.steps,
         "is_complete": is_complete(folder, f"train/{name}"),
-        "images": images,
-        "minutes": {p: spent[p] if times else None for p in PARTS} | {"total": total},
+        **cost,
         "over": stage.start,
         "rates": [
             {

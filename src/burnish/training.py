@@ -83,6 +83,8 @@ class StageConfig(Config):
             raise ValueError(
                 f"need at least one reward for {name}, got none; add one under rewards"
             )
+        if not self.algorithm.needs_rewards and self.advantages != AdvantagesConfig():
+            raise ValueError(f"need no advantages for {name}, got some; leave `advantages` out")
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
         for task in self.prompts.tasks:

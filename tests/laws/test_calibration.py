@@ -43,8 +43,7 @@ def rows(
 def test_spread_inside_groups_is_measured_whatever_their_means(spread: float) -> None:
     found = loudness(rows("general", spread, 1.0), "alignment", 0.1)
     assert found is not None
-    # The variance of a group of 16 about its own mean is 15/16 of the planted one.
-    assert found.spread == pytest.approx(spread * (15 / 16) ** 0.5, rel=0.03)
+    assert found.spread == pytest.approx(spread, rel=0.03)
     assert found.signal == pytest.approx(max(0, 1 - 0.01 / found.spread**2))
     assert found.missing == 0 and found.prompts == 300
 
@@ -81,7 +80,7 @@ def test_a_reward_without_a_signal_is_turned_down() -> None:
     found = propose(rows("general", 0.05, 1.0), CONFIGS)
     assert found["general"] == {"alignment": 0.0, "quality": 1.0}
     # A spread of twice the floor is three quarters signal.
-    found = propose(rows("general", 0.2 * (16 / 15) ** 0.5, 100.0), CONFIGS)
+    found = propose(rows("general", 0.2, 100.0), CONFIGS)
     assert found["general"]["alignment"] == pytest.approx(0.45 / 0.85, abs=0.02)
 
 
@@ -89,3 +88,14 @@ def test_a_category_that_says_nothing_keeps_the_recipe() -> None:
     few = propose(rows("general", 0.05, 1.0, count=7), CONFIGS)
     silent = propose(rows("general", 0.01, 0.01), CONFIGS)
     assert few == silent == {"general": {"alignment": 0.6, "quality": 0.4}}
+
+
+def test_a_reward_that_failed_keeps_its_weight() -> None:
+    """Nothing was heard of it, which is not that it says nothing."""
+    some = rows("general", 1.0, 1.0, count=20)
+    for number, row in enumerate(some):
+        if number > 3:
+            row["scores"]["quality"] = [None] * 16
+    assert propose(some, CONFIGS)["general"] == pytest.approx(
+        {"alignment": 0.6, "quality": 0.4}, abs=0.01
+    )

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from burnish.curation import (
     CurationConfig,
     SelectionConfig,
     measure_prompts,
+    noise_range,
     profile,
     read_profile,
     select,
@@ -74,10 +77,10 @@ def test_what_failed_is_left_out_and_one_sample_has_no_range() -> None:
 def rows(
     *pairs: tuple[float, float], task: str = "t2i", noise: float = 0.0
 ) -> list[dict[str, Any]]:
-    """Profile rows of ranges and means."""
+    """Profile rows of ranges and means, from groups of 8."""
     return [
         {"prompt": f"{task}-{n}", "task": task, "category": "general", "range": spread,
-         "mean": mean, "noise": noise}
+         "mean": mean, "noise": noise, "scored": 8, "failures": []}
         for n, (spread, mean) in enumerate(pairs)
     ]  # fmt: skip
 
@@ -88,24 +91,34 @@ def test_each_rule_keeps_what_it_says() -> None:
     def kept(**rule: Any) -> list[int]:
         return [int(name[-1]) for name in select(some, parse(SelectionConfig, rule))]
 
-    # Three times a noise of 0.2 is 0.6.
+    # Of eight samples of noise 0.2 the range exceeds 0.86 once in twenty groups.
     assert kept() == [2, 3]
-    assert kept(noise_multiple=0) == [1, 2, 3]
-    assert kept(noise_multiple=0, min_range=1.0) == [3]
-    assert kept(noise_multiple=0, top=0.5) == [2, 3]
-    assert kept(noise_multiple=0, band=[0.5, 1.0]) == [1]
-    assert kept(noise_multiple=0, band=[0.0, 0.5]) == [2, 3]
+    assert kept(chance=None) == [0, 1, 2, 3]
+    assert kept(chance=None, min_range=1.0) == [3]
+    assert kept(chance=None, top=0.5) == [2, 3]
+    assert kept(chance=None, band=[0.5, 1.0]) == [0, 1]
+    assert kept(band=[0.0, 0.5]) == [2, 3]
+    assert kept(top=0.25) == [3]
+
+
+@pytest.mark.parametrize("count", [2, 8, 24])
+@pytest.mark.parametrize("chance", [0.05, 0.3])
+def test_noise_alone_passes_as_often_as_is_said(count: int, chance: float) -> None:
+    drawn = np.random.default_rng(0).normal(0, 0.3, (20_000, count))
+    share = float((np.ptp(drawn, axis=1) > 0.3 * noise_range(count, chance)).mean())
+    assert share == pytest.approx(chance, abs=0.01)
 
 
 def test_a_share_is_taken_of_each_task() -> None:
     """Or one task, whose rewards spread more, would leave nothing of the other."""
     some = [*rows((0.1, 1.0), (0.2, 1.0)), *rows((5.0, 1.0), (6.0, 1.0), task="edit")]
-    assert select(some, SelectionConfig(noise_multiple=0, top=0.5)) == ["t2i-1", "edit-1"]
+    assert select(some, SelectionConfig(top=0.5)) == ["t2i-1", "edit-1"]
 
 
-def test_an_empty_pool_tells_the_quantiles() -> None:
-    some = rows((0.5, 1.0), (1.5, 1.0))
-    with pytest.raises(ConfigError, match=r"got none of 2; .* 0% 0.5, .*50% 1, .*100% 1.5: loosen"):
+def test_an_empty_pool_tells_the_quantiles_of_its_task() -> None:
+    some = [*rows((0.5, 1.0), (1.5, 1.0)), *rows((20.0, 1.0), task="edit")]
+    said = r"task t2i to keep, got none of 2; .* 0% 0.5, .*50% 1, .*100% 1.5: loosen"
+    with pytest.raises(ConfigError, match=said):
         select(some, SelectionConfig(min_range=9))
     with pytest.raises(ConfigError, match="unknown, as nothing was scored"):
         select([{**some[0], "range": None}], SelectionConfig())
@@ -118,31 +131,36 @@ def test_a_band_must_be_one(band: list[float]) -> None:
 
 
 def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same(tmp_path: Path) -> None:
-    """Ranks share the prompts, and what each wrote does not depend on who else did."""
+    """Processes share the prompts, and what each wrote does not depend on who else did."""
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
     config = parse(
         CurationConfig,
         {
+            "stage": "teacher",
+            "policy": {"resolution": 64},
             "prompts": {"path": "embedded:prompts/train.jsonl", "tasks": ["t2i"], "limit": 5},
             "rollout": {"num_steps": 2, "group_size": 3, "window": 0, "keep": "none"},
             "rewards": {"quality": {"kind": "oracle", "dimension": "quality"}},
-            "block": 2,
         },
     )
+    prompts = config.prompts.read()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for folder in (whole, cut):
         folder.mkdir()
-    prompts = measure_prompts(config, base, whole, CPU)
+    measure_prompts(config, prompts, base, whole, CPU)
     written = (whole / "profile-0.jsonl").read_text().splitlines(keepends=True)
     assert len(written) == 5 and all(json.loads(line)["range"] > 0 for line in written)
-    # As if two processes had been stopped, the second one on its second prompt.
-    (cut / "profile-0.jsonl").write_text(written[0])
-    (cut / "profile-1.jsonl").write_text(written[1])
-    measure_prompts(config, base, cut, CPU)
+    # As if two processes had been killed, the first one in the middle of a line.
+    (cut / "profile-0.jsonl").write_text(written[0] + written[1][:20])
+    (cut / "profile-1.jsonl").write_text(written[2])
+    measure_prompts(config, prompts, base, cut, CPU)
     by_name = sorted(written, key=lambda line: json.loads(line)["prompt"])
-    found = sorted(read_profile(cut), key=lambda row: row["prompt"])
+    found = sorted(read_profile(cut, prompts), key=lambda row: row["prompt"])
     assert [json.loads(line) for line in by_name] == found
-    summary = write_kept(whole, prompts, SelectionConfig(noise_multiple=0, top=0.4))
+    summary = write_kept(whole, prompts, SelectionConfig(chance=None, top=0.4))
     names = [prompt.id for prompt in read_prompts(whole / "kept.jsonl")]
     assert len(names) == summary["all"]["kept"] == 2 and summary["all"]["prompts"] == 5
     assert json.loads((whole / "curation.json").read_text())["all"]["not_scored"] == 0
+    # A prompt that asks for something else now is measured again.
+    other = [replace(prompts[0], text="a cat"), *prompts[1:]]
+    assert len(read_profile(whole, other)) == 4

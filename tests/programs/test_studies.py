@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from burnish import studies
-from burnish.config import parse
+from burnish.config import ConfigError, parse
 from burnish.evaluation import Row, read_scores, write_rows
 from burnish.prompts import write_prompts
 from burnish.stages import BASE, BASES, BEST_OF, RunConfig
@@ -19,7 +19,7 @@ GAINS = {BASE: 0.0, "plain": 0.05, "better": 0.15}
 PROMPTS = [Prompt(id=f"p{n}", text=f"prompt {n}", category="general") for n in range(60)]
 
 
-def make_config(folder: Path, seed: int) -> RunConfig:
+def make_config(folder: Path, **changes: Any) -> RunConfig:
     stage: dict[str, Any] = {
         "steps": 20,
         "prompts": {"path": "train.jsonl", "tasks": ["t2i"]},
@@ -29,13 +29,12 @@ def make_config(folder: Path, seed: int) -> RunConfig:
     }
     data = {
         "name": "fake",
-        "seed": seed,
         "stages": {"plain": stage, "better": stage},
         "evaluation": {"prompts": str(folder / "held-out.jsonl"), "knowledge": None},
         "judge": {"kind": "oracle"},
         "study": {"question": "Which is better?", "claim": "The better one.", "seeds": [0, 1]},
     }
-    return parse(RunConfig, data)
+    return parse(RunConfig, data | changes)
 
 
 def score_rows(policy: str, seed: int) -> list[Row]:
@@ -54,7 +53,8 @@ def score_rows(policy: str, seed: int) -> list[Row]:
 
 def make_run(folder: Path, seed: int, *, is_complete: bool = True) -> Path:
     """The run folder of one seed, with everything that a study reads."""
-    config, out = make_config(folder, seed), studies.seed_folder(folder / "study", seed)
+    out = studies.seed_folder(folder / "study", seed)
+    config = studies.of_seed(make_config(folder), seed)
     write_prompts(folder / "held-out.jsonl", PROMPTS)
     Run.create(out, config, command="burnish study fake", environment={})
     for policy in (*BASES, "plain", "better"):
@@ -79,7 +79,7 @@ def result(found: dict[str, Any], arm: str) -> dict[str, Any]:
 def test_planted_gains_come_back_with_their_intervals_and_seeds(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path, seed)
-    found = studies.write_study(tmp_path / "study", "burnish study fake")
+    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
     for arm in ("plain", "better"):
         row, planted = result(found, arm), GAINS[arm] + 0.005
         assert row["gain"]["low"] < planted < row["gain"]["high"]
@@ -96,7 +96,7 @@ def test_planted_gains_come_back_with_their_intervals_and_seeds(tmp_path: Path) 
 def test_the_table_says_the_question_the_command_and_the_seeds(tmp_path: Path) -> None:
     make_run(tmp_path, 0)
     make_run(tmp_path, 1, is_complete=False)
-    found = studies.write_study(tmp_path / "study", "burnish study fake")
+    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
     text = (tmp_path / "study" / "study.md").read_text()
     assert text.startswith("# Which is better?\n\nClaim: The better one.\n")
     # A run that is not complete has no say.
@@ -104,19 +104,19 @@ def test_the_table_says_the_question_the_command_and_the_seeds(tmp_path: Path) -
     assert "| plain | 1,920 | 1.0 |" in text
     rows = read_scores(tmp_path / "study" / "scores.jsonl")
     assert {row["arm"] for row in rows} == {*BASES, "plain", "better"}
-    assert all(row["study"] == "fake" and row["run"] == 0 for row in rows)
+    assert all(row["study"] == "fake" and row["seed"] == 0 for row in rows)
 
 
 def test_a_study_without_a_complete_run_has_no_table(tmp_path: Path) -> None:
     make_run(tmp_path, 0, is_complete=False)
-    with pytest.raises(ValueError, match="need a complete run"):
-        studies.write_study(tmp_path / "study", "burnish study fake")
+    with pytest.raises(ConfigError, match="need a complete run"):
+        studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
 
 
 def test_the_base_is_measured_once(tmp_path: Path) -> None:
     """The copy is what the first run measured, and the job that would measure it is done."""
     first = make_run(tmp_path, 0)
-    config = make_config(tmp_path, 1)
+    config = studies.of_seed(make_config(tmp_path), 1)
     second = studies.seed_folder(tmp_path / "study", 1)
     Run.create(second, config, command="burnish study fake", environment={})
     studies.share_base(tmp_path / "study", (0, 1), 1)
@@ -127,12 +127,70 @@ def test_the_base_is_measured_once(tmp_path: Path) -> None:
     assert BEST_OF in BASES and not (second / "evaluation" / "plain").exists()
 
 
+def both_runs() -> list[Row]:
+    """Scores of two seeds."""
+    policies = (BASE, "plain", "better")
+    return [row | {"run": seed} for seed in (0, 1) for p in policies for row in score_rows(p, seed)]
+
+
 def test_prompts_are_the_unit(tmp_path: Path) -> None:
     """Twice as many pictures of the same prompts make no narrower interval."""
-    config = make_config(tmp_path, 0)
-    rows = [r | {"run": 0} for p in (BASE, "plain", "better") for r in score_rows(p, 0)]
-    cost = [{"stage": arm, "images": 1, "minutes": {"total": 1.0}} for arm in ("plain", "better")]
-    once = result(studies.tabulate(config, rows, [cost]), "better")["gain"]
+    write_prompts(tmp_path / "held-out.jsonl", PROMPTS)
+    config, rows = make_config(tmp_path), both_runs()
+    once = result(studies.tabulate(config, rows), "better")["gain"]
     again = [*rows, *({**row, "seed": 1} for row in rows)]
-    twice = result(studies.tabulate(config, again, [cost]), "better")["gain"]
-    assert once == twice
+    assert once == result(studies.tabulate(config, again), "better")["gain"]
+
+
+def test_an_arm_is_compared_with_the_base_of_the_same_prompts(tmp_path: Path) -> None:
+    """A seed in which only the hardest prompts were scored must not look like a bad seed."""
+    config, rows = make_config(tmp_path), both_runs()
+    easy = {row["prompt"] for row in rows if row["policy"] == BASE and row["value"] > 0.45}
+    kept = [
+        row if not (row["policy"] == "better" and row["run"] == 1 and row["prompt"] in easy)
+        else row | {"metric": "failed", "value": None, "reason": "x"}
+        for row in rows
+    ]  # fmt: skip
+    row = result(studies.tabulate(config, kept), "better")
+    assert row["gain"]["low"] < 0.155 < row["gain"]["high"]
+    assert row["gain_of_each_seed"][1] == pytest.approx(0.16, abs=0.02)
+    assert row["failed"] == len(easy) and not row["is_valid"]
+
+
+def test_an_arm_without_scores_is_there_and_marked(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    rows = [
+        row | {"metric": "failed", "value": None, "reason": "x"}
+        if row["policy"] == "better"
+        else row
+        for row in both_runs()
+    ]
+    found = studies.tabulate(config, rows)
+    row = result(found, "better")
+    assert row["score"] is row["gain"] is None and row["gain_of_each_seed"] == [None, None]
+    text = studies.markdown(
+        {
+            **found,
+            "question": "",
+            "name": "x",
+            "claim": "",
+            "command": "c",
+            "seeds": [0],
+            "cost": {},
+        }
+    )
+    assert (
+        "| better | t2i | composite | missing invalid, 120 failed | missing | none, none |" in text
+    )
+
+
+def test_runs_of_other_settings_or_seeds_have_no_say(tmp_path: Path) -> None:
+    """Another question, claim or list of seeds is no other setting."""
+    make_run(tmp_path, 0)
+    make_run(tmp_path, 7)
+    (tmp_path / "study" / "seed-0-old").mkdir()
+    worded = make_config(tmp_path, study={"question": "Or is it?", "seeds": [0, 3]})
+    assert studies.write_study(worded, tmp_path / "study", "c")["seeds"] == [0]
+    other = make_config(tmp_path, judge={"kind": "oracle", "floor": 0.5})
+    with pytest.raises(ConfigError, match=r"need runs of these settings, got others in .*seed-0"):
+        studies.write_study(other, tmp_path / "study", "c")

@@ -183,6 +183,8 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
         ("study judgs", "got 'judgs'; did you mean 'judges'?"),
         ("study smoke", "need a recipe with `study:`, got smoke"),
         ("study judges --all", "need --all alone, got more"),
+        ("study judges seed=1", "set study.seeds=[0,1,2]"),
+        ("study judges study.seeds=[-1]", "study.seeds"),
         ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
         ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
         ("grpo stages.teacher.rollout.kernel=ode", "rollout.kernel=precise"),
@@ -333,22 +335,54 @@ def test_a_run_is_trained_measured_and_reported(
     assert cli.main(["report", str(out)]) == 0
 
 
-def test_a_study_runs_every_seed_and_goes_on_where_it_stopped(
+def test_a_study_that_was_cut_off_goes_on_with_its_next_seed(
     recipe: Path, tmp_path: Path, in_process: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A second start finds everything done and writes the same table."""
+    """And a longer list of seeds runs only those that are missing."""
     with recipe.open("a") as file:
-        file.write("study: {question: 'Does it learn?', seeds: [3, 4]}\n")
+        file.write("study: {question: 'Does it learn?', seeds: [3]}\n")
     out = tmp_path / "study"
     command = ["study", str(recipe), "--out", str(out), "--json"]
-    tables = []
-    for _ in range(2):
-        assert cli.main(command) == 0
-        tables.append(json.loads(capsys.readouterr().out.splitlines()[-1])["study"])
-    assert tables[0] == tables[1] and tables[0]["seeds"] == [3, 4]
+    assert cli.main(command) == 0
+    first = (out / "seed-3" / "stages" / "student" / "metrics.jsonl").stat()
+    capsys.readouterr()
+    assert cli.main([*command, "study.seeds=[3,4]"]) == 0
+    (found,) = json.loads(capsys.readouterr().out.splitlines()[-1])["studies"]
+    assert found["seeds"] == [3, 4]
     stages = [out / f"seed-{seed}" / "stages" / "student" for seed in (3, 4)]
-    assert (out / "study.md").read_text().startswith("# Does it learn?")
+    assert (stages[0] / "metrics.jsonl").stat().st_mtime_ns == first.st_mtime_ns
     assert len({(stage / "metrics.jsonl").read_bytes() for stage in stages}) == 2
+    assert (out / "study.md").read_text().startswith("# Does it learn?")
+    assert all((out / f"seed-{seed}" / "report.html").is_file() for seed in (3, 4))
+
+
+def test_prompts_are_curated_and_rewards_weighed(
+    recipe: Path, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another rule selects again and draws nothing; what is printed is a setting of the stage."""
+    plan = yaml.safe_load(recipe.read_text())
+    stage = plan["stages"].pop("student")
+    plan["stages"]["teacher"] = {
+        **stage,
+        "rollout": {**stage["rollout"], "group_size": 3, "guidance_scale": 2.0, "keep": "none"},
+        "rewards": {"truth": {"kind": "oracle", "dimension": "quality"}},
+        "algorithm": {"kind": "nft"},
+        "prompts": {"path": "embedded:prompts/train.jsonl", "tasks": ["t2i"], "limit": 3},
+    }
+    recipe.write_text(yaml.safe_dump(plan, sort_keys=False))
+    out = tmp_path / "curated"
+    command = ["curate", str(recipe), "teacher", "--out", str(out), "--keep"]
+    assert cli.main([*command, "chance=null"]) == 0
+    measured = (out / "profile-0.jsonl").read_bytes()
+    said = capsys.readouterr().out
+    assert f"stages.teacher.prompts.path={out / 'kept.jsonl'}" in said
+    assert cli.main([*command, "min_range=100"]) == 2
+    assert "the quantiles of their ranges are 0%" in capsys.readouterr().err
+    assert (out / "profile-0.jsonl").read_bytes() == measured
+    assert cli.main(["calibrate", str(out)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("'stages.teacher.rewards.truth.weights={default: 1,")
+    assert cli.main(["calibrate", str(tmp_path)]) == 2
 
 
 def test_a_damaged_checkpoint_is_told(

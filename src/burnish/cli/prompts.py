@@ -24,20 +24,24 @@ def curate(
         typer.Option(
             "--keep",
             metavar="KEY=VALUE",
-            help="Rule: noise_multiple, min_range, top or band; may be given several times.",
+            help="Rule, may be given several times. chance=0.05 (default): ranges that noise alone "
+            "reaches so seldom; chance=null takes it out. min_range=0.5: larger ranges, in points. "
+            "top=0.5: that share with the largest. band=[0.25,0.75]: of middling difficulty.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder; runs/curation/STAGE if left out.", metavar="DIR"),
+        typer.Option(
+            "--out", help="Folder; runs/curation/RECIPE-STAGE if left out.", metavar="DIR"
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a group of every prompt with the base, keep the prompts whose rewards differ.
+    """Keep the prompts whose pictures differ in reward.
 
-    Drawing is resumed and not repeated: the same command with another rule only selects again. A
-    stage reads what is kept with `prompts.path=DIR/kept.jsonl`. Started by torchrun, the processes
-    share the prompts.
+    The base draws a group of every prompt. That is resumed and not repeated: the same command with
+    another rule only selects again. A stage reads what is kept, see the last line that is printed.
+    Started by torchrun, the processes share the prompts.
     """
     path = recipe_path(recipe)
     from burnish.curation import CurationConfig, SelectionConfig, measure_prompts, write_kept
@@ -53,44 +57,49 @@ def curate(
     if not plan.rewards:
         raise ConfigError(f"need a stage with rewards, got {stage!r}; a student needs no curation")
     config = CurationConfig(
+        stage=stage,
         seed=whole.seed,
+        policy=whole.policy,
+        runtime=whole.runtime,
         prompts=plan.prompts,
-        rollout=plan.rollout.model_copy(update={"window": 0, "keep": "none"}),
+        rollout=plan.rollout,
         rewards=plan.rewards,
-        block=plan.prompts_per_step,
     )
-    folder = out or Path("runs/curation") / stage
+    folder = out or Path("runs/curation") / f"{whole.name}-{stage}"
+    prompts = config.prompts.read()
     rt = whole.runtime.build()
     try:
+        policy = load_policy(config.policy, model_folder(folder, config.policy.path), rt)
         if rt.is_main:
             command = shlex.join(["burnish", *sys.argv[1:]])
             Run.create(folder, config, command=command, environment=rt.describe())
         rt.barrier()
-        policy = load_policy(whole.policy, model_folder(folder, whole.policy.path), rt)
-        prompts = measure_prompts(config, policy, folder, rt)
+        measure_prompts(config, prompts, policy, folder, rt)
         if rt.is_main:
-            _show(write_kept(folder, prompts, rule), folder, as_json)
+            _show_kept(write_kept(folder, prompts, rule), stage, folder, as_json)
     finally:
         rt.close()
 
 
-def _show(found: dict[str, Any], folder: Path, as_json: bool) -> None:
-    for name, part in found.items():
-        if name != "rule":
-            middle = part["range"].get(0.5)
-            spread = "" if middle is None else f", middle range {middle:.3g}"
-            print(f"{name}: {part['kept']} of {part['prompts']} kept{spread}")
-    print(f"Kept: {folder / 'kept.jsonl'}")
+def _show_kept(found: dict[str, Any], stage: str, folder: Path, as_json: bool) -> None:
+    for name, part in {"all": found["all"], **found["categories"]}.items():
+        middle = part["range"].get(0.5)
+        spread = "" if middle is None else f", middle range {middle:.3g}"
+        failed = f", {part['not_scored']} not scored" if part["not_scored"] else ""
+        print(f"{name}: {part['kept']} of {part['prompts']} kept{spread}{failed}")
+    for reason in found["all"]["failures"]:
+        print(f"failed: {reason}")
+    print(f"Use them with stages.{stage}.prompts.path={folder / 'kept.jsonl'}")
     if as_json:
         print(json.dumps({"folder": str(folder), "curation": found}))
 
 
-@app.command(epilog="Example: burnish calibrate runs/curation/t2i_teacher")
+@app.command(epilog="Example: burnish calibrate runs/curation/miniature-t2i_teacher")
 def calibrate(
     folder: Annotated[Path, typer.Argument(help="The folder of `burnish curate`.")],
     as_json: Json = False,
 ) -> None:
-    """Propose weights of the rewards for each category, from groups that are drawn already.
+    """Weigh rewards by what they say in each category.
 
     Prints how much each reward varies inside groups beside its own noise, how rewards go together,
     and the proposal as settings of the stage. It is a proposal: what a category is about, no
@@ -100,19 +109,20 @@ def calibrate(
     from burnish.curation import CurationConfig, read_profile
     from burnish.tracking import Run, write_json
 
-    config = parse(CurationConfig, Run.open(folder).config(), where=str(folder / "config.yaml"))
-    rows = read_profile(folder)
+    given = Run.open(folder).config()
+    if "rollout" not in given:
+        raise ConfigError(f"need the folder of `burnish curate`, got {folder}, another run's")
+    config = parse(CurationConfig, given, where=str(folder / "config.yaml"))
+    rows = read_profile(folder, config.prompts.read())
     if not rows:
-        raise ConfigError(
-            f"need a measured profile in {folder}, got none; run burnish curate first"
-        )
+        raise ConfigError(f"need a measured profile in {folder}, got none; run burnish curate")
     found = measured(rows, config.rewards)
     write_json(folder / "calibration.json", found)
     _show_loudness(found)
-    for name in config.rewards:
-        own = {category: weights[name] for category, weights in found["weights"].items()}
-        told = ", ".join(f"{category}: {weight:g}" for category, weight in own.items())
-        print(f"rewards.{name}.weights='{{{told}}}'")
+    for name, reward in config.rewards.items():
+        weights = {**reward.weights, **{c: own[name] for c, own in found["weights"].items()}}
+        told = ", ".join(f"{category}: {weight:g}" for category, weight in weights.items())
+        print(shlex.quote(f"stages.{config.stage}.rewards.{name}.weights={{{told}}}"))
     if as_json:
         print(json.dumps({"folder": str(folder), "calibration": found}))
 

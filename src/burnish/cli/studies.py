@@ -3,8 +3,9 @@
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +16,7 @@ from burnish.cli.runs import carry_out
 from burnish.config import ConfigError, load, read_yaml
 
 
-@app.command(epilog="Example: burnish study judges")
+@app.command(epilog="Example: burnish study judges study.seeds=[0,1] --out runs/studies/two")
 def study(
     name: Annotated[
         str | None, typer.Argument(help="A study's name, or the path of a recipe with `study:`.")
@@ -38,8 +39,9 @@ def study(
     names = known_studies() if every else [name] if name is not None else []
     if not names:
         raise ConfigError(f"need a study, got none; the studies are {', '.join(known_studies())}")
-    for one in names:
-        _study(one, list(overrides or ()), out, as_json)
+    found = [_study(one, list(overrides or ()), out) for one in names]
+    if as_json:
+        print(json.dumps({"studies": found}))
 
 
 def known_studies() -> list[str]:
@@ -47,12 +49,14 @@ def known_studies() -> list[str]:
     return [name for name, path in known_recipes().items() if "study" in read_yaml(path)]
 
 
-def _study(name: str, overrides: list[str], out: Path | None, as_json: bool) -> None:
+def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     path = recipe_path(name)
+    if any(override.partition("=")[0].strip() == "seed" for override in overrides):
+        raise ConfigError("need the seeds of a study, got seed; set study.seeds=[0,1,2]")
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from burnish import studies
+    from burnish import report, studies
     from burnish.stages import RunConfig
 
     config = load(RunConfig, path, overrides)
@@ -63,16 +67,14 @@ def _study(name: str, overrides: list[str], out: Path | None, as_json: bool) -> 
     folder = out or Path("runs/studies") / config.name
     seeds = config.study.seeds
     for seed in seeds:
-        carry_out(
-            config.model_copy(update={"seed": seed}),
-            studies.seed_folder(folder, seed),
-            before=lambda seed=seed: studies.share_base(folder, seeds, seed),
-        )
+        run = studies.seed_folder(folder, seed)
+        before = partial(studies.share_base, folder, seeds, seed)
+        carry_out(studies.of_seed(config, seed), run, before=before)
+        report.write_report(run)
     command = shlex.join(["burnish", "study", name, *overrides])
-    found = studies.write_study(folder, command)
+    found = studies.write_study(config, folder, command)
     Console(width=None if sys.stdout.isatty() else 160).print(
         Markdown((folder / "study.md").read_text(encoding="utf-8"))
     )
     print(f"Table: {folder / 'study.md'}")
-    if as_json:
-        print(json.dumps({"folder": str(folder), "study": found}))
+    return {"folder": str(folder), **found}

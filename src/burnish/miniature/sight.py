@@ -50,7 +50,7 @@ ASKED = {rubric.dimension: rubric for rubric in (ALIGNMENT, AESTHETIC, PORTRAIT,
 END = "<|im_end|>"
 
 OTHERWISE = 0.5
-"""Share of what is asked for that a picture shows otherwise: nothing is gained by guessing."""
+"""Share of what is asked for that a picture shows otherwise: little is gained by guessing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def sample_texts(count: int, seed: int = 0) -> Iterator[str]:
     """Some of what is said, and what raters alone say, for a tokenizer to learn from."""
     rng = np.random.default_rng(seed)
     for _ in range(count):
-        yield from (make(rng).said for make in KINDS.values())
+        yield from (make(rng).said.removesuffix(END) for make in KINDS.values())
         yield "picture slightly spoilt, seen unclear wrong"
 
 

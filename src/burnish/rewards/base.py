@@ -53,7 +53,11 @@ class RewardConfig(Config, ABC):
 
     def weight(self, prompt: Prompt) -> float:
         """Weight of this reward for a prompt, before the weights are made to sum to 1."""
-        return self.weights.get(prompt.category, self.weights.get(EVERY_CATEGORY, 0.0))
+        return self.weight_of(prompt.category)
+
+    def weight_of(self, category: str) -> float:
+        """Weight of this reward for a category."""
+        return self.weights.get(category, self.weights.get(EVERY_CATEGORY, 0.0))
 
     @abstractmethod
     def build(self) -> Reward:
