@@ -78,11 +78,11 @@ def judge_config(model: Path, annotations: Path, **changes: Any) -> RewardTraini
         "annotations": (SourceConfig(path=str(annotations)),),
         "rubrics": "embedded:rubrics",
         "lora_rank": 0,
-        "learning_rate": 3e-4,
+        "learning_rate": 5e-4,
         "warmup_steps": 50,
         "batch_size": 32,
-        # Most of an epoch of two processes.
-        "steps": 800,
+        # About one epoch of two processes.
+        "steps": 1000,
         "held_out_limit": 500,
         # A model from nothing has neither mode.
         "skip_reasoning": 0.15,
