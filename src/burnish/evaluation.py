@@ -183,11 +183,18 @@ def estimate(
     return Estimate(float(means.mean()), float(low), float(high), len(means))
 
 
+def differences(
+    rows: Sequence[Row], policy: str, over: str, **wanted: str
+) -> dict[str, list[float]]:
+    """Difference of the means of two policies on every prompt that both have."""
+    mine, theirs = (by_prompt(rows, policy=name, **wanted) for name in (policy, over))
+    shared = sorted(mine.keys() & theirs.keys())
+    return {p: [float(np.mean(mine[p]) - np.mean(theirs[p]))] for p in shared}
+
+
 def gain(rows: Sequence[Row], policy: str, over: str, **wanted: str) -> Estimate:
     """Mean difference of two policies, paired by prompt."""
-    mine, theirs = (by_prompt(rows, policy=name, **wanted) for name in (policy, over))
-    shared = mine.keys() & theirs.keys()
-    return estimate([float(np.mean(mine[p]) - np.mean(theirs[p])) for p in sorted(shared)])
+    return estimate(differences(rows, policy, over, **wanted))
 
 
 def best_of(rows: Iterable[Row], **wanted: str) -> dict[str, list[float]]:

@@ -20,13 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ConfigError
-from burnish.evaluation import Row, by_prompt, estimate
+from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.stages import BASE, BASES, RunConfig, all_scores, is_complete, spent
-from burnish.summary import HEADLINE, KNOWLEDGE, Number, knowledge_ids, read_run, shown
+from burnish.summary import (
+    HEADLINE,
+    KNOWLEDGE,
+    MIN_COVERAGE,
+    Number,
+    knowledge_ids,
+    read_run,
+    shown,
+)
 from burnish.tracking import write_atomic, write_json, writing
-
-LEAST_SCORED = 0.99
-"""Share of an arm's pictures with a score; below it the arm is marked."""
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
@@ -131,7 +136,7 @@ def _results(config: RunConfig, rows: Sequence[Row]) -> Iterator[dict[str, Any]]
                         "task": task,
                         "metric": metric,
                         "failed": failed,
-                        "is_valid": total > 0 and failed <= (1 - LEAST_SCORED) * total,
+                        "is_valid": total > 0 and found.count(HEADLINE) >= MIN_COVERAGE * total,
                         **_effect(own, arm, None if arm == first else first, metric),
                     }
 
@@ -140,7 +145,7 @@ def _effect(rows: Sequence[Row], arm: str, control: str | None, metric: str) -> 
     """Score of an arm, its difference to the base, and to the first arm if that is another one."""
     runs = sorted({row["run"] for row in rows})
     own = {n: [row for row in rows if row["run"] == n and row["metric"] == metric] for n in runs}
-    gains = [_differences(own[n], arm, BASE) for n in runs]
+    gains = [differences(own[n], arm, BASE) for n in runs]
     return {
         "score": _number([by_prompt(own[n], policy=arm) for n in runs]),
         "gain": _number(gains),
@@ -148,17 +153,7 @@ def _effect(rows: Sequence[Row], arm: str, control: str | None, metric: str) -> 
             statistics.fmean(v for values in gain.values() for v in values) if gain else None
             for gain in gains
         ],
-        "over_first_arm": control and _number([_differences(own[n], arm, control) for n in runs]),
-    }
-
-
-def _differences(rows: Sequence[Row], mine: str, theirs: str) -> dict[str, list[float]]:
-    """Difference of two policies of one run on every prompt that both have."""
-    left, right = by_prompt(rows, policy=mine), by_prompt(rows, policy=theirs)
-    return {
-        prompt: [statistics.fmean(left[prompt]) - statistics.fmean(right[prompt])]
-        for prompt in left
-        if prompt in right
+        "over_first_arm": control and _number([differences(own[n], arm, control) for n in runs]),
     }
 
 

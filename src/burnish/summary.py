@@ -40,7 +40,7 @@ HEADLINE = "composite"
 KNOWLEDGE = ("likeness", "style")
 """Metrics of what no reward asks for, read on the knowledge prompts."""
 
-_MIN_COVERAGE = 0.99  # Share of pictures with a score; below it a result is marked invalid.
+MIN_COVERAGE = 0.99  # Share of pictures with a score; below it a result is marked invalid.
 
 Number = dict[str, Any] | None
 """An `Estimate` as plain data, or None where it was not measured."""
@@ -203,7 +203,7 @@ def _result(cells: Cells, policy: str, task: str) -> dict[str, Any]:
         "share_of_best": _share_of_best(cells, policy, task),
         "num_pictures": len(pictures),
         "num_failed": len(failed),
-        "is_valid": len(pictures) >= _MIN_COVERAGE * total if total else None,
+        "is_valid": len(pictures) >= MIN_COVERAGE * total if total else None,
     }
 
 

@@ -3,8 +3,9 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +13,9 @@ from burnish.cli.options import Json, Overrides
 from burnish.cli.program import app
 from burnish.cli.recipes import recipe_path
 from burnish.config import ConfigError, load, nearest, parse
+
+if TYPE_CHECKING:
+    from burnish.curation import CurationConfig
 
 
 @app.command(epilog="Example: burnish curate miniature t2i_teacher --keep top=0.5")
@@ -43,31 +47,15 @@ def curate(
     another rule only selects again. A stage reads what is kept, see the last line that is printed.
     Started by torchrun, the processes share the prompts.
     """
-    path = recipe_path(recipe)
-    from burnish.curation import CurationConfig, SelectionConfig, measure_prompts, write_kept
-    from burnish.stages import RunConfig, load_policy, model_folder
+    from burnish.curation import SelectionConfig, measure_prompts, write_kept
+    from burnish.stages import load_policy, model_folder
     from burnish.tracking import Run
 
     rule = parse(SelectionConfig, {}, keep or ())
-    whole = load(RunConfig, path, overrides or ())
-    if stage not in whole.stages:
-        near = nearest(stage, list(whole.stages)) or next(iter(whole.stages))
-        raise ConfigError(f"need a stage of {recipe}, got {stage!r}; did you mean {near!r}?")
-    plan = whole.stages[stage]
-    if not plan.rewards:
-        raise ConfigError(f"need a stage with rewards, got {stage!r}; a student needs no curation")
-    config = CurationConfig(
-        stage=stage,
-        seed=whole.seed,
-        policy=whole.policy,
-        runtime=whole.runtime,
-        prompts=plan.prompts,
-        rollout=plan.rollout,
-        rewards=plan.rewards,
-    )
-    folder = out or Path("runs/curation") / f"{whole.name}-{stage}"
+    name, config = _of_stage(recipe, stage, overrides or ())
+    folder = out or Path("runs/curation") / f"{name}-{stage}"
     prompts = config.prompts.read()
-    rt = whole.runtime.build()
+    rt = config.runtime.build()
     try:
         policy = load_policy(config.policy, model_folder(folder, config.policy.path), rt)
         if rt.is_main:
@@ -79,6 +67,30 @@ def curate(
             _show_kept(write_kept(folder, prompts, rule), stage, folder, as_json)
     finally:
         rt.close()
+
+
+def _of_stage(recipe: str, stage: str, overrides: Sequence[str]) -> "tuple[str, CurationConfig]":
+    """The recipe's own name, and what is drawn for one of its stages."""
+    path = recipe_path(recipe)
+    from burnish.curation import CurationConfig
+    from burnish.stages import RunConfig
+
+    whole = load(RunConfig, path, overrides)
+    if stage not in whole.stages:
+        near = nearest(stage, list(whole.stages)) or next(iter(whole.stages))
+        raise ConfigError(f"need a stage of {recipe}, got {stage!r}; did you mean {near!r}?")
+    plan = whole.stages[stage]
+    if not plan.rewards:
+        raise ConfigError(f"need a stage with rewards, got {stage!r}; a student needs no curation")
+    return whole.name, CurationConfig(
+        stage=stage,
+        seed=whole.seed,
+        policy=whole.policy,
+        runtime=whole.runtime,
+        prompts=plan.prompts,
+        rollout=plan.rollout,
+        rewards=plan.rewards,
+    )
 
 
 def _show_kept(found: dict[str, Any], stage: str, folder: Path, as_json: bool) -> None:
