@@ -1,5 +1,8 @@
 """Settings of all tests: one thread, and no test that needs a GPU where there is none."""
 
+import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,20 @@ def small_judge(tmp_path_factory: pytest.TempPathFactory, save_judge: Callable[.
         pipeline = assemble(byte_tokenizer(), encoder={"hidden_size": 64})
         teach(pipeline.text_encoder, pipeline.processor)
     return save_judge(tmp_path_factory.mktemp("small_judge"), pipeline, "Is it bright?", 16)
+
+
+@pytest.fixture
+def copy_with(small_judge: Path, tmp_path: Path) -> Callable[[dict[str, object]], Path]:
+    """A copy of the small judge with more in its judge.json."""
+
+    def make(more: dict[str, object]) -> Path:
+        folder = Path(tempfile.mkdtemp(prefix="copied", dir=tmp_path))
+        shutil.copytree(small_judge, folder, dirs_exist_ok=True)
+        facts = json.loads((folder / "judge.json").read_text())
+        (folder / "judge.json").write_text(json.dumps(facts | more))
+        return folder
+
+    return make
 
 
 def teach(model: Any, processor: Any, steps: int = 120) -> None:

@@ -8,15 +8,17 @@ equal, and advantages inside a group live on small differences.
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.optimize import isotonic_regression
 
 from burnish import images
+from burnish.annotations.base import split
 from burnish.annotations.schema import HIGHEST, LOWEST, Annotation
 from burnish.concordance import spearman, within_prompt
+from burnish.config import ConfigError
 from burnish.judging import Calibration
 from burnish.lessons import compared, comparison_group, prompt_of
 from burnish.rewards.vlm import Judge, Vlm
@@ -66,6 +68,22 @@ def read_scores(
 def raw_of(score: Score) -> float | None:
     """A judge's score before calibration; None where it failed."""
     return score.detail["raw"] if isinstance(score, Scored) else None
+
+
+def sides(
+    annotations: Sequence[Annotation], known: Mapping[str, Any] | None, *, advice: str
+) -> tuple[list[Annotation], list[Annotation]]:
+    """The annotations that a judge's training used and held out, by the `split` of its folder.
+
+    Raises:
+        ConfigError: its folder does not say.
+    """
+    if known is None:
+        raise ConfigError(
+            "held_out: need to know which prompts the judge's training held out, got a judge.json "
+            f"without `split`; {advice}"
+        )
+    return split(annotations, held_out=known["held_out"], seed=known["seed"])
 
 
 def by_prompt_hash(annotations: Sequence[Annotation]) -> list[Annotation]:

@@ -13,7 +13,6 @@ asked for besides.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,20 +24,22 @@ from scipy.stats import studentized_range
 
 from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
+from burnish.ledger import Ledger, read_ledger
 from burnish.policies.base import Policy
 from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime, RuntimeConfig
 from burnish.stages import PolicyConfig
-from burnish.tracking import progress, read_rows, write_atomic, write_json, writing
+from burnish.tracking import progress, write_json, writing
 from burnish.training import AnyReward
 from burnish.types import Failed, Group, Prompt
 
-Profile = Mapping[str, Any]
+Profile = dict[str, Any]
 """prompt, digest, task, category, range, mean, noise, scored; `scores`: reward -> one for each
 sample; `failures`: why some are missing."""
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+_NAME = "profile"
 _BLOCK = 12
 """Prompts that are drawn and scored before their rows are written."""
 
@@ -99,9 +100,7 @@ def measure_prompts(
         folder: of the job.
         rt: ranks and precision.
     """
-    own = folder / f"profile-{rt.rank}.jsonl"
-    _cut_unfinished(own)
-    rt.barrier()
+    ledger = Ledger(folder, _NAME, rt)
     done = {row["prompt"] for row in read_profile(folder, prompts)}
     rt.barrier()
     todo = [p for p in prompts if p.id not in done][rt.rank :: rt.world_size]
@@ -118,18 +117,9 @@ def measure_prompts(
                 )
             scored = scorer.collect()
             rows = profile([scored[group.prompt.id] for group in drawn], config.rewards)
-            with writing(own), own.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            ledger.add(rows)
             bar.advance(len(block))
     rt.barrier()
-
-
-def _cut_unfinished(path: Path) -> None:
-    """Remove the line on which a process was killed, or the next row would be written behind it."""
-    if path.is_file():
-        data = path.read_text(encoding="utf-8")
-        if not data.endswith("\n"):
-            write_atomic(path, data[: data.rfind("\n") + 1])
 
 
 def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
@@ -138,7 +128,7 @@ def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
     A prompt whose words or source have changed has none.
     """
     digests = {prompt.id: digest(prompt) for prompt in prompts}
-    rows = [row for path in sorted(folder.glob("profile-*.jsonl")) for row in read_rows(path)]
+    rows = read_ledger(folder, _NAME)
     own = [row for row in rows if digests.get(row["prompt"]) == row["digest"]]
     return list({row["prompt"]: row for row in own}.values())
 

@@ -206,7 +206,8 @@ class Curriculum(Dataset[tuple[Lesson, ...]]):
             chosen: from `exercises`; each is seen once before any is seen again.
             rubrics: one for each dimension.
             length: places in all.
-            skip_reasoning: probability that a place teaches the score without its reasoning.
+            skip_reasoning: probability that a place teaches the score without its reasoning, where
+                that is raters'.
             seed: decides the order, and where reasoning is skipped.
 
         Raises:
@@ -238,8 +239,9 @@ class Curriculum(Dataset[tuple[Lesson, ...]]):
         )
 
     def _lesson(self, annotation: Annotation, is_skipped: bool) -> Lesson:
-        reasoning = "" if is_skipped else self._spoken[id(annotation)]
-        is_written = not is_skipped and (bool(reasoning) or self._is_silent)
+        is_own = annotation.reasoned_by == "judge"
+        reasoning = "" if is_skipped and not is_own else self._spoken[id(annotation)]
+        is_written = not (is_skipped or is_own) and (bool(reasoning) or self._is_silent)
         return Lesson(annotation, self._rubrics[annotation.dimension], reasoning, is_written)
 
 

@@ -16,8 +16,14 @@ import numpy as np
 from pydantic import Field
 
 from burnish import concordance, images
-from burnish.agreement import by_prompt_hash, calibrated_apart, raw_of, read_scores, request_of
-from burnish.annotations.base import split
+from burnish.agreement import (
+    by_prompt_hash,
+    calibrated_apart,
+    raw_of,
+    read_scores,
+    request_of,
+    sides,
+)
 from burnish.annotations.schema import Annotation
 from burnish.concordance import Interval, Scores, Statistic, interval
 from burnish.config import Config, ConfigError
@@ -91,12 +97,12 @@ class Examination:
         return {"count": len(self.readings), **found, **probed}
 
 
-def unseen(config: TrustConfig, held_out: Mapping[str, Any] | None) -> list[Annotation]:
+def unseen(config: TrustConfig, known: Mapping[str, Any] | None) -> list[Annotation]:
     """The annotations to examine a judge with.
 
     Args:
         config: which files and dimensions.
-        held_out: `held_out` and `seed` of the split of the judge's training, if it is known.
+        known: `held_out` and `seed` of the split of the judge's training, if it is known.
 
     Raises:
         ConfigError: what the files' readers refuse; an unknown split; or nothing is held out.
@@ -104,12 +110,9 @@ def unseen(config: TrustConfig, held_out: Mapping[str, Any] | None) -> list[Anno
     annotations = read_sources(config.annotations, config.dimensions)
     if not config.held_out:
         return annotations
-    if held_out is None:
-        raise ConfigError(
-            "held_out: need to know which prompts the judge's training held out, got a judge.json "
-            "without `split`; pass held_out=false with annotations that it was not trained on"
-        )
-    _, found = split(annotations, held_out=held_out["held_out"], seed=held_out["seed"])
+    _, found = sides(
+        annotations, known, advice="pass held_out=false with annotations that it was not trained on"
+    )
     if not found:
         raise ConfigError(
             f"held_out: need prompts that the judge's training held out, got none among "

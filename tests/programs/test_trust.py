@@ -1,7 +1,6 @@
 """The examination of a judge: what it measures, what it refuses, what its page shows."""
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,20 +131,6 @@ def test_what_cannot_be_examined_is_one_line(
     write_annotations(other, [replace(SOME[0], dimension="portrait")])
     said = refused([str(small_judge), f"annotations=[{{path: {other}}}]", "held_out=false"], capsys)
     assert "in a dimension of the judge (alignment)" in said
-
-
-@pytest.fixture
-def copy_with(small_judge: Path, tmp_path: Path) -> Callable[[dict[str, object]], Path]:
-    """A copy of the judge with more in its judge.json."""
-
-    def make(more: dict[str, object]) -> Path:
-        folder = tmp_path / "copied"
-        shutil.copytree(small_judge, folder)
-        facts = json.loads((folder / "judge.json").read_text())
-        (folder / "judge.json").write_text(json.dumps(facts | more))
-        return folder
-
-    return make
 
 
 def test_only_held_out_prompts_are_read(

@@ -57,7 +57,7 @@ def read_annotations(path: Path) -> list[Annotation]:
             group; sources that do not fit the task; a broken image; an id that stands twice; a
             group of several prompts; no annotation at all; or, for Parquet, no `pyarrow`.
     """
-    rows = files.parquet_rows(path) if _is_parquet(path) else _rows_with_images(path)
+    rows = files.parquet_rows(path) if is_parquet(path) else _rows_with_images(path)
     return checked(path, rows)
 
 
@@ -75,10 +75,10 @@ def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
         ConfigError: what `read_annotations` would refuse.
     """
     rows = [row_of(annotation) for annotation in annotations]
-    is_parquet = _is_parquet(path)
+    as_parquet = is_parquet(path)
     checked(path, ((f"{path}, annotation {n}", row) for n, row in enumerate(rows, start=1)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    if is_parquet:
+    if as_parquet:
         files.write_parquet(path, KINDS, rows)
         return
     written: set[Path] = set()
@@ -186,7 +186,12 @@ def public_sets() -> tuple[str, ...]:
     )
 
 
-def _is_parquet(path: Path) -> bool:
+def is_parquet(path: Path) -> bool:
+    """Whether a file of annotations is Parquet and not JSONL, by its suffix.
+
+    Raises:
+        ConfigError: another suffix.
+    """
     if path.suffix not in (".jsonl", ".parquet"):
         raise ConfigError(f"need a .jsonl or .parquet file, got {path}; give it that suffix")
     return path.suffix == ".parquet"

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from burnish import images
 from burnish.annotations import files
@@ -18,6 +18,8 @@ from burnish.types import Task
 
 LOWEST, HIGHEST = 1.0, 5.0
 """The scale of every score, whatever the scale of the set it came from."""
+Author = Literal["raters", "judge"]
+"""Who wrote a chain of thought."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class Annotation:
     """How many people; 1 where the set does not say."""
     reasoning: str = ""
     """The chain of thought that leads to the score; may be empty."""
+    reasoned_by: Author = "raters"
+    """A judge learns to write what raters write, and from another judge's words only the score."""
     pair_group: str | None = None
     """Annotations with the same name compare images of one prompt."""
     rank: int | None = None
@@ -65,6 +69,7 @@ KINDS: Mapping[str, str] = {
     "score_std": "number",
     "num_raters": "whole",
     "reasoning": "text",
+    "reasoned_by": "text",
     "pair_group": "text",
     "rank": "whole",
     "category": "text",
@@ -127,6 +132,9 @@ def _annotation(row: files.Row, where: str, known: dict[bytes, bytes]) -> Annota
     if score is None and rank is None:
         needed = "a score, or a pair_group and a rank"
         raise files.wrong(where, "score_mean", needed, None, "write either")
+    author = row.get("reasoned_by", "raters")
+    if author not in get_args(Author):
+        raise files.wrong(where, "reasoned_by", "raters or judge", author, "write one of them")
     raters = files.whole({"num_raters": 1, **row}, "num_raters", where, low=1)
     if raters is None:
         raise files.wrong(where, "num_raters", "a whole number of at least 1", None, "write it")
@@ -141,6 +149,7 @@ def _annotation(row: files.Row, where: str, known: dict[bytes, bytes]) -> Annota
         score_std=files.number(row, "score_std", where, low=0.0),
         num_raters=raters,
         reasoning=files.text(row, "reasoning", where, default="", may_be_empty=True),
+        reasoned_by=author,
         pair_group=group,
         rank=rank,
         category=files.text(row, "category", where, default="general"),

@@ -121,6 +121,51 @@ def _intervals(values: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+@reward.command(
+    epilog="Example: burnish reward reason runs/judge/judge annotations='[{path: pictures.jsonl}]'"
+    " --out own.jsonl"
+)
+def reason(
+    folder: Annotated[Path, typer.Argument(help="The folder of a judge.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="File of annotations, .jsonl or .parquet.", metavar="FILE"),
+    ] = Path("own.jsonl"),
+    as_json: Json = False,
+) -> None:
+    """Let a judge write its own reasoning about pictures of its training.
+
+    A second training on FILE beside the raters' annotations teaches the judge what score to give
+    after its own words, which are not as good as raters': `burnish reward train path=JUDGE
+    annotations='[{path: pictures.jsonl}, {path: FILE}]'`. Started by torchrun, the processes share
+    the pictures; start the same command again to resume.
+    """
+    from burnish.annotations.base import is_parquet, write_annotations
+    from burnish.rationales import RationalesConfig, seen, write_rationales
+    from burnish.rewards.vlm import Judge
+    from burnish.tracking import Run
+
+    # A suffix that cannot be written is found before the work.
+    is_parquet(out)
+    settings = parse(RationalesConfig, {"judge": str(folder)}, overrides or ())
+    chosen = seen(settings, _facts(folder).get("split"))
+    rt = settings.runtime.build()
+    try:
+        judge = Judge.load(folder, rt.device)
+        rows = out.with_name(f"{out.stem}-rows")
+        if rt.is_main:
+            Run.create(rows, settings, environment=rt.describe())
+        found = write_rationales(judge, chosen, rows, rt, batch_size=settings.batch_size)
+        if rt.is_main:
+            write_annotations(out, found)
+            print(f"{len(found)} of {len(chosen)} pictures: {out}")
+            if as_json:
+                print(json.dumps({"path": str(out), "asked": len(chosen), "written": len(found)}))
+    finally:
+        rt.close()
+
+
 @reward.command(epilog="Example: burnish reward serve runs/judge/judge --port 8100")
 def serve(
     folder: Annotated[Path, typer.Argument(help="The folder of a judge.")],

@@ -138,6 +138,7 @@ def _build_judges(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[
             pictures=pictures,
             eyes=eyes,
             sight=sight,
+            rationales=6 if quick else 8000,
             **{**settings, **changes},
         )
         facts = json.loads((trained / "judge.json").read_text(encoding="utf-8"))

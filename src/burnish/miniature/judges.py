@@ -20,7 +20,9 @@ from burnish.miniature.sight import SightPlan, learn_to_see, sample_texts
 from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.rationales import chosen_evenly, write_rationales
 from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
+from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, seeded
 from burnish.tracking import progress
 
@@ -49,6 +51,8 @@ JUDGES: dict[str, dict[str, Any]] = {
 }
 """The judges that ship, by name of their folder, and what is special about their training. Two
 pictures make a pair, so the control arm reads as many pictures in a step."""
+LAST: dict[str, Any] = {"learning_rate": 3e-4, "steps": 800}
+"""What is special about a judge's last training, on its own reasoning beside raters'."""
 
 
 def new_judge(texts: Sequence[str]) -> tuple[Any, Any]:
@@ -100,22 +104,25 @@ def train_miniature_judge(
     pictures: PicturesPlan | None = None,
     eyes: EyesPlan | None = None,
     sight: SightPlan | None = None,
+    rationales: int = 8000,
     **changes: Any,
 ) -> Path:
-    """Make the annotations, teach a new model to see, then train a judge of all dimensions.
+    """Make the annotations, teach a new model to see, then train a judge of all dimensions: from
+    raters' reasoning first, then from that and its own.
 
     What is there already is not made again, so a call that was cut off goes on where it stood.
 
     Args:
-        out: made if missing; gets `annotations/`, `sighted/` (what judges start from) and the run
-            of the judge.
+        out: made if missing; gets `annotations/`, `sighted/` (what judges start from), and the runs
+            of the judge, `NAME-first` and `NAME`.
         base_folder: the base model, as its pipeline is written.
         rt: precision and ranks; bfloat16 pays on processors that have it.
-        name: of the run's folder.
+        name: of the last run's folder.
         pictures: how many annotated pictures.
         eyes: how its vision tower learns to recognise.
         sight: how it learns to say what it sees.
-        changes: settings of the training that differ from `judge_config`.
+        rationales: pictures of each dimension about which the first judge writes.
+        changes: settings of both trainings that differ from `judge_config`.
 
     Returns:
         The judge's folder.
@@ -130,7 +137,37 @@ def train_miniature_judge(
         known, _ = split(read_annotations(annotations), held_out=config.held_out, seed=config.seed)
         _teach_to_see(out, base, known, eyes or EyesPlan(), sight or SightPlan(), rt)
     rt.barrier()
-    return train_judge(config, out / name, rt)
+    first = train_judge(config, out / f"{name}-first", rt)
+    lessons = out / "annotations" / f"{name}.jsonl"
+    _write_lessons(lessons, first, annotations, config, rationales, rt)
+    last = judge_config(first, lessons, **{**LAST, **changes})
+    return train_judge(last, out / name, rt)
+
+
+def _write_lessons(
+    path: Path,
+    judge: Path,
+    annotations: Path,
+    config: RewardTrainingConfig,
+    count: int,
+    rt: Runtime,
+) -> None:
+    """Write what a judge is trained on last: pictures with its own reasoning beside raters', and
+    those that are held out."""
+    if not path.is_file():
+        everything = read_annotations(annotations)
+        known, held_out = split(everything, held_out=config.held_out, seed=config.seed)
+        chosen = chosen_evenly(known, count)
+        own = write_rationales(
+            Judge.load(judge, rt.device),
+            chosen,
+            path.with_suffix(""),
+            rt,
+            batch_size=4 * config.batch_size,
+        )
+        if rt.is_main:
+            write_annotations(path, [*chosen, *own, *held_out])
+    rt.barrier()
 
 
 def _teach_to_see(
