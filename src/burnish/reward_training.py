@@ -96,6 +96,9 @@ class RewardTrainingConfig(Config):
     """Peak, which a cosine brings down to 0; 1e-5 is a usual start for all weights."""
     warmup_steps: int = Field(default=50, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    start_share: float = Field(default=0.0, ge=0, lt=1)
+    """Of the start in what is written, weight by weight (WiSE-FT, arXiv 2109.01903): a judge that
+    was trained again is better half-way back, as is a mean of judges."""
     epochs: float = Field(default=1.0, gt=0)
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; given, it is used in the place of `epochs`."""
@@ -172,6 +175,7 @@ def train_judge(
                 "base": config.path,
                 "loss": config.loss,
                 "pair_scale": scale,
+                "start_share": config.start_share,
                 "exercises": len(chosen),
                 "rubrics": {rubric.dimension: rubric.digest for rubric in rubrics},
                 "longest_answer": _longest_answer(student.collator, training),
@@ -342,6 +346,8 @@ def _write(
     model = student.model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
+    if config.start_share:
+        _towards_start(model, config)
     model = model.to(student.dtype)
     # The trainer switched it off, and an answer is written token by token.
     model.config.use_cache = True
@@ -368,6 +374,17 @@ def _write(
     write_json(unfinished / "judge.json", facts | found)
     with writing(folder):
         unfinished.replace(folder)
+
+
+@torch.no_grad()
+def _towards_start(model: Any, config: RewardTrainingConfig) -> None:
+    """Move all weights towards those from which the training began."""
+    start = AutoModelForImageTextToText.from_pretrained(
+        located(config.path), local_files_only=True, dtype=torch.float32
+    )
+    theirs = dict(start.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.lerp_(theirs[name].to(parameter), config.start_share)
 
 
 def _stop_at(model: Any, end: int) -> None:

@@ -93,6 +93,7 @@ class StageConfig(Config):
                     f"need a teacher for task {task!r}, got none; add algorithm.teachers.{task} or "
                     "take the task out of prompts.tasks"
                 )
+        self.algorithm.check_guidance(self.rollout.guidance_scale)
         self._check_rollout(name, self.algorithm.learns_from)
         return self
 
@@ -150,6 +151,8 @@ def train(
     policy.transformer.requires_grad_(True)
     parameters = [parameter for _, parameter in policy.trainable()]
     before = [parameter.detach().clone() for parameter in parameters]
+    # Before weights are restored: an algorithm may keep a copy of the start.
+    algorithm = config.algorithm.build(_setting(config, policy, seed))
     state = State.start(policy, config.optimizer)
     state.restore(run)
     sampler = GroupSampler(
@@ -158,7 +161,6 @@ def train(
         seed=seed,
         mixing="alternate" if config.algorithm.one_task_per_step else "together",
     )
-    algorithm = config.algorithm.build(_setting(config, policy, seed))
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
         progress(label, config.steps, done=state.step) as bar,
@@ -251,7 +253,7 @@ def _update(
             for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
                 totals.setdefault(name, []).append(value)
             if state.step == update == 0:
-                _check_ratio(output.metrics, plan.num_updates)
+                check_ratio(output.metrics, plan.num_updates)
         norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
         if not bool(norm.isfinite()):
             raise RunError(
@@ -273,7 +275,7 @@ def _update(
     return {name: sum(values) / len(values) for name, values in totals.items()}
 
 
-def _check_ratio(metrics: Mapping[str, float], num_updates: int) -> None:
+def check_ratio(metrics: Mapping[str, float], num_updates: int) -> None:
     """Old and new policy are the same before the first update."""
     # With several updates the old velocities come from batches of another shape.
     allowed = 0.0 if num_updates == 1 else 1e-3

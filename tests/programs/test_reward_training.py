@@ -259,6 +259,16 @@ class TestTraining:
             parts = row["loss/reasoning"] + row["loss/score"] + row["loss/mass"]
             assert row["loss/total"] == pytest.approx(parts, rel=1e-4)
 
+    def test_a_share_of_the_start_is_written_weight_by_weight(
+        self, fresh: Path, trained: Path, tmp_path: Path
+    ) -> None:
+        train_judge(config(fresh, start_share=0.25), tmp_path / "run", CPU)
+        start = load_file(fresh / "model" / "model.safetensors")
+        mixed, end = weights(tmp_path / "run"), weights(trained)
+        assert not torch.equal(mixed["lm_head.weight"], end["lm_head.weight"])
+        for name, found in mixed.items():
+            torch.testing.assert_close(found, 0.75 * end[name] + 0.25 * start[name])
+
     def test_the_judge_loads_and_scores(self, trained: Path) -> None:
         judge = Judge.load(trained / "judge")
         assert set(judge.rubrics) == set(DIMENSIONS) and judge.longest_answer >= 10

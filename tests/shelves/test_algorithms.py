@@ -21,11 +21,14 @@ from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, Te
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.algorithms.nft import NftConfig
 from burnish.config import ConfigError, located, parse, shelf
+from burnish.flow import KERNELS, log_ratio
+from burnish.guidance import VelocityPair
 from burnish.objectives import velocity_matching
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout import RolloutConfig, sample
+from burnish.training import check_ratio
 from burnish.types import Failed, Group, Prompt, Scored
 
 GUIDANCE = 3.0
@@ -237,6 +240,151 @@ class TestGrpo:
             # The mean moves by jacobian * dv, jacobian < 0; the noise points to the sample.
             towards = -(batch.velocity(learner) - old) * batch.fields["noise"]
         assert float(towards.sum()) > 0
+
+
+MODES = ("residual", "detached", "conditional", "guided")
+
+
+def grpo(policy: QwenImage21Policy, num_updates: int = 1, **changes: Any) -> Any:
+    return GrpoConfig(**changes).build(setting(policy, num_updates))
+
+
+class TestGuidanceModes:
+    @pytest.mark.parametrize("mode", MODES)
+    def test_every_mode_starts_at_a_ratio_of_one_and_moves_weights(
+        self, mode: str, policy: QwenImage21Policy
+    ) -> None:
+        drawn = groups(policy, "grpo")
+        for num_updates, allowed in ((1, 0.0), (2, 1e-5)):
+            algorithm = grpo(policy, num_updates, guidance=mode)
+            signals, _ = algorithm.credit(drawn, 0)
+            metrics = algorithm.loss(policy, stack(signals)).metrics
+            assert abs(metrics["policy/ratio_max"] - 1) <= allowed
+            assert abs(metrics["policy/ratio_min"] - 1) <= allowed
+            assert sum(float(g.abs().sum()) for g in gradients(policy, algorithm, signals)) > 0
+
+    def test_without_rescale_detached_is_residual_with_the_scale_as_gain(
+        self, policy: QwenImage21Policy
+    ) -> None:
+        drawn = groups(policy, "grpo")
+        found = []
+        arms: tuple[dict[str, Any], ...] = (
+            {"guidance": "detached"},
+            {"guidance": "residual", "gain": GUIDANCE},
+        )
+        for changes in arms:
+            algorithm = grpo(policy, **changes)
+            signals, _ = algorithm.credit(drawn, 0)
+            found.append(torch.cat([g.flatten() for g in gradients(policy, algorithm, signals)]))
+        one, other = found
+        assert float((one - other).norm() / other.norm()) < 1e-3
+
+    def test_only_guided_runs_the_unconditional_branch(
+        self, policy: QwenImage21Policy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn, calls = groups(policy, "grpo"), []
+        real = policy.encode_null
+
+        def counted(prompts: Any) -> Any:
+            calls.append("null")
+            return real(prompts)
+
+        for mode in MODES:
+            algorithm = grpo(policy, guidance=mode)
+            signals, _ = algorithm.credit(drawn, 0)
+            with monkeypatch.context() as patch:
+                patch.setattr(policy, "encode_null", counted)
+                calls.clear()
+                gradients(policy, algorithm, signals)
+            assert len(calls) == (mode == "guided")
+
+    @pytest.mark.parametrize("mode", ["residual", "conditional"])
+    def test_noise_is_measured_around_the_mean_of_what_is_scored(
+        self, mode: str, policy: QwenImage21Policy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn, scored = groups(policy, "grpo"), []
+        real = log_ratio
+
+        def seen(noise: torch.Tensor, *rest: Any, **more: Any) -> torch.Tensor:
+            scored.append(noise.detach())
+            return real(noise, *rest, **more)
+
+        monkeypatch.setattr("burnish.algorithms.grpo.log_ratio", seen)
+        algorithm = grpo(policy, guidance=mode)
+        signals, _ = algorithm.credit(drawn, 0)
+        algorithm.loss(policy, stack(signals))
+        paths = [t for group in drawn for t in group.trajectories]
+        steps = [
+            KERNELS["precise"](
+                t.latents,
+                t.guided if mode == "residual" else t.conditional,
+                sigma=t.sigmas,
+                sigma_next=t.sigmas_next,
+                noise_level=1.5,
+            )
+            for t in paths
+        ]
+        wanted = torch.cat(
+            [
+                (t.next_latents - step.mean) / step.std.reshape(-1, 1, 1)
+                for t, step in zip(paths, steps, strict=True)
+            ]
+        )
+        torch.testing.assert_close(scored[0], wanted, atol=2e-4, rtol=0)
+
+    def test_a_guided_old_velocity_with_a_conditional_new_one_is_found_out(
+        self, policy: QwenImage21Policy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The naive pairing is wrong before the first update: nearly every state is clipped."""
+
+        def naive(mode: str, **velocities: Any) -> VelocityPair:
+            return VelocityPair(velocities["conditional"], velocities["guided_old"])
+
+        algorithm = grpo(policy)
+        signals, _ = algorithm.credit(groups(policy, "grpo"), 0)
+        with monkeypatch.context() as patch:
+            patch.setattr("burnish.algorithms.grpo.velocity_pair", naive)
+            metrics = algorithm.loss(policy, stack(signals)).metrics
+        with pytest.raises(SelfCheckError, match="need a ratio of 1 before the first update"):
+            check_ratio(metrics, 1)
+        print(f"naive pairing: {metrics['policy/clipped']:.0%} of the states clipped at once")
+        # Half of them lie on the side that is not clipped for the sign of their advantage.
+        assert metrics["policy/clipped"] > 0.3
+
+    @pytest.mark.parametrize(
+        ("mode", "scale", "needed"),
+        [("none", 3.0, "of 1 for"), ("detached", 1.0, "other than 1"), ("guided", 1.0, "other")],
+    )
+    def test_a_mode_that_does_not_fit_the_rollout_is_refused(
+        self, mode: str, scale: float, needed: str
+    ) -> None:
+        config = GrpoConfig(guidance=mode)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"need rollout.guidance_scale {needed}"):
+            config.check_guidance(scale)
+        GrpoConfig().check_guidance(scale)
+
+    def test_a_gain_belongs_to_the_residual(self) -> None:
+        with pytest.raises(ConfigError, match="need guidance=residual for a gain"):
+            parse(GrpoConfig, {"guidance": "none", "gain": 2.0})
+
+
+@pytest.mark.parametrize("config", [GrpoConfig(kl_weight=0.5), NftConfig(kl_weight=0.5)])
+def test_the_anchor_costs_nothing_at_the_start_and_pulls_back(
+    config: Any, policy: QwenImage21Policy
+) -> None:
+    learner = policy.sibling()
+    algorithm = config.build(setting(learner))
+    signals, _ = algorithm.credit(groups(learner, config.kind), 0)
+    batch = stack(signals)
+    assert algorithm.loss(learner, batch).metrics["policy/velocity_kl"] < 1e-12
+    with torch.no_grad():
+        for parameter in learner.transformer.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    free = config.model_copy(update={"kl_weight": 0.0}).build(setting(learner))
+    moved, plain = algorithm.loss(learner, batch), free.loss(learner, batch)
+    distance = moved.metrics["policy/velocity_kl"]
+    assert distance > 0 and "policy/velocity_kl" not in plain.metrics
+    assert float(moved.loss - plain.loss) == pytest.approx(0.5 * distance, rel=1e-3)
 
 
 class TestNft:

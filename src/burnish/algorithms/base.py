@@ -24,6 +24,7 @@ from burnish.advantages import (
     group_advantages,
 )
 from burnish.config import Config
+from burnish.objectives import velocity_kl
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
 from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
@@ -51,9 +52,27 @@ class AlgorithmConfig(Config, ABC):
         """Whether it can train on prompts of this task."""
         return True
 
+    def check_guidance(self, scale: float) -> None:
+        """Refuse rollouts that it cannot learn from.
+
+        Args:
+            scale: their guidance scale.
+
+        Raises:
+            ValueError: needs another scale.
+        """
+
     @abstractmethod
     def build(self, setting: "Setting") -> "Algorithm":
         """The algorithm for one run."""
+
+
+class AnchoredConfig(AlgorithmConfig, ABC):
+    """Of an algorithm that can be held near the policy it started from."""
+
+    kl_weight: float = Field(default=0.0, ge=0)
+    """Of the mean squared distance to the start's conditional velocity (`velocity_kl`); 0 keeps no
+    copy of the start."""
 
 
 class AdvantagesConfig(Config):
@@ -115,6 +134,13 @@ class Batch:
         """The policy's conditional velocity at every state; the prefix is computed once per
         prompt."""
         return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
+
+    def guided(
+        self, policy: Policy[Any, Any], scale: float
+    ) -> tuple[Float[Tensor, " state *latent"], Float[Tensor, " state *latent"]]:
+        """The policy's (guided, conditional) velocity at every state."""
+        null = policy.prefix(policy.encode_null(self.prompts)).take(self.rows)
+        return policy.guided(self.latents, self.sigmas, self.prefix(policy), null, scale)
 
     def prefix(self, policy: Policy[Any, Any]) -> Any:
         """One prefix row per state."""
@@ -178,12 +204,36 @@ def evaluate_guided(
     found: list[tuple[Tensor, Tensor]] = []
     for chunk in chunks(signals, micro_batch):
         batch = stack(chunk, policy.device)
-        null = policy.prefix(policy.encode_null(batch.prompts)).take(batch.rows)
-        guided, conditional = policy.guided(
-            batch.latents, batch.sigmas, batch.prefix(policy), null, scale
-        )
+        guided, conditional = batch.guided(policy, scale)
         found += zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
     return found
+
+
+class Anchor:
+    """A frozen copy of the policy at the start, and the price of leaving it."""
+
+    def __init__(self, config: AnchoredConfig, setting: Setting) -> None:
+        self._weight, self._micro_batch = config.kl_weight, setting.micro_batch
+        self._start = setting.policy.sibling() if config.kl_weight else None
+
+    def mark(self, signals: Sequence[Signal]) -> list[Signal]:
+        """The signals with the start's conditional velocity as the field `reference`."""
+        if self._start is None:
+            return list(signals)
+        found = evaluate(self._start, signals, self._micro_batch)
+        return [
+            s.with_fields(reference=velocity) for s, velocity in zip(signals, found, strict=True)
+        ]
+
+    def hold(
+        self, output: LossOutput, conditional: Float[Tensor, " state *latent"], batch: Batch
+    ) -> LossOutput:
+        """The loss with the distance of `conditional` to the start added to it."""
+        if self._start is None:
+            return output
+        distance = velocity_kl(conditional, batch.fields["reference"]).mean()
+        metrics = {**output.metrics, "policy/velocity_kl": float(distance.detach())}
+        return LossOutput(loss=output.loss + self._weight * distance, metrics=metrics)
 
 
 class Algorithm(ABC):

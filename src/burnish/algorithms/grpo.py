@@ -9,27 +9,40 @@ so that the policy is on-policy with respect to the guided sampler, the uncondit
 never run in training and gets no gradient, and the first ratio is exactly 1. The paper (arXiv
 2606.27608, section 4.1) excludes the unconditional branch from the objective but does not write the
 ratio down; pairing a guided old log-probability with a conditional new one would make it wrong
-before the first update.
+before the first update. The other readings, and the control that trains both branches, are
+`guidance` settings over the same rollouts (`burnish.guidance`).
 """
 
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor
 
 from burnish.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
+    Anchor,
+    AnchoredConfig,
     Batch,
     LearnsFrom,
     SelfCheckError,
     Setting,
     credited,
     evaluate,
+    evaluate_guided,
     reward_advantages,
 )
 from burnish.flow import KERNELS, log_ratio
+from burnish.guidance import (
+    GuidanceMode,
+    VelocityPair,
+    compose,
+    unconditional_from,
+    unconditional_use,
+    velocity_pair,
+)
 from burnish.objectives import clipped_policy_loss, is_clipped
 from burnish.policies.base import Policy
 from burnish.types import Group, LossOutput, Signal
@@ -38,15 +51,34 @@ LARGEST_REPLAY_GAP = 0.05
 """Relative difference of velocities that other batch shapes in bfloat16 can make."""
 
 
-class GrpoConfig(AlgorithmConfig):
+class GrpoConfig(AnchoredConfig):
     """Clipped policy gradient over the transitions of the window."""
 
     learns_from: ClassVar[LearnsFrom] = "transitions"
     kind: Literal["grpo"] = "grpo"
+    guidance: GuidanceMode = "residual"
+    """Which policy the ratio scores; see `burnish.guidance.GuidanceMode`."""
     gain: float = Field(default=1.0, gt=0)
-    """1 is exact if both branches move alike, the guidance scale if only the conditional moves."""
+    """Of `residual`: 1 is exact if both branches move alike, the guidance scale if only the
+    conditional moves."""
     clip_range: float = Field(default=1e-5, gt=0)
     """On the normalised ratio, which is a mean over latent dimensions and stays close to 1."""
+
+    @model_validator(mode="after")
+    def _gain_is_read(self) -> "GrpoConfig":
+        if self.gain != 1 and self.guidance != "residual":
+            raise ValueError(
+                f"need guidance=residual for a gain, got {self.guidance}; leave gain out"
+            )
+        return self
+
+    def check_guidance(self, scale: float) -> None:
+        if (self.guidance == "none") != (scale == 1) and self.guidance != "residual":
+            needed = "of 1" if self.guidance == "none" else "other than 1"
+            raise ValueError(
+                f"need rollout.guidance_scale {needed} for guidance={self.guidance}, got {scale:g};"
+                " residual takes both"
+            )
 
     def build(self, setting: Setting) -> "Grpo":
         return Grpo(self, setting)
@@ -57,6 +89,8 @@ class Grpo(Algorithm):
 
     def __init__(self, config: GrpoConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
+        self._use = unconditional_use(config.guidance)
+        self._anchor = Anchor(config, setting)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
         advantages, metrics = reward_advantages(
@@ -67,7 +101,11 @@ class Grpo(Algorithm):
                 prompt=group.prompt,
                 latents=trajectory.latents,
                 sigmas=trajectory.sigmas,
-                fields={"sigmas_next": trajectory.sigmas_next, "noise": trajectory.noise},
+                fields={
+                    "sigmas_next": trajectory.sigmas_next,
+                    "noise": trajectory.noise,
+                    "guided": trajectory.guided,
+                },
                 advantage=advantage,
             )
             for group, _, trajectory, advantage in credited(groups, advantages)
@@ -78,23 +116,30 @@ class Grpo(Algorithm):
                 check_replay(groups, with_old)
             if self._setting.num_updates > 1:
                 signals = with_old
-        return signals, metrics
+        return self._anchor.mark(signals), metrics
 
     def _with_old_velocity(self, signals: list[Signal]) -> list[Signal]:
         """Recomputed by the trainer, because only then old and new differ by nothing but the
         update."""
-        old = evaluate(self._setting.policy, signals, self._setting.micro_batch)
+        policy, chunk = self._setting.policy, self._setting.micro_batch
+        if self._use.has_gradient:
+            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance_scale)
+            return [
+                s.with_fields(guided=guided, old=conditional)
+                for s, (guided, conditional) in zip(signals, pairs, strict=True)
+            ]
+        old = evaluate(policy, signals, chunk)
         return [s.with_fields(old=velocity) for s, velocity in zip(signals, old, strict=True)]
 
     def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
-        velocity = batch.velocity(policy)
-        old = batch.fields.get("old", velocity.detach())
+        conditional, pair = self._velocities(policy, batch)
         step = KERNELS[self._setting.kernel].coefficients(
             batch.sigmas, batch.fields["sigmas_next"], self._setting.noise_level
         )
-        # The guided part of the surrogate is the same in both means and drops out of the shift.
-        shift = self._config.gain * step.jacobian[:, None, None] * (velocity - old)
-        ratio = log_ratio(batch.fields["noise"], shift, step.std, normalise=True)
+        jacobian, std = step.jacobian[:, None, None], step.std[:, None, None]
+        # The sample was drawn around the guided mean; what is scored may have another.
+        noise = batch.fields["noise"] + jacobian * (batch.fields["guided"] - pair.old) / std
+        ratio = log_ratio(noise, jacobian * (pair.new - pair.old), step.std, normalise=True)
         losses = clipped_policy_loss(
             ratio,
             batch.advantages,
@@ -107,9 +152,38 @@ class Grpo(Algorithm):
                 "policy/ratio_max": float(ratio.exp().max()),
                 "policy/ratio_min": float(ratio.exp().min()),
                 "policy/clipped": float(clipped.float().mean()),
-                "policy/change": float((velocity - old).pow(2).mean().sqrt()),
+                "policy/change": float((pair.new - pair.old).pow(2).mean().sqrt()),
             }
-        return LossOutput(loss=losses.mean(), metrics=metrics)
+        return self._anchor.hold(
+            LossOutput(loss=losses.mean(), metrics=metrics), conditional, batch
+        )
+
+    def _velocities(
+        self, policy: Policy[Any, Any], batch: Batch
+    ) -> tuple[Float[Tensor, " state *latent"], VelocityPair]:
+        """The conditional velocity, and new and old velocity of the policy that is scored."""
+        scale, guided = self._setting.guidance_scale, batch.fields["guided"]
+        unconditional = None
+        if self._use.has_gradient:
+            composed, conditional = batch.guided(policy, scale)
+            unconditional = unconditional_from(composed, conditional, scale)
+            if "old" not in batch.fields:
+                # By the same operations as the new one, so that the first ratio is exactly 1.
+                guided = compose(conditional, unconditional, scale)
+        else:
+            conditional = batch.velocity(policy)
+        old = batch.fields.get("old", conditional).detach()
+        if self._use.is_needed and not self._use.has_gradient:
+            unconditional = unconditional_from(guided, old, scale)
+        return conditional, velocity_pair(
+            self._config.guidance,
+            conditional=conditional,
+            conditional_old=old,
+            guided_old=guided,
+            unconditional=unconditional,
+            scale=scale,
+            gain=self._config.gain,
+        )
 
 
 def check_replay(groups: Sequence[Group], signals: Sequence[Signal]) -> None:

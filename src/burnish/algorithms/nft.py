@@ -25,7 +25,8 @@ from pydantic import Field, model_validator
 from burnish import runtime
 from burnish.algorithms.base import (
     Algorithm,
-    AlgorithmConfig,
+    Anchor,
+    AnchoredConfig,
     Batch,
     LearnsFrom,
     Setting,
@@ -41,7 +42,7 @@ from burnish.policies.base import Policy
 from burnish.types import Group, LossOutput, Signal
 
 
-class NftConfig(AlgorithmConfig):
+class NftConfig(AnchoredConfig):
     """Negative-aware fine-tuning on noised samples."""
 
     learns_from: ClassVar[LearnsFrom] = "samples"
@@ -74,6 +75,7 @@ class Nft(Algorithm):
 
     def __init__(self, config: NftConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
+        self._anchor = Anchor(config, setting)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
         advantages, metrics = reward_advantages(
@@ -94,7 +96,7 @@ class Nft(Algorithm):
         else:
             old = evaluate(policy, signals, chunk)
             anchored = [s.with_fields(old=v) for s, v in zip(signals, old, strict=True)]
-        return anchored, metrics
+        return self._anchor.mark(anchored), metrics
 
     def _noised(
         self, group: Group, clean: torch.Tensor, advantage: float, draws: torch.Generator
@@ -131,4 +133,5 @@ class Nft(Algorithm):
         )
         with torch.no_grad():
             change = float(velocity_kl(conditional, old).mean().sqrt())
-        return LossOutput(loss=losses.mean(), metrics={"policy/change": change})
+        output = LossOutput(loss=losses.mean(), metrics={"policy/change": change})
+        return self._anchor.hold(output, conditional, batch)

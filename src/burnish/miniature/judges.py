@@ -51,7 +51,7 @@ JUDGES: dict[str, dict[str, Any]] = {
 }
 """The judges that ship, by name of their folder, and what is special about their training. Two
 pictures make a pair, so the control arm reads as many pictures in a step."""
-LAST: dict[str, Any] = {"learning_rate": 3e-4, "steps": 800}
+LAST: dict[str, Any] = {"learning_rate": 3e-4, "steps": 800, "start_share": 0.5}
 """What is special about a judge's last training, on its own reasoning beside raters'."""
 
 
