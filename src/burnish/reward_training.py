@@ -97,8 +97,7 @@ class RewardTrainingConfig(Config):
     warmup_steps: int = Field(default=50, ge=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
     start_share: float = Field(default=0.0, ge=0, lt=1)
-    """Of the start in what is written, weight by weight (WiSE-FT, arXiv 2109.01903): a judge that
-    was trained again is better half-way back, as is a mean of judges."""
+    """Of the start in every weight that is written (WiSE-FT, arXiv 2109.01903)."""
     epochs: float = Field(default=1.0, gt=0)
     steps: int | None = Field(default=None, ge=1)
     """Optimizer steps; given, it is used in the place of `epochs`."""
@@ -379,12 +378,10 @@ def _write(
 @torch.no_grad()
 def _towards_start(model: Any, config: RewardTrainingConfig) -> None:
     """Move all weights towards those from which the training began."""
-    start = AutoModelForImageTextToText.from_pretrained(
-        located(config.path), local_files_only=True, dtype=torch.float32
-    )
-    theirs = dict(start.named_parameters())
-    for name, parameter in model.named_parameters():
-        parameter.lerp_(theirs[name].to(parameter), config.start_share)
+    path = located(config.path)
+    start = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True)
+    for name, parameter in start.named_parameters():
+        model.get_parameter(name).lerp_(parameter.to(model.device), config.start_share)
 
 
 def _stop_at(model: Any, end: int) -> None:
