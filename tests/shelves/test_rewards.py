@@ -12,7 +12,14 @@ from burnish import runtime
 from burnish.config import ConfigError, located, shelf
 from burnish.policies.qwen_assembly import assemble, byte_tokenizer
 from burnish.prompts import read_prompts
-from burnish.rewards.base import AsyncRewardSet, Reward, RewardConfig, RewardSet, scored_values
+from burnish.rewards.base import (
+    AsyncRewardSet,
+    Reward,
+    RewardConfig,
+    RewardSet,
+    scored_values,
+    tabulated,
+)
 from burnish.rewards.oracle import OracleConfig
 from burnish.rewards.vlm import Judge, Vlm, VlmConfig
 from burnish.types import (
@@ -156,6 +163,16 @@ def test_a_set_asks_a_reward_only_where_it_has_weight(grouped: Callable[..., Gro
     portrait, other = reward_set().score([grouped(prompt, SHADES) for prompt in prompts])
     assert set(portrait.scores) == {"all", "portraits"}
     assert set(other.scores) == {"all"}
+
+
+def test_a_set_asks_a_reward_only_for_its_tasks(grouped: Callable[..., Group]) -> None:
+    configs = {"every": OracleConfig(), "edits": OracleConfig(tasks=("edit",))}
+    rewards = RewardSet(configs, {name: Brightness() for name in configs})
+    drawn = replace(PROMPTS[0], id="drawn")
+    edited = replace(drawn, id="edited", task="edit", source=b"unread")
+    first, second = rewards.score([grouped(prompt, SHADES) for prompt in (drawn, edited)])
+    assert set(first.scores) == {"every"} and set(second.scores) == {"every", "edits"}
+    assert tabulated([first, second], configs).weights.tolist() == [[1, 1], [0, 1]]
 
 
 def test_a_failure_stays_a_failure_in_its_place(grouped: Callable[..., Group]) -> None:

@@ -19,7 +19,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from burnish.config import Config
-from burnish.types import Group, NotApplicable, Prompt, Score, Scored, ScoreRequest
+from burnish.types import Group, NotApplicable, Prompt, Score, Scored, ScoreRequest, Task
 
 EVERY_CATEGORY = "default"
 """Key of the weights for categories that have none of their own."""
@@ -38,6 +38,8 @@ class RewardConfig(Config, ABC):
 
     weights: Mapping[str, float] = {EVERY_CATEGORY: 1.0}
     """Weight by category of the prompt; `default` for the others, 0 where the reward has no say."""
+    tasks: tuple[Task, ...] = ("t2i", "edit")
+    """Tasks on whose prompts it has a say."""
     floor: float = 1e-3
     """Standard deviation of scoring one image again: spread below it is noise, not preference."""
 
@@ -53,7 +55,7 @@ class RewardConfig(Config, ABC):
 
     def weight(self, prompt: Prompt) -> float:
         """Weight of this reward for a prompt, before the weights are made to sum to 1."""
-        return self.weight_of(prompt.category)
+        return self.weight_of(prompt.category) if prompt.task in self.tasks else 0.0
 
     def weight_of(self, category: str) -> float:
         """Weight of this reward for a category."""
