@@ -30,9 +30,9 @@ from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime, RuntimeConfig
+from burnish.shelves import AnyReward
 from burnish.stages import PolicyConfig
 from burnish.tracking import progress, write_json, writing
-from burnish.training import AnyReward
 from burnish.types import Failed, Group, Prompt
 
 Profile = dict[str, Any]

@@ -187,7 +187,7 @@ class JudgeTrainer(Trainer):
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
         scale = self._pair_scale()
-        if scale is not None:
+        if scale is not None and self.args.should_save:
             # An adapter's checkpoint would leave it out.
             save_file({SCALE_NAME: scale.detach().cpu()}, folder / f"{SCALE_NAME}.safetensors")
 

@@ -23,8 +23,9 @@ from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, writ
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.runtime import Runtime, RuntimeConfig
+from burnish.shelves import AnyReward
 from burnish.tracking import Run, read_rows, write_atomic
-from burnish.training import AnyReward, StageConfig, train
+from burnish.training import StageConfig, train
 from burnish.types import Prompt
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")

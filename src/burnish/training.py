@@ -9,10 +9,9 @@ one stage.
 
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial, reduce
-from operator import or_
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
@@ -22,41 +21,23 @@ from burnish import runtime
 from burnish.algorithms.base import (
     AdvantagesConfig,
     Algorithm,
-    AlgorithmConfig,
     LearnsFrom,
     SelfCheckError,
     Setting,
     chunks,
     stack,
 )
-from burnish.config import Config, shelf
+from burnish.config import Config
+from burnish.guard import Guard, GuardConfig
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
 from burnish.prompts import GroupSampler, PromptsConfig
-from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet
+from burnish.rewards.base import AsyncRewardSet, RewardSet
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
+from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, progress, writing
 from burnish.types import Group, Prompt, Signal
-
-if TYPE_CHECKING:
-    from burnish.algorithms.distill import DistillConfig
-    from burnish.algorithms.grpo import GrpoConfig
-    from burnish.algorithms.nft import NftConfig
-    from burnish.rewards.face import FaceConfig
-    from burnish.rewards.oracle import OracleConfig
-    from burnish.rewards.vlm import VlmConfig
-
-    AnyAlgorithm = GrpoConfig | NftConfig | DistillConfig
-    AnyReward = FaceConfig | OracleConfig | VlmConfig
-else:
-    # What is on the shelf can be configured; nothing else lists it.
-    AnyAlgorithm = Annotated[
-        reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
-    ]
-    AnyReward = Annotated[
-        reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")
-    ]
 
 
 class StageConfig(Config):
@@ -75,6 +56,8 @@ class StageConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
+    guard: GuardConfig | None = None
+    """Ends the stage when the reward rises while a held-out score falls."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StageConfig":
@@ -85,6 +68,10 @@ class StageConfig(Config):
             )
         if not self.algorithm.needs_rewards and self.advantages != AdvantagesConfig():
             raise ValueError(f"need no advantages for {name}, got some; leave `advantages` out")
+        if not self.algorithm.needs_rewards and self.guard is not None:
+            raise ValueError(
+                f"need no guard for {name}, got one; it watches a reward, leave it out"
+            )
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
         for task in self.prompts.tasks:
@@ -161,20 +148,47 @@ def train(
         seed=seed,
         mixing="alternate" if config.algorithm.one_task_per_step else "together",
     )
+    guard = _guard(config, run, state.step)
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
         progress(label, config.steps, done=state.step) as bar,
     ):
         while state.step < config.steps:
+            seen = {} if guard is None else _look(guard, state, run, rt)
+            if guard is not None and guard.is_over:
+                bar.advance(0, note="ended by its guard")
+                break
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
-            run.log(state.step, metrics)
+            run.log(state.step, metrics | seen)
             state.step += 1
             if state.step % config.save_every == 0 or state.step == config.steps:
                 state.save(run)
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
     state.finish()
+    if guard is not None:
+        guard.restore(policy)
     return _export(policy, before, run.folder / "model")
+
+
+def _guard(config: StageConfig, run: Run, step: int) -> Guard | None:
+    if config.guard is None:
+        return None
+    return Guard(config.guard, config.rollout, config.prompts.tasks, run.folder, step=step)
+
+
+def _look(guard: Guard, state: State, run: Run, rt: Runtime) -> dict[str, float]:
+    """What the guard sees of the policy as it would be written now, if it is time to look."""
+    if not guard.is_due(state.step):
+        return {}
+    rewards = [
+        row["reward/mean"]
+        for row in run.metrics()
+        if row["step"] >= guard.last_step and row.get("reward/mean") is not None
+    ]
+    reward = sum(rewards) / len(rewards) if rewards else None
+    with run.timer("guard"), state.averaged(bool(state.average)):
+        return guard.look(state.policy, state.step, reward, rt)
 
 
 def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Setting:

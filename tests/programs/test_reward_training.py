@@ -259,6 +259,29 @@ class TestTraining:
             parts = row["loss/reasoning"] + row["loss/score"] + row["loss/mass"]
             assert row["loss/total"] == pytest.approx(parts, rel=1e-4)
 
+    def test_two_processes_share_the_steps_and_one_of_them_writes(
+        self, fresh: Path, tmp_path: Path
+    ) -> None:
+        settings = [
+            f"path={fresh / 'model'}",
+            f"annotations=[{{path: {fresh / 'some.jsonl'}}}]",
+            f"rubrics={fresh / 'rubrics'}",
+            "loss=pairwise lora_rank=0 steps=2 batch_size=2 held_out=0.3 reasoning=false",
+            "save_every=1 runtime.device=cpu runtime.threads=1",
+        ]
+        words = " ".join(settings[3:]).split()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc-per-node", "2", "-m", "burnish", "reward", "train"]
+        subprocess.run(
+            [*command, *settings[:3], *words, "--out", str(tmp_path / "run")], check=True
+        )
+        assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl")] == [0, 1]
+        newest = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+        assert {"model.safetensors", "pair_scale.safetensors", "rng_state_1.pth"} <= {
+            path.name for path in newest.iterdir()
+        }
+        assert Judge.load(tmp_path / "run" / "judge").rubrics.keys() == set(DIMENSIONS)
+
     def test_a_share_of_the_start_is_written_weight_by_weight(
         self, fresh: Path, trained: Path, tmp_path: Path
     ) -> None:

@@ -147,8 +147,8 @@ def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]
     out = capsys.readouterr().out
     names = [line.split(" (")[0] for line in out.splitlines() if line and line[0] != " "]
     assert names == [
-        "distill", "grpo", "guidance", "judges", "miniature", "mix", "nft", "normalisation",
-        "objectives", "oracle", "smoke", "timesteps"
+        "distill", "grpo", "guidance", "hacking", "judges", "miniature", "mix", "nft",
+        "normalisation", "objectives", "oracle", "smoke", "timesteps"
     ]  # fmt: skip
     for word in ("burnish ", "Hardware: ", "Time: ", "Result: "):
         assert out.count(f"    {word}") >= len(names)

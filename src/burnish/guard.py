@@ -1,0 +1,319 @@
+"""A guard against reward hacking: a scorer that trains nothing looks at the policy now and then.
+
+A policy that is trained against a judge long enough finds what the judge can be talked into: the
+reward goes on rising while the pictures get worse (arXiv 2606.27608, section 4.2, saw it within few
+iterations when all timesteps were trained). So every few steps the policy draws the same pictures
+of prompts that it is not trained on, another scorer reads them, and a rule compares. Beside the
+score stand figures that a cheat moves: sharpness, saturation, roughness and diversity of the
+pictures (`burnish.traits`), and how much guidance the conditional branch has absorbed.
+
+    guard/checks.jsonl    a row for each look, with the score of every prompt
+    guard/start.safetensors  states and velocities of the start, for the absorption
+    guard/step-.../       the weights with the best score so far
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from burnish import checkpoint, runtime, traits
+from burnish.config import Config, ConfigError, located
+from burnish.flow import add_noise
+from burnish.guidance import absorption, unconditional_from
+from burnish.policies.base import Policy
+from burnish.prompts import read_prompts
+from burnish.rollout import RolloutConfig, draw
+from burnish.runtime import Runtime
+from burnish.shelves import AnyReward
+from burnish.tracking import RunError, read_rows, write_atomic, writing
+from burnish.types import Prompt, Scored, ScoreRequest, Task
+
+Check = dict[str, Any]
+"""step, reward, held_out, verdict, traits; `scores`: prompt -> mean score of its pictures."""
+Verdict = Literal["fine", "hacked"]
+_LEVELS = (0.9, 0.6, 0.3)
+"""Noise levels at which absorption is measured."""
+_STATES = 8
+"""Pictures on which it is."""
+
+
+class GuardConfig(Config):
+    """When a stage looks whether its reward is still worth following, and what it does if not."""
+
+    judge: AnyReward
+    """Scores the pictures; it should be none of the rewards."""
+    every: int = Field(default=8, ge=1)
+    """Steps between two looks."""
+    prompts: str = "embedded:prompts/held-out.jsonl"
+    num_prompts: int = Field(default=32, ge=8)
+    """Of each task, from the end of the file: an evaluation begins at its beginning."""
+    num_seeds: int = Field(default=2, ge=2)
+    """Pictures of each prompt, the same noise at every look."""
+    max_loss: float = Field(default=0.25, gt=0, lt=1)
+    """Share of the best gain so far that may be lost again."""
+    action: Literal["warn", "stop", "roll_back"] = "roll_back"
+    """`warn` only writes it down; `stop` ends the stage; `roll_back` ends it with the weights of
+    the best look."""
+
+
+def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
+    """Whether the newest look shows that the reward is followed for its own sake.
+
+    It does if the reward has risen since the best look, and the held-out score has fallen: by more
+    than `max_loss` of what had been gained, and by more than one standard error of the differences
+    of single prompts.
+
+    Args:
+        checks: from the start to the newest.
+        max_loss: share of the best gain.
+
+    >>> row = lambda reward, *scores: {
+    ...     "reward": reward, "held_out": sum(scores) / 2, "scores": dict(zip("ab", scores))
+    ... }
+    >>> verdict([row(None, 0.2, 0.2), row(1.0, 0.6, 0.6), row(2.0, 0.5, 0.4)], 0.25)
+    'hacked'
+    >>> verdict([row(None, 0.2, 0.2), row(1.0, 0.6, 0.6), row(0.9, 0.5, 0.4)], 0.25)
+    'fine'
+    """
+    start, newest = checks[0], checks[-1]
+    best = max(checks, key=lambda check: check["held_out"])
+    shared = sorted(best["scores"].keys() & newest["scores"].keys())
+    lost = np.array([best["scores"][name] - newest["scores"][name] for name in shared])
+    if best is newest or len(lost) < 2:
+        return "fine"
+    has_risen = best["reward"] is None or newest["reward"] > best["reward"]
+    gained = best["held_out"] - start["held_out"]
+    least = max(max_loss * gained, float(lost.std(ddof=1)) / len(lost) ** 0.5)
+    return "hacked" if has_risen and float(lost.mean()) > least else "fine"
+
+
+class Guard:
+    """The looks of one stage."""
+
+    def __init__(
+        self,
+        config: GuardConfig,
+        rollout: RolloutConfig,
+        tasks: Sequence[Task],
+        folder: Path,
+        *,
+        step: int,
+    ) -> None:
+        """Read what was seen before.
+
+        Args:
+            config: when, with what, and what follows.
+            rollout: as the stage draws; noise of a window is left out.
+            tasks: of the stage.
+            folder: of the stage's run.
+            step: at which the stage goes on; later looks are forgotten, as they come again.
+
+        Raises:
+            ConfigError: too few prompts.
+        """
+        self._config, self._rollout, self._folder = config, rollout, folder / "guard"
+        self._checks: list[Check] = [row for row in read_rows(self._path) if row["step"] <= step]
+        self._reward = config.judge.build()
+        every = read_prompts(located(config.prompts))
+        self._prompts: list[Prompt] = []
+        for task in tasks:
+            found = [prompt for prompt in every if prompt.task == task][-config.num_prompts :]
+            if len(found) < config.num_prompts:
+                raise ConfigError(
+                    f"guard.num_prompts: need {config.num_prompts} prompts of task {task}, got "
+                    f"{len(found)} in {config.prompts}; ask for fewer"
+                )
+            self._prompts += found
+
+    @property
+    def _path(self) -> Path:
+        return self._folder / "checks.jsonl"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stage must end here."""
+        ends = self._config.action != "warn"
+        return ends and any(check["verdict"] == "hacked" for check in self._checks)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the newest look; 0 before the first."""
+        return self._checks[-1]["step"] if self._checks else 0
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look before this step."""
+        return step % self._config.every == 0 and step not in [c["step"] for c in self._checks]
+
+    def look(
+        self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
+    ) -> dict[str, float]:
+        """Draw, score, compare and remember.
+
+        Args:
+            policy: as it would be deployed now.
+            step: steps done; the first look must be at 0, at the start.
+            reward: mean training reward since the look before.
+            rt: precision.
+
+        Returns:
+            What to log.
+
+        Raises:
+            RunError: nothing could be scored.
+        """
+        with rt.autocast():
+            pictures = self._draw(policy)
+            absorbed = self._absorbed(policy, pictures)
+        scores = self._scores(pictures)
+        if not scores:
+            raise RunError(
+                f"need held-out pictures that guard.judge can score, got none of {len(pictures)}; "
+                "choose a judge that has a say on these prompts"
+            )
+        seeds = self._config.num_seeds
+        grouped = pictures.reshape(-1, seeds, *pictures.shape[1:])
+        found = {
+            "sharpness": float(traits.sharpness(pictures).mean()),
+            "saturation": float(traits.saturation(pictures).mean()),
+            "roughness": float(traits.roughness(pictures).mean()),
+            "diversity": float(traits.diversity(grouped).mean()),
+            "absorbed_guidance": absorbed,
+        }
+        held_out = float(np.mean(list(scores.values())))
+        check: Check = {
+            "step": step,
+            "reward": reward,
+            "held_out": held_out,
+            "verdict": "fine",
+            "traits": found,
+            "scores": scores,
+        }
+        self._checks.append(check)
+        check["verdict"] = verdict(self._checks, self._config.max_loss)
+        self._remember(policy, step)
+        return {
+            "guard/held_out": held_out,
+            "guard/hacked": float(check["verdict"] == "hacked"),
+            **{f"guard/{name}": value for name, value in found.items()},
+        }
+
+    def restore(self, policy: Policy[Any, Any]) -> None:
+        """Give the policy the weights of the best look, if that is what the guard is for.
+
+        Raises:
+            RunError: the best was the start.
+        """
+        if self._config.action != "roll_back" or not self.is_over:
+            return
+        found = checkpoint.latest(self._folder)
+        if found is None or found.step == 0:
+            raise RunError(
+                "need a held-out score that rises before it falls, got none better than the start; "
+                "choose other rewards, or look more often with guard.every"
+            )
+        with torch.no_grad():
+            for name, parameter in policy.trainable():
+                parameter.copy_(found.tensors["policy"][name])
+
+    def _draw(self, policy: Policy[Any, Any]) -> Float[Tensor, "picture 3 height width"]:
+        seeds = self._config.num_seeds
+        prompts = [prompt for prompt in self._prompts for _ in range(seeds)]
+        noises = [
+            runtime.derived_seed(0, "guard", prompt.id, place % seeds)
+            for place, prompt in enumerate(prompts)
+        ]
+        return draw(
+            policy,
+            prompts,
+            num_steps=self._rollout.num_steps,
+            guidance_scale=self._rollout.guidance_scale,
+            seeds=noises,
+            micro_batch=self._rollout.micro_batch,
+        )
+
+    def _scores(self, pictures: Float[Tensor, "picture 3 height width"]) -> dict[str, float]:
+        """Mean score of each prompt's pictures; prompts without any are missing."""
+        seeds = self._config.num_seeds
+        asked = [prompt for prompt in self._prompts for _ in range(seeds)]
+        answers = self._reward.score(
+            [ScoreRequest(prompt=p, image=i) for p, i in zip(asked, pictures, strict=True)]
+        )
+        found: dict[str, list[float]] = {}
+        for prompt, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, Scored):
+                found.setdefault(prompt.id, []).append(answer.value)
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+    def _absorbed(
+        self, policy: Policy[Any, Any], pictures: Float[Tensor, "picture 3 height width"]
+    ) -> float:
+        """Mean projection of the conditional branch's move onto the start's guidance; 0 without."""
+        if self._rollout.guidance_scale == 1:
+            return 0.0
+        first = self._prompts[0].task
+        count = min(_STATES, sum(prompt.task == first for prompt in self._prompts))
+        prompts = self._prompts[:count] * len(_LEVELS)
+        path = self._folder / "start.safetensors"
+        if not self._checks:
+            states = self._states(policy, pictures, count)
+            guided, conditional = self._velocities(policy, prompts, states)
+            other = unconditional_from(guided, conditional, self._rollout.guidance_scale)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with writing(path):
+                save_file({**states, "conditional": conditional, "unconditional": other}, path)
+            return 0.0
+        start = load_file(path)
+        _, conditional = self._velocities(policy, prompts, start)
+        moved = absorption(conditional, start["conditional"], start["unconditional"])
+        return float(moved.projection.mean())
+
+    def _states(
+        self,
+        policy: Policy[Any, Any],
+        pictures: Float[Tensor, "picture 3 height width"],
+        count: int,
+    ) -> dict[str, Tensor]:
+        """The first picture of some prompts, noised to each level."""
+        seeds = self._config.num_seeds
+        clean = policy.encode_images(pictures[: count * seeds : seeds].to(policy.device)).cpu()
+        clean = clean.float().repeat(len(_LEVELS), 1, 1)
+        draws = runtime.generator(0, "guard", "states")
+        sigmas = torch.tensor(_LEVELS).repeat_interleave(count)
+        noise = torch.randn(clean.shape, generator=draws)
+        return {"latents": add_noise(clean, noise, sigmas).contiguous(), "sigmas": sigmas}
+
+    @torch.no_grad()
+    def _velocities(
+        self, policy: Policy[Any, Any], prompts: Sequence[Prompt], states: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """(guided, conditional) at the states."""
+        both = policy.join(
+            [policy.prefix(policy.encode(prompts)), policy.prefix(policy.encode_null(prompts))]
+        )
+        rows = range(len(prompts))
+        guided, conditional = policy.guided(
+            states["latents"].to(policy.device),
+            states["sigmas"].to(policy.device),
+            both.take(rows),
+            both.take([row + len(prompts) for row in rows]),
+            self._rollout.guidance_scale,
+        )
+        return guided.float().cpu().contiguous(), conditional.float().cpu().contiguous()
+
+    def _remember(self, policy: Policy[Any, Any], step: int) -> None:
+        """Keep the weights if they are the best, then write the looks down."""
+        best = max(self._checks, key=lambda check: check["held_out"])
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if best["step"] == step:
+            weights = {name: p.detach() for name, p in policy.trainable()}
+            checkpoint.save(self._folder, step, {"policy": weights}, {}, keep=1)
+        with writing(self._path):
+            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self._checks))

@@ -1,0 +1,169 @@
+"""The guard: what it calls hacking, what it remembers, what it gives back."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from burnish import runtime
+from burnish.config import ConfigError, parse
+from burnish.guard import Check, Guard, GuardConfig, verdict
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.rewards.base import Reward
+from burnish.rewards.oracle import OracleConfig
+from burnish.rollout import RolloutConfig
+from burnish.tracking import RunError
+from burnish.training import StageConfig
+from burnish.types import Failed, Score, Scored, ScoreRequest
+
+CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+ROLLOUT = RolloutConfig(num_steps=2, guidance_scale=2.0, group_size=2, window=0, keep="none")
+
+
+def check(reward: float | None, mean: float, noise: float = 0.0, seed: int = 0) -> Check:
+    """A look at 64 prompts whose scores lie around a mean."""
+    scores = mean + noise * np.random.default_rng(seed).standard_normal(64)
+    named = {str(number): float(score) for number, score in enumerate(scores)}
+    return {"step": 0, "reward": reward, "held_out": float(scores.mean()), "scores": named}
+
+
+class TestVerdict:
+    @pytest.mark.parametrize(
+        ("looks", "expected"),
+        [
+            # The reward rises, what was gained is lost.
+            ([(None, 0.5), (0.6, 0.6), (0.7, 0.56)], "hacked"),
+            ([(None, 0.5), (0.6, 0.6), (0.7, 0.58)], "fine"),
+            # Both fall: the training fails, but not by cheating.
+            ([(None, 0.5), (0.6, 0.6), (0.5, 0.4)], "fine"),
+            # Never better than the start.
+            ([(None, 0.5), (0.6, 0.45)], "hacked"),
+            ([(None, 0.5)], "fine"),
+            ([(None, 0.5), (0.6, 0.6), (0.7, 0.7)], "fine"),
+        ],
+    )
+    def test_the_rule(self, looks: Sequence[tuple[float | None, float]], expected: str) -> None:
+        assert verdict([check(*look) for look in looks], 0.25) == expected
+
+    def test_noise_alone_seldom_ends_a_stage_and_a_real_fall_mostly_does(self) -> None:
+        def share(last: float) -> float:
+            found = [
+                verdict(
+                    [check(None, 0.5, 0.1, 3 * s), check(0.6, 0.6, 0.1, 3 * s + 1),
+                     check(0.7, last, 0.1, 3 * s + 2)], 0.25,
+                )
+                for s in range(200)
+            ]  # fmt: skip
+            return found.count("hacked") / len(found)
+
+        assert share(0.6) < 0.15
+        assert share(0.55) > 0.85
+
+
+class Scripted(Reward):
+    """Gives every picture what is asked for at this look."""
+
+    def __init__(self, values: Sequence[float | None]) -> None:
+        self._values = iter(values)
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        value = next(self._values)
+        if value is None:
+            return [Failed(reason="lost") for _ in requests]
+        return [Scored(value=value) for _ in requests]
+
+
+@pytest.fixture(scope="module")
+def policy() -> QwenImage21Policy:
+    found = QwenImage21Policy.tiny()
+    found.transformer.requires_grad_(True)
+    return found
+
+
+def guard(folder: Path, values: Sequence[float | None], step: int = 0, **changes: Any) -> Guard:
+    config = GuardConfig(judge=OracleConfig(), num_prompts=8, every=4, **changes)
+    made = Guard(config, ROLLOUT, ["t2i", "edit"], folder, step=step)
+    made._reward = Scripted(values)
+    return made
+
+
+def weights(policy: QwenImage21Policy) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for _, p in policy.trainable()])
+
+
+def shake(policy: QwenImage21Policy, seed: int) -> None:
+    with torch.no_grad():
+        for _, parameter in policy.trainable():
+            draws = torch.Generator().manual_seed(seed)
+            parameter += 0.02 * torch.randn(parameter.shape, generator=draws)
+
+
+class TestGuard:
+    def test_the_best_weights_come_back_and_a_resumed_stage_decides_alike(
+        self, policy: QwenImage21Policy, tmp_path: Path
+    ) -> None:
+        learner = policy.sibling()
+        learner.transformer.requires_grad_(True)
+        watch = guard(tmp_path, [0.2, 0.6, 0.3])
+        assert watch.is_due(0) and not watch.is_due(1) and watch.last_step == 0
+        first = watch.look(learner, 0, None, CPU)
+        assert first["guard/absorbed_guidance"] == 0 and first["guard/diversity"] > 0
+        assert not watch.is_due(0)
+        shake(learner, 1)
+        best = weights(learner)
+        again = watch.look(learner, 4, 1.0, CPU)
+        assert again["guard/held_out"] == pytest.approx(0.6) and not watch.is_over
+        assert again["guard/absorbed_guidance"] != 0
+        shake(learner, 2)
+        # Cut off after the second look: what came later is forgotten and seen again.
+        for resumed in (watch, guard(tmp_path, [0.3], step=5)):
+            assert resumed.look(learner, 8, 2.0, CPU)["guard/hacked"] == 1 and resumed.is_over
+        resumed.restore(learner)
+        assert torch.equal(weights(learner), best)
+        rows = [json.loads(line) for line in (tmp_path / "guard/checks.jsonl").open()]
+        assert [row["verdict"] for row in rows] == ["fine", "fine", "hacked"]
+        assert [len(row["scores"]) for row in rows] == [16, 16, 16]
+
+    def test_to_warn_ends_nothing_and_to_stop_gives_nothing_back(
+        self, policy: QwenImage21Policy, tmp_path: Path
+    ) -> None:
+        for action, is_over in (("warn", False), ("stop", True)):
+            learner = policy.sibling()
+            learner.transformer.requires_grad_(True)
+            watch = guard(tmp_path / action, [0.5, 0.1], action=action)
+            watch.look(learner, 0, None, CPU)
+            shake(learner, 3)
+            before = weights(learner)
+            assert watch.look(learner, 4, 1.0, CPU)["guard/hacked"] == 1
+            assert watch.is_over == is_over
+            watch.restore(learner)
+            assert torch.equal(weights(learner), before)
+
+    def test_a_start_that_was_best_and_a_judge_without_a_say_are_told(
+        self, policy: QwenImage21Policy, tmp_path: Path
+    ) -> None:
+        watch = guard(tmp_path / "start", [0.5, 0.1])
+        watch.look(policy, 0, None, CPU)
+        watch.look(policy, 4, 1.0, CPU)
+        with pytest.raises(RunError, match="got none better than the start"):
+            watch.restore(policy)
+        with pytest.raises(RunError, match=r"pictures that guard\.judge can score"):
+            guard(tmp_path / "none", [None]).look(policy, 0, None, CPU)
+        with pytest.raises(ConfigError, match="need 999 prompts of task t2i, got 128"):
+            config = GuardConfig(judge=OracleConfig(), num_prompts=999)
+            Guard(config, ROLLOUT, ["t2i"], tmp_path / "many", step=0)
+
+
+def test_a_guard_needs_a_reward_to_watch() -> None:
+    stage = {
+        "prompts": {"path": "embedded:prompts/train.jsonl", "tasks": ["t2i"]},
+        "rollout": {"guidance_scale": 1, "window": 0, "keep": 2},
+        "algorithm": {"kind": "distill", "teachers": {"t2i": {"path": "x", "guidance_scale": 2}}},
+        "guard": {"judge": {"kind": "oracle"}},
+    }
+    with pytest.raises(ConfigError, match="need no guard for distill"):
+        parse(StageConfig, stage)
