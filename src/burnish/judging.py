@@ -74,6 +74,12 @@ def question(rubric: Rubric, prompt: Prompt) -> list[dict[str, Any]]:
     return [*pictures, {"type": "text", "text": f"{rubric.text}\n{task}: {prompt.text}"}]
 
 
+def control_token(text: str, tokenizer: Any) -> str | None:
+    """A token in a text of somebody else that would be more to the model than words, if any."""
+    known = [*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()]
+    return next((token for token in known if token and token in text), None)
+
+
 def answer(reasoning: str, score: int) -> str:
     """What a judge should write."""
     if MARKER.strip() in reasoning:

@@ -1,16 +1,19 @@
-"""Rows of a long job: a line for each piece of work as it is done, a file for each process.
+"""What a long job writes down so that it can go on: its rows, and what it was begun with.
 
-A job that was killed reads what all its processes wrote, however many there were, and does the
-rest.
+Rows are a line for each piece of work as it is done, in a file for each process. A job that was
+killed reads what all its processes wrote, however many there were, and does the rest. That is right
+only while its inputs are what they were: a run folder knows its settings, and settings name files
+by path, whose content may change.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from burnish.runtime import Runtime
-from burnish.tracking import read_rows, write_atomic, writing
+from burnish.tracking import RunError, read_rows, write_atomic, write_json, writing
 
 
 class Ledger:
@@ -47,3 +50,40 @@ def read_ledger(folder: Path, name: str) -> list[dict[str, Any]]:
         RunError: a line that is no row.
     """
     return [row for path in sorted(folder.glob(f"{name}-*.jsonl")) for row in read_rows(path)]
+
+
+def pin(folder: Path, name: str, facts: Mapping[str, str]) -> None:
+    """Write down what a job is begun with, or refuse to go on with something else.
+
+    Args:
+        folder: of the job; made if missing.
+        name: of the file, without suffix.
+        facts: digests by what they are of, in the words of a message.
+
+    Raises:
+        RunError: the job was begun with other ones.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        with writing(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, facts)
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    changed = sorted(key for key in known.keys() | facts.keys() if known.get(key) != facts.get(key))
+    if changed:
+        raise RunError(
+            f"need {', '.join(changed)} as they were when {folder} was begun, got changed ones; "
+            "choose another folder with --out"
+        )
+
+
+def digest_of(paths: Iterable[Path]) -> str:
+    """One digest of the names and contents of files; folders and missing files are left out."""
+    found = hashlib.sha256()
+    for path in sorted(paths):
+        if path.is_file():
+            found.update(path.name.encode() + b"\0")
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()[:16]

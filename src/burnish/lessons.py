@@ -171,6 +171,11 @@ def exercises(annotations: Sequence[Annotation], *, in_pairs: bool) -> list[tupl
     Raises:
         ConfigError: none of the annotations can be used this way.
     """
+    if not annotations:
+        raise ConfigError(
+            "held_out: need prompts to train on, got all of them held out; lower held_out or add "
+            "annotations"
+        )
     if in_pairs:
         found: list[tuple[Annotation, ...]] = list(compared(annotations))
         if not found:

@@ -20,6 +20,7 @@ import torch
 from burnish import __version__, images, rollout, runtime, stages
 from burnish.config import EMBEDDED, ConfigError, located
 from burnish.prompts import GroupSampler, read_prompts
+from burnish.rewards.base import RewardConfig
 from burnish.stages import PolicyConfig, RunConfig
 from burnish.training import StageConfig
 from burnish.types import Prompt
@@ -33,7 +34,7 @@ def check_inputs(config: RunConfig) -> None:
     """Read what the jobs of a run will read.
 
     Raises:
-        ConfigError: a missing model, a broken prompt set, too few prompts for a step.
+        ConfigError: a missing model or judge, a broken prompt set, too few prompts for a step.
         burnish.images.ImageError: a source image that cannot be used.
     """
     for key, path in _models(config).items():
@@ -51,6 +52,21 @@ def check_inputs(config: RunConfig) -> None:
             read_prompts(located(path))
     for name, stage in config.stages.items():
         _check_prompts(name, stage)
+    for key, reward in _rewards(config):
+        try:
+            reward.check()
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
+def _rewards(config: RunConfig) -> Iterator[tuple[str, RewardConfig]]:
+    """Every reward of a run, by the key that names it."""
+    yield "judge", config.judge
+    for name, stage in config.stages.items():
+        for reward, settings in stage.rewards.items():
+            yield f"stages.{name}.rewards.{reward}", settings
+        if stage.guard is not None:
+            yield f"stages.{name}.guard.judge", stage.guard.judge
 
 
 def _models(config: RunConfig) -> dict[str, str]:

@@ -7,7 +7,7 @@ there and never imitated (`Annotation.reasoned_by`). That imitation must be taug
 that the learner itself visits is shown in arXiv 1011.0686 (DAgger).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field
 
 from burnish.agreement import by_prompt_hash, read_scores, request_of, sides
-from burnish.annotations.schema import Annotation
+from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError
 from burnish.ledger import Ledger, read_ledger
 from burnish.lessons import SourceConfig, read_sources
@@ -36,26 +36,37 @@ class RationalesConfig(Config):
     """The judge's folder."""
     annotations: tuple[SourceConfig, ...]
     dimensions: tuple[str, ...] = ()
-    """Empty takes those of the annotations."""
+    """Empty takes those that both the annotations and the judge know."""
     limit: int | None = Field(default=None, ge=1)
     """Most pictures of one dimension; None takes all."""
     batch_size: int = Field(default=64, ge=1)
     runtime: RuntimeConfig = RuntimeConfig()
 
 
-def seen(config: RationalesConfig, known: Mapping[str, Any] | None) -> list[Annotation]:
+def seen(
+    config: RationalesConfig, rubrics: Collection[str], known: Mapping[str, Any] | None
+) -> list[Annotation]:
     """The annotations to write about: of prompts that the judge's training did not hold out.
 
     Args:
         config: which files and dimensions, and how many.
+        rubrics: the dimensions of the judge.
         known: the split of the judge's training, if it is known.
 
     Raises:
-        ConfigError: what the files' readers refuse; an unknown split; or all is held out.
+        ConfigError: what the files' readers refuse; no dimension of the judge; an unknown split; or
+            all is held out.
     """
     annotations = read_sources(config.annotations, config.dimensions)
+    there = sorted({annotation.dimension for annotation in annotations})
+    shared = [name for name in there if name in rubrics]
+    if not shared or (config.dimensions and shared != there):
+        raise ConfigError(
+            f"dimensions: need dimensions of the judge ({', '.join(sorted(rubrics))}), got "
+            f"{', '.join(there)}; choose others"
+        )
     advice = "train the judge with `burnish reward train`"
-    found, _ = sides(annotations, known, advice=advice)
+    found, _ = sides([a for a in annotations if a.dimension in shared], known, advice=advice)
     chosen = chosen_evenly([a for a in found if a.reasoned_by == "raters"], config.limit)
     if not chosen:
         raise ConfigError(
@@ -80,12 +91,14 @@ def write_rationales(
 ) -> list[Annotation]:
     """The judge's own reasoning about annotated pictures, with the scores of their raters.
 
-    What was written before the job was cut off is not written again; ranks share the pictures.
+    What was written before the job was cut off is not written again, as long as it is about the
+    same picture; ranks share the pictures.
 
     Args:
         judge: knows a rubric for each dimension.
         annotations: of prompts that its training did not hold out, or nothing can be measured.
-        folder: gets `rationales-0.jsonl` and so on: the judge's words by the annotation's id.
+        folder: gets `rationales-0.jsonl` and so on: the judge's words by the picture's digest. It
+            must be this judge's (`burnish.ledger.pin`).
         rt: ranks and precision.
         batch_size: pictures at once.
 
@@ -94,9 +107,10 @@ def write_rationales(
         others are missing.
     """
     ledger = Ledger(folder, _NAME, rt)
-    done = {row["id"] for row in read_ledger(folder, _NAME)}
+    done = {row["digest"] for row in read_ledger(folder, _NAME)}
     rt.barrier()
-    todo = [a for a in annotations if a.id not in done][rt.rank :: rt.world_size]
+    digests = {annotation.id: annotation_digest(annotation) for annotation in annotations}
+    todo = [a for a in annotations if digests[a.id] not in done][rt.rank :: rt.world_size]
     with progress("rationales", len(todo)) as bar, rt.autocast():
         for dimension in sorted({annotation.dimension for annotation in todo}):
             part = [annotation for annotation in todo if annotation.dimension == dimension]
@@ -111,15 +125,15 @@ def write_rationales(
                     bar=bar,
                 )
                 ledger.add(
-                    {"id": annotation.id, "reasoning": _said(score)}
+                    {"digest": digests[annotation.id], "reasoning": _said(score)}
                     for annotation, score in zip(block, scores, strict=True)
                 )
     rt.barrier()
-    said = {row["id"]: row["reasoning"] for row in read_ledger(folder, _NAME)}
+    said = {row["digest"]: row["reasoning"] for row in read_ledger(folder, _NAME)}
     return [
         replace(annotation, id=f"own-{annotation.id}", reasoning=words, reasoned_by="judge")
         for annotation in annotations
-        if (words := said.get(annotation.id))
+        if (words := said.get(digests[annotation.id]))
     ]
 
 

@@ -11,10 +11,10 @@ of the file. No draw depends on these states, as the order of lessons is a funct
 resumed training repeats an uninterrupted one.
 """
 
+import hashlib
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from burnish import runtime
 from burnish.agreement import measured
 from burnish.algorithms.base import SelfCheckError
 from burnish.annotations.base import split
-from burnish.annotations.schema import Annotation
+from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError, located
+from burnish.judge_model import Student, read_student, stop_at, towards_start
 from burnish.judge_trainer import (
     SCALE_NAME,
     JudgeTrainer,
@@ -38,6 +39,7 @@ from burnish.judge_trainer import (
     latest_checkpoint,
 )
 from burnish.judging import Rubric
+from burnish.ledger import pin
 from burnish.lessons import (
     Collator,
     Curriculum,
@@ -46,30 +48,18 @@ from burnish.lessons import (
     read_sources,
     spoken,
 )
-from burnish.rewards.vlm import Judge
+from burnish.rewards.vlm import Judge, judge_facts
 from burnish.runtime import Runtime, RuntimeConfig
 from burnish.tracking import Run, progress, write_json, writing
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()
 
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    TrainingArguments,
-)
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-# A run shows its own progress; this would show a bar for every load.
-transformers_logging.disable_progress_bar()
+from peft import PeftModel  # noqa: E402
+from transformers import TrainingArguments  # noqa: E402
 
 RUBRICS = Path(__file__).parent / "rubrics"
 """The rubrics that ship with the package."""
-LANGUAGE_MATRICES = (
-    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-)
-"""What a LoRA adapts: the language side of the Qwen-VL line, never its vision tower."""
 
 
 class RewardTrainingConfig(Config):
@@ -81,7 +71,8 @@ class RewardTrainingConfig(Config):
     dimensions: tuple[str, ...] = ()
     """What is judged; empty takes every dimension of the annotations."""
     rubrics: str | None = None
-    """A folder with a Markdown file for each dimension; None takes those of the package."""
+    """A folder with a Markdown file for each dimension; None takes those of the judge in `path`, or
+    those of the package if there is no judge."""
     loss: ScoreLoss = "soft_label"
     """At the digit; `expected` is the paper's."""
     reasoning_weight: float = Field(default=1.0, ge=0)
@@ -122,16 +113,6 @@ class RewardTrainingConfig(Config):
     runtime: RuntimeConfig = RuntimeConfig()
 
 
-@dataclass(frozen=True)
-class _Student:
-    """A judge in training."""
-
-    model: Any
-    collator: Collator
-    dtype: torch.dtype
-    """Of the weights as they were read, and as they will be written."""
-
-
 def train_judge(
     config: RewardTrainingConfig,
     out: Path,
@@ -155,18 +136,30 @@ def train_judge(
     Raises:
         ConfigError: no annotations, or none that fit the loss; an unknown dimension or one without
             a rubric; a model that cannot be read or whose digits are not single tokens.
-        RunError: the folder is another run's, or the loss is not finite any more.
+        RunError: the folder is another run's, or was begun with other annotations or rubrics; or
+            the loss is not finite any more.
         SelfCheckError: what was written is not what was trained.
     """
     annotations, rubrics = _material(config)
+    _check_split(config)
     training, held_out = split(annotations, held_out=config.held_out, seed=config.seed)
+    # A picture about which a judge wrote is there a second time.
+    held_out = [annotation for annotation in held_out if annotation.reasoned_by == "raters"]
     chosen = exercises(training, in_pairs=config.loss == "pairwise")
-    run = Run.create(out, config, environment=rt.describe()) if rt.is_main else None
     folder = out / "judge"
-    if (folder / "judge.json").is_file():
-        return folder
     with runtime.seeded(config.seed, "judge"):
-        student = _student(config, rt)
+        student = read_student(
+            located(config.path),
+            lora_rank=config.lora_rank,
+            max_pixels=config.max_pixels,
+            device=rt.device,
+        )
+        # After all that a typing error could stop: it makes the folder this training's own.
+        run = Run.create(out, config, environment=rt.describe()) if rt.is_main else None
+        if rt.is_main:
+            pin(out, "material", _digests(annotations, rubrics))
+        if (folder / "judge.json").is_file():
+            return folder
         curriculum = _curriculum(config, chosen, rubrics, rt)
         scale = _fit(config, student, curriculum, out / "checkpoints", run, rt, label, on_step)
         if rt.is_main:
@@ -188,39 +181,54 @@ def train_judge(
 def _material(config: RewardTrainingConfig) -> tuple[list[Annotation], list[Rubric]]:
     """The annotations of the wanted dimensions, and a rubric for each dimension."""
     annotations = read_sources(config.annotations, config.dimensions)
-    folder = RUBRICS if config.rubrics is None else located(config.rubrics)
     dimensions = sorted({annotation.dimension for annotation in annotations})
+    folder = _rubrics(config)
+    known = sorted(path.stem for path in folder.glob("*.md"))
+    if unknown := [name for name in dimensions if name not in known]:
+        raise ConfigError(
+            f"rubrics: need a rubric for each dimension of the annotations, got none for "
+            f"{unknown[0]!r} in {folder} ({', '.join(known) or 'empty'}); write {unknown[0]}.md, "
+            "or choose others with `dimensions`"
+        )
     return annotations, [Rubric.read(folder / f"{name}.md") for name in dimensions]
 
 
-def _student(config: RewardTrainingConfig, rt: Runtime) -> _Student:
-    # The backward of the CPU's fused attention is several times slower at small sizes.
-    attention = {"attn_implementation": "eager"} if rt.device.type == "cpu" else {}
-    path, needed = located(config.path), "the folder of a Qwen-VL model and processor"
-    if not path.is_dir():
-        # Looked for as a name in the hub's cache, it would cost half a minute.
-        raise ConfigError(f"path: need {needed}, got {path}, which is none; check the path")
-    try:
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            path, local_files_only=True, dtype="auto", **attention
+def _rubrics(config: RewardTrainingConfig) -> Path:
+    """A judge goes on being asked what it was asked."""
+    if config.rubrics is not None:
+        return located(config.rubrics)
+    own = located(config.path) / "rubrics"
+    return own if own.is_dir() else RUBRICS
+
+
+def _check_split(config: RewardTrainingConfig) -> None:
+    """Refuse to hold out what the judge in `path` was trained on.
+
+    Raises:
+        ConfigError: its split is another.
+    """
+    path = located(config.path)
+    if not (path / "judge.json").is_file():
+        return
+    known = judge_facts(path).get("split")
+    own = {"held_out": config.held_out, "seed": config.seed}
+    if known is not None and known != own:
+        raise ConfigError(
+            f"need the split of the judge in {path}, held_out={known['held_out']:g} "
+            f"seed={known['seed']}, got held_out={config.held_out:g} seed={config.seed}; set them, "
+            "or what is held out now was trained on before"
         )
-        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"path: need {needed}, got {path}: {reason}") from None
-    if config.max_pixels is not None:
-        # Transformers call an area an edge.
-        size, most = processor.image_processor.size, config.max_pixels
-        least = min(size["shortest_edge"], most)
-        processor.image_processor.size = type(size)(shortest_edge=least, longest_edge=most)
-    student = _Student(model, Collator.of(processor), model.dtype)
-    if not config.lora_rank:
-        # Steps are smaller than half precision can see.
-        return replace(student, model=model.float().requires_grad_(True))
-    adapter = LoraConfig(
-        r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules=LANGUAGE_MATRICES
-    )
-    return replace(student, model=get_peft_model(model, adapter))
+
+
+def _digests(annotations: Sequence[Annotation], rubrics: Sequence[Rubric]) -> dict[str, str]:
+    """What a training is begun with, by its content."""
+    rows = hashlib.sha256()
+    for annotation in sorted(annotations, key=lambda a: a.id):
+        rows.update(annotation_digest(annotation).encode())
+        said = (annotation.score_mean, annotation.score_std, annotation.rank, annotation.reasoning)
+        rows.update(repr((annotation.id, *said)).encode())
+    texts = hashlib.sha256("".join(rubric.digest for rubric in rubrics).encode())
+    return {"annotations": rows.hexdigest()[:16], "rubrics": texts.hexdigest()[:16]}
 
 
 def _per_step(config: RewardTrainingConfig, rt: Runtime) -> int:
@@ -248,7 +256,7 @@ def _curriculum(
 
 def _fit(
     config: RewardTrainingConfig,
-    student: _Student,
+    student: Student,
     curriculum: Curriculum,
     folder: Path,
     run: Run | None,
@@ -334,7 +342,7 @@ def _longest_answer(collator: Collator, annotations: Sequence[Annotation]) -> in
 
 def _write(
     config: RewardTrainingConfig,
-    student: _Student,
+    student: Student,
     rubrics: Sequence[Rubric],
     held_out: Sequence[Annotation],
     facts: dict[str, Any],
@@ -346,11 +354,11 @@ def _write(
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if config.start_share:
-        _towards_start(model, config)
+        towards_start(model, located(config.path), config.start_share)
     model = model.to(student.dtype)
     # The trainer switched it off, and an answer is written token by token.
     model.config.use_cache = True
-    _stop_at(model, student.collator.end)
+    stop_at(model, student.collator.end)
     unfinished = folder.with_name(f".{folder.name}.tmp")
     with writing(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -375,23 +383,12 @@ def _write(
         unfinished.replace(folder)
 
 
-@torch.no_grad()
-def _towards_start(model: Any, config: RewardTrainingConfig) -> None:
-    """Move all weights towards those from which the training began."""
-    path = located(config.path)
-    start = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True)
-    for name, parameter in start.named_parameters():
-        model.get_parameter(name).lerp_(parameter.to(model.device), config.start_share)
-
-
-def _stop_at(model: Any, end: int) -> None:
-    """Make generation end at a token."""
-    known = model.generation_config.eos_token_id
-    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
-    model.generation_config.eos_token_id = ends if end in ends else [*ends, end]
-
-
 def _compare(trained: nn.Module, written: nn.Module) -> None:
+    """Prove that two models have the same weights.
+
+    Raises:
+        SelfCheckError: they have not.
+    """
     read = dict(written.named_parameters())
     for name, parameter in trained.named_parameters():
         if name not in read or not torch.equal(parameter.detach(), read[name]):

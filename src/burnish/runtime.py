@@ -19,6 +19,7 @@ import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +35,8 @@ from burnish.config import Config, ConfigError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _GIBIBYTE = 1 << 30
+_PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other: one may measure or write alone."""
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -153,7 +156,9 @@ def start(config: RuntimeConfig | None = None) -> Runtime:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if _has_cuda() else "gloo")
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo", timeout=_PATIENCE
+        )
     return runtime
 
 

@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from burnish.algorithms.nft import NftConfig
     from burnish.rewards.face import FaceConfig
     from burnish.rewards.oracle import OracleConfig
+    from burnish.rewards.remote import RemoteConfig
     from burnish.rewards.vlm import VlmConfig
 
     AnyAlgorithm = GrpoConfig | NftConfig | DistillConfig
-    AnyReward = FaceConfig | OracleConfig | VlmConfig
+    AnyReward = FaceConfig | OracleConfig | RemoteConfig | VlmConfig
 else:
     AnyAlgorithm = Annotated[
         reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from burnish.algorithms.distill import DistillConfig, TeacherConfig
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, write_rows
+from burnish.ledger import digest_of, pin
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.runtime import Runtime, RuntimeConfig
@@ -209,6 +210,8 @@ def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     policy = load_policy(config.policy, model_folder(folder, start), rt)
     # By its own words, so that a run can be moved; what it refers to is looked up here.
     run = Run.create(job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
+    files = {f"the files of {name}": digest_of(r.inputs()) for name, r in stage.rewards.items()}
+    pin(run.folder, "rewards", files)
     train(with_folders(config, stage, folder), policy, run, rt, seed=config.seed, label=name)
 
 

@@ -8,13 +8,14 @@ decoder said.
 """
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from PIL import Image
 
 from burnish import images
+from burnish.judging import control_token
 from burnish.protocol import (
     LOWEST,
     ChatReply,
@@ -62,6 +63,8 @@ class Limits:
     """Pictures of a request."""
     pixels: int = images.MAX_PIXELS
     """Width times height of a picture."""
+    text: int = 20_000
+    """Characters of all turns; writing takes longer than in proportion."""
     tokens: int = 2048
     """Tokens of an answer."""
 
@@ -134,6 +137,7 @@ class Translator:
             if not isinstance(last, str):
                 raise Refusal(400, "need the begun answer as text, got parts")
             begun = last
+        self._check_texts([*_texts(turns), begun])
         text = self.processor.apply_chat_template(
             [{"role": turn.role, "content": self._content(turn, pictures)} for turn in turns],
             add_generation_prompt=True,
@@ -188,6 +192,16 @@ class Translator:
                 "question, got another mixture",
             )
 
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        """Refuse texts that are too long, or more than words."""
+        length = sum(map(len, texts))
+        if length > self.limits.text:
+            raise Refusal(400, f"need at most {self.limits.text} characters, got {length}")
+        for text in texts:
+            token = control_token(text, self.processor.tokenizer)
+            if token is not None:
+                raise Refusal(400, f"need words, got the token {token} among them")
+
     def _content(self, turn: Message, pictures: list[Image.Image]) -> Any:
         """The content of a turn for the chat template; its pictures go to the end of the list."""
         if isinstance(turn.content, str):
@@ -215,6 +229,15 @@ class Translator:
             logprob=written.logprob,
             top_logprobs=[told(number) for number in known],
         )
+
+
+def _texts(turns: Sequence[Message]) -> Iterator[str]:
+    """All texts of some turns."""
+    for turn in turns:
+        if isinstance(turn.content, str):
+            yield turn.content
+        else:
+            yield from (part.text for part in turn.content if not isinstance(part, ImagePart))
 
 
 def _picture(url: str, max_pixels: int) -> Image.Image:

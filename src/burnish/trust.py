@@ -45,6 +45,9 @@ CEILINGS = ("spearman", "within_prompt")
 """The statistics for which the best possible value is estimated."""
 
 
+UNDEFINED = Interval(math.nan, math.nan, math.nan)
+
+
 class TrustConfig(Config):
     """How a judge is examined."""
 
@@ -80,7 +83,8 @@ class Examination:
     dimension: str
     readings: tuple[Reading, ...]
     metrics: dict[str, Interval]
-    """By name: agreement, ceilings, calibration, noise, mass, failures."""
+    """By name: agreement, ceilings, calibration, noise, mass, failures; only the last where fewer
+    than two pictures could be judged."""
     probes: dict[str, dict[str, Interval]]
     """Probe -> `shift`, mean change of the score in points; `moved`, mean size of the change;
     `rank`, rank correlation with the scores of the same pictures as they are; `noise`, as of asking
@@ -107,7 +111,12 @@ def unseen(config: TrustConfig, known: Mapping[str, Any] | None) -> list[Annotat
     Raises:
         ConfigError: what the files' readers refuse; an unknown split; or nothing is held out.
     """
-    annotations = read_sources(config.annotations, config.dimensions)
+    annotations = [
+        annotation
+        for annotation in read_sources(config.annotations, config.dimensions)
+        # A picture about which a judge wrote is there a second time.
+        if annotation.reasoned_by == "raters"
+    ]
     if not config.held_out:
         return annotations
     _, found = sides(
@@ -132,7 +141,7 @@ def examine(
         config: how much is read.
 
     Raises:
-        ConfigError: no such dimension, or one in which the judge scored fewer than two pictures.
+        ConfigError: no such dimension, or none in which the judge scored two pictures.
     """
     scored = [annotation for annotation in annotations if annotation.score_mean is not None]
     known = sorted({a.dimension for a in scored} & judge.rubrics.keys())
@@ -149,7 +158,14 @@ def examine(
         len(part) + (1 + len(PROBES)) * min(len(part), config.probed) for part in chosen.values()
     )
     with progress("judge", calls) as bar:
-        return [_examined(judge, name, part, config, bar) for name, part in chosen.items()]
+        found = [_examined(judge, name, part, config, bar) for name, part in chosen.items()]
+    if not any(examination.probes for examination in found):
+        reasons = [r.score.reason for r in found[0].readings if isinstance(r.score, Failed)]
+        raise ConfigError(
+            f"need scores of at least two pictures in a dimension, got fewer in {', '.join(known)};"
+            f" the first failure: {reasons[0] if reasons else 'none'}"
+        )
+    return found
 
 
 def _examined(
@@ -173,11 +189,7 @@ def _examined(
     readings = [Reading(a, s) for a, s in zip(annotations, ask(requests), strict=True)]
     read = [reading for reading in readings if isinstance(reading.score, Scored)]
     if len(read) < 2:
-        reasons = [r.score.reason for r in readings if isinstance(r.score, Failed)]
-        raise ConfigError(
-            f"{dimension}: need scores of at least two pictures, got {len(read)} of "
-            f"{len(readings)}; the first failure: {reasons[0] if reasons else 'none'}"
-        )
+        return Examination(dimension, tuple(readings), _failures(readings), {})
     probed, before = requests[: config.probed], readings[: config.probed]
     groups = np.asarray([comparison_group(reading.annotation) for reading in before])
     # Another order and other company in the batch: whatever changes is noise.
@@ -227,15 +239,19 @@ def _absolute_error(ours: Scores, theirs: Scores, groups: concordance.Groups) ->
 
 def _soundness(readings: Sequence[Reading], read: Sequence[Reading]) -> dict[str, Interval]:
     """Share of failures, and probability on the digits."""
-    groups = np.asarray([comparison_group(reading.annotation) for reading in readings])
-    is_failed = np.asarray([float(isinstance(r.score, Failed)) for r in readings])
     masses = np.asarray([r.score.detail["mass"] for r in read if isinstance(r.score, Scored)])
     inner = np.asarray([comparison_group(reading.annotation) for reading in read])
     return {
-        "failed": interval(_mean, is_failed, is_failed, groups),
+        **_failures(readings),
         "mass": interval(_mean, masses, masses, inner),
         "mass_lowest": Interval(float(masses.min()), math.nan, math.nan),
     }
+
+
+def _failures(readings: Sequence[Reading]) -> dict[str, Interval]:
+    groups = np.asarray([comparison_group(reading.annotation) for reading in readings])
+    is_failed = np.asarray([float(isinstance(r.score, Failed)) for r in readings])
+    return {"failed": interval(_mean, is_failed, is_failed, groups)}
 
 
 def _mean(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:
@@ -245,25 +261,30 @@ def _mean(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:
 def _moved(
     before: Sequence[Reading], after: Sequence[Score], groups: concordance.Groups
 ) -> dict[str, Interval]:
-    """How scores change between two askings about the same pictures."""
-    raw = [
-        (raw_of(reading.score), raw_of(score)) for reading, score in zip(before, after, strict=True)
+    """How scores change between two askings about the same pictures, calibrated as a reward's."""
+    values = [
+        (_value(reading.score), _value(score)) for reading, score in zip(before, after, strict=True)
     ]
-    both = [(row, *pair) for row, pair in enumerate(raw) if None not in pair]
+    gone = np.asarray([float(now is None) for once, now in values if once is not None])
+    there = np.asarray([once is not None for once, _ in values])
+    lost = interval(_mean, gone, gone, groups[there]) if len(gone) else UNDEFINED
+    both = [(row, *pair) for row, pair in enumerate(values) if None not in pair]
     if not both:
-        nothing = Interval(math.nan, math.nan, math.nan)
-        return dict.fromkeys(("shift", "moved", "rank", "noise", "lost"), nothing)
+        return dict.fromkeys(("shift", "moved", "rank", "noise"), UNDEFINED) | {"lost": lost}
     rows, old, new = (np.asarray(side) for side in zip(*both, strict=True))
     names = groups[rows]
-    lost = np.asarray([float(now is None and once is not None) for once, now in raw])
     return {
         "shift": interval(_mean, new - old, old, names),
         "moved": interval(_mean, np.abs(new - old), old, names),
         "rank": interval(concordance.spearman, new, old, names),
         # Each asking has its own error, and the difference has both.
         "noise": interval(_spread, new - old, old, names),
-        "lost": interval(_mean, lost, lost, groups),
+        "lost": lost,
     }
+
+
+def _value(score: Score) -> float | None:
+    return score.value if isinstance(score, Scored) else None
 
 
 def _spread(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:

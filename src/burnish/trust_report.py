@@ -86,7 +86,7 @@ def _warnings(numbers: Mapping[str, Mapping[str, Any]]) -> Any:
     """What somebody must know before training against this judge."""
     for dimension, found in numbers.items():
         for probe, words in PROBES.items():
-            shift = found[f"probe_{probe}_shift"]["value"]
+            shift = found.get(f"probe_{probe}_shift", {}).get("value")
             if shift is not None and abs(shift) >= MOVED:
                 yield f"{dimension}: {words} moves the score by {page.plain(shift, 2, '+')} points."
         if (failed := found["failed"]["value"]) > 0.01:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from burnish import runtime
-from burnish.ledger import Ledger, read_ledger
+from burnish.ledger import Ledger, digest_of, pin, read_ledger
 from burnish.tracking import RunError
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -24,6 +24,18 @@ def test_rows_of_a_killed_process_are_read_and_the_next_stand_on_lines_of_their_
     assert read_ledger(tmp_path / "job", "rows") == [{"a": 1}, {"a": 2}, {"a": 10}]
     Ledger(tmp_path / "job", "rows", CPU).add([{"a": 4}])
     assert [row["a"] for row in read_ledger(tmp_path / "job", "rows")] == [1, 2, 4, 10]
+
+
+def test_a_job_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    files = [tmp_path / "a.txt", tmp_path / "missing"]
+    begun = digest_of(files)
+    for _ in range(2):
+        pin(tmp_path / "job", "inputs", {"the files": digest_of(files), "words": "same"})
+    (tmp_path / "a.txt").write_text("two")
+    assert digest_of(files) != begun
+    with pytest.raises(RunError, match=r"need the files as they were when .* was begun"):
+        pin(tmp_path / "job", "inputs", {"the files": digest_of(files), "words": "same"})
 
 
 def test_a_line_that_is_no_row_and_a_place_that_is_no_folder_stop_the_job(tmp_path: Path) -> None:

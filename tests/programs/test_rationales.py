@@ -11,7 +11,7 @@ from PIL import Image
 
 from burnish import images, runtime
 from burnish.annotations.base import read_annotations, split, write_annotations
-from burnish.annotations.schema import Annotation
+from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.cli import main
 from burnish.judging import Rubric
 from burnish.ledger import read_ledger
@@ -69,11 +69,12 @@ def test_the_command_writes_about_what_was_not_held_out_and_goes_on_where_it_sto
     rows = next((tmp_path / "own-rows").glob("rationales-*.jsonl"))
     lines = rows.read_text().splitlines(keepends=True)
     # A kill in the middle of a row: what stands is kept, as one line of another text shows.
-    first = json.loads(lines[0])["id"]
-    kept = [json.dumps({"id": first, "reasoning": "kept"}) + "\n", *lines[1:6]]
+    digest = json.loads(lines[0])["digest"]
+    kept = [json.dumps({"digest": digest, "reasoning": "kept"}) + "\n", *lines[1:6]]
     rows.write_text("".join(kept) + lines[6][:9])
     assert main(command) == 0
     again = {own.id: own.reasoning for own in read_annotations(out)}
+    (first,) = [a.id for a in training if annotation_digest(a) == digest]
     assert again == {own.id: own.reasoning for own in found} | {f"own-{first}": "kept"}
     assert main([*command, "limit=3"]) == 2, "other settings in a folder of rows"
 
@@ -83,9 +84,9 @@ def test_ranks_share_the_pictures_and_failures_are_left_out(
 ) -> None:
     judge = Judge.load(small_judge)
     (tmp_path / "rationales-1.jsonl").write_text(
-        json.dumps({"id": SOME[0].id, "reasoning": None})
+        json.dumps({"digest": annotation_digest(SOME[0]), "reasoning": None})
         + "\n"
-        + json.dumps({"id": SOME[1].id, "reasoning": "of rank 1"})
+        + json.dumps({"digest": annotation_digest(SOME[1]), "reasoning": "of rank 1"})
         + "\n"
     )
     found = write_rationales(judge, SOME[:4], tmp_path, CPU, batch_size=4)
@@ -118,6 +119,25 @@ def test_own_words_are_given_and_only_the_score_after_them_is_taught(small_judge
     assert {lesson.is_written for lesson in lessons} == {True, False}
 
 
+def test_words_of_another_judge_or_about_another_picture_are_not_taken_over(
+    judge: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "some.jsonl", tmp_path / "own.jsonl"
+    write_annotations(path, SOME[:8])
+    command = ["reward", "reason", str(judge), f"annotations=[{{path: {path}}}]", "--out", str(out)]
+    assert main([*command, "runtime.device=cpu"]) == 0
+    before = len(read_ledger(tmp_path / "own-rows", "rationales"))
+    # The same ids, other pictures.
+    others = [images.encode_png(Image.new("RGB", (32, 32), (3 + 20 * n,) * 3)) for n in range(8)]
+    write_annotations(path, [replace(a, output=o) for a, o in zip(SOME, others, strict=False)])
+    assert main([*command, "runtime.device=cpu"]) == 0
+    assert len(read_ledger(tmp_path / "own-rows", "rationales")) == 2 * before
+    capsys.readouterr()
+    (judge / "rubrics" / "alignment.md").write_text("Is it dark?")
+    assert main([*command, "runtime.device=cpu"]) == 2
+    assert "weights and rubrics as they were when" in capsys.readouterr().err
+
+
 def test_what_cannot_be_written_is_one_line(
     judge: Path,
     small_judge: Path,
@@ -140,6 +160,16 @@ def test_what_cannot_be_written_is_one_line(
     )
     assert "without `split`" in refused(str(small_judge), given)
     assert "need the folder of a judge" in refused(str(tmp_path), given)
+    taken = tmp_path / "taken.jsonl"
+    taken.write_text("mine")
+    assert "need a new file for --out" in refused(str(judge), given, "--out", str(taken))
+    assert taken.read_text() == "mine"
+    other = refused(str(judge), given, "dimensions=[alignment]", "--out", str(path))
+    assert "need a new file" in other and len(read_annotations(path)) == len(SOME)
+    strange = tmp_path / "strange.jsonl"
+    write_annotations(strange, [replace(SOME[0], dimension="portrait")])
+    said = refused(str(judge), f"annotations=[{{path: {strange}}}]")
+    assert "need dimensions of the judge (alignment), got portrait" in said
     everything = copy_with({"split": {"held_out": 0.999999, "seed": 0}})
     assert "got none among 40" in refused(str(everything), given)
     path.write_text(path.read_text().replace('"raters"', '"nobody"', 1))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -413,7 +414,11 @@ def ranks_alone(fresh: Path, empty: Path) -> RewardTrainingConfig:
         (losing(annotations=()), "need at least one file, got none"),
         (losing(annotations=(SourceConfig(path="none.jsonl"),)), "none.jsonl"),
         (losing(annotations=(SourceConfig(path="x", reader="hpdv4"),)), "did you mean 'hpdv3'"),
-        (losing(rubrics="nowhere"), "need a rubric file"),
+        (
+            losing(rubrics="nowhere"),
+            "need a rubric for each dimension of the annotations, got none",
+        ),
+        (losing(held_out=0.9999), "got all of them held out"),
         (losing(path="nowhere"), "need the folder of a Qwen-VL model"),
         (losing(path=str(RUBRICS)), "need the folder of a Qwen-VL model"),
         (without_digits, "one token for the digit 3"),
@@ -429,6 +434,35 @@ def test_a_faulty_configuration_is_one_line(
     with pytest.raises(ConfigError, match=message) as caught:
         train_judge(faulty(fresh, tmp_path), tmp_path / "run", CPU)
     assert "\n" not in str(caught.value)
+    # A typing error does not make the folder its own: the same command, corrected, may use it.
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_judge_that_is_trained_again_keeps_its_rubrics_and_its_split(
+    fresh: Path, trained: Path, tmp_path: Path
+) -> None:
+    judge = tmp_path / "judge"
+    shutil.copytree(trained / "judge", judge)
+    (judge / "rubrics" / "aesthetic.md").write_text("Rate it as before.")
+    again = train_judge(
+        config(fresh, path=str(judge), rubrics=None, steps=1), tmp_path / "run", CPU
+    )
+    assert Judge.load(again).rubrics["aesthetic"].text == "Rate it as before."
+    with pytest.raises(ConfigError, match=r"held_out=0\.3 seed=0, got held_out=0\.3 seed=1"):
+        train_judge(config(fresh, path=str(judge), seed=1), tmp_path / "other", CPU)
+
+
+def test_a_training_does_not_go_on_with_other_annotations(
+    fresh: Path, trained: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fresh, tmp_path / "moved")
+    mine = config(tmp_path / "moved", steps=1)
+    train_judge(mine, tmp_path / "run", CPU)
+    train_judge(mine, tmp_path / "run", CPU)
+    changed = [replace(a, score_mean=2.0) for a in SOME]
+    write_annotations(tmp_path / "moved" / "some.jsonl", changed)
+    with pytest.raises(RunError, match="need annotations as they were when"):
+        train_judge(mine, tmp_path / "run", CPU)
 
 
 def test_ties_cannot_be_compared() -> None:

@@ -243,6 +243,8 @@ def test_a_good_request_is_answered(judge: Judge, client: httpx.Client) -> None:
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
         ({"messages": "hello"}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 400, "20000 characters"),
+        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "the token <|im_end|>"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(

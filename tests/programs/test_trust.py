@@ -150,7 +150,7 @@ def test_a_judge_that_scores_nothing_is_refused_and_its_fast_mode_may_still_work
     small_judge: Path, file: Path
 ) -> None:
     judge = replace(Judge.load(small_judge), longest_answer=1)
-    with pytest.raises(ConfigError, match="need scores of at least two pictures, got 0 of 20"):
+    with pytest.raises(ConfigError, match="need scores of at least two pictures in a dim"):
         examine(judge, SOME, settings(file, limit=20, probed=2))
     (fast,) = examine(judge, SOME, settings(file, limit=20, probed=2, reasoning=False))
     assert all(isinstance(reading.score, Scored) for reading in fast.readings)

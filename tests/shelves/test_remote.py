@@ -647,7 +647,8 @@ def test_the_score_is_the_expectation_and_numbers_in_the_words_are_none(
 
 
 RECORDED: dict[str, Any] = {
-    # The shape of vLLM's replies to `logprob_token_ids`, with Qwen's ids of the digits.
+    # The shape of vLLM's replies to `logprob_token_ids`, written by hand after its documentation,
+    # with Qwen's ids of the digits.
     "id": "chatcmpl-8f2e",
     "object": "chat.completion",
     "created": 1790000000,
@@ -681,8 +682,7 @@ RECORDED: dict[str, Any] = {
                     for token, logprob, digits in [
                         (18, -0.3, [-4.0, -3.0, -0.3, -2.0, -9999.0]),
                         (9542, -0.1, [-9999.0] * 5),
-                        (198, -0.01, [-25.0] * 5),
-                        (27, -0.01, [-25.0] * 5),
+                        (366, -0.01, [-25.0] * 5),
                         (12338, 0.0, [-25.0] * 5),
                         (29, 0.0, [-25.0] * 5),
                         (19, math.log(0.6), [math.log(p) for p in (0.01, 0.04, 0.1, 0.6, 0.24)]),
@@ -697,11 +697,11 @@ RECORDED: dict[str, Any] = {
     ],
     "service_tier": None,
     "system_fingerprint": None,
-    "usage": {"prompt_tokens": 1234, "total_tokens": 1242, "completion_tokens": 8},
+    "usage": {"prompt_tokens": 1234, "total_tokens": 1241, "completion_tokens": 7},
     "prompt_logprobs": None,
     "kv_transfer_params": None,
 }
-QWEN = Alphabet(marker=(198, 27, 12338, 29), digits=(16, 17, 18, 19, 20))
+QWEN = Alphabet(marker=(366, 12338, 29), digits=(16, 17, 18, 19, 20))
 
 
 def test_a_reply_as_vllm_writes_it_has_the_expectation_at_the_marked_place() -> None:

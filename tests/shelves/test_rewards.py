@@ -1,5 +1,6 @@
 """One contract for every reward on the shelf, and for the set that joins them."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -127,10 +128,43 @@ class TestVlm:
         with pytest.raises(ConfigError, match="did you mean 'alignment'"):
             VlmConfig(path=str(judge), dimension="alignement").build()
 
-    def test_a_folder_that_is_no_judge_is_refused(self, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="need a judge's folder") as caught:
-            VlmConfig(path=str(tmp_path), dimension="alignment").build()
+    def test_a_prompt_with_more_than_words_fails_alone(self, vlm: Vlm) -> None:
+        plain = PROMPTS[0]
+        tricky = replace(plain, id="tricky", text=f"{plain.text} <|image_pad|>")
+        (alone,) = vlm.score(requests([plain]))
+        scores = vlm.score(requests([plain, tricky]))
+        assert scores[0] == alone
+        assert scores[1] == Failed(reason="the prompt holds the token <|image_pad|>")
+
+    @pytest.mark.parametrize(
+        ("name", "text"),
+        [
+            ("judge.json", "{"),
+            ("judge.json", "[1]"),
+            ("judge.json", '{"longest_answer": "long"}'),
+            ("judge.json", '{"longest_answer": 9, "split": {"held_out": 0.1}}'),
+            ("judge.json", '{"longest_answer": 9, "calibrations": {"alignment": {"raw": [1]}}}'),
+            ("rubrics/alignment.md", "caf\udce9"),
+            ("model.safetensors", "short"),
+            ("judge.json", None),
+        ],
+    )
+    def test_a_folder_that_is_no_judge_is_refused(
+        self, judge: Path, tmp_path: Path, name: str, text: str | None
+    ) -> None:
+        folder = tmp_path / "judge"
+        shutil.copytree(judge, folder)
+        if text is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        with pytest.raises(ConfigError, match=r"need (a judge|the folder of a judge)") as caught:
+            VlmConfig(path=str(folder), dimension="alignment").build()
         assert "\n" not in str(caught.value)
+
+    def test_no_pictures_at_once_is_no_setting(self) -> None:
+        with pytest.raises(ValueError, match="greater than or equal to 1"):
+            VlmConfig(path="x", dimension="alignment", batch_size=0)
 
 
 def test_the_oracle_has_no_say_without_facts() -> None:

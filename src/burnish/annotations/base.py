@@ -197,6 +197,16 @@ def is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before the work, a file that `write_annotations` could not write.
+
+    Raises:
+        ConfigError: another suffix, or, for Parquet, no `pyarrow`.
+    """
+    if is_parquet(path):
+        files.parquet_modules()
+
+
 def _rows_with_images(path: Path) -> Iterator[tuple[str, files.Row]]:
     """The rows of a JSONL file, with the bytes of the images in the place of their paths."""
     for where, row in files.json_lines(path):

@@ -165,7 +165,7 @@ def parquet_rows(
     Raises:
         ConfigError: `pyarrow` is not installed, or no readable Parquet file.
     """
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = parquet_modules()
     count = 0
     try:
         with path.open("rb") as data, parquet.ParquetFile(data) as file:
@@ -190,7 +190,7 @@ def write_parquet(path: Path, kinds: Mapping[str, str], rows: Iterable[Row]) -> 
     Raises:
         ConfigError: `pyarrow` is not installed.
     """
-    pyarrow, parquet = _pyarrow()
+    pyarrow, parquet = parquet_modules()
     types = {
         "text": pyarrow.string(),
         "number": pyarrow.float64(),
@@ -212,7 +212,12 @@ def write_parquet(path: Path, kinds: Mapping[str, str], rows: Iterable[Row]) -> 
     partial.replace(path)
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def parquet_modules() -> tuple[Any, Any]:
+    """`pyarrow` and its Parquet module.
+
+    Raises:
+        ConfigError: not installed.
+    """
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ImportError:

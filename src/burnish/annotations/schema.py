@@ -79,6 +79,13 @@ KINDS: Mapping[str, str] = {
 """The columns of a file, in order, and what `files` calls the kind of each."""
 
 
+def annotation_digest(annotation: Annotation) -> str:
+    """What was judged in which dimension, whatever was said of it, in sixteen characters."""
+    parts = (annotation.prompt.encode(), annotation.dimension.encode(), *annotation.sources)
+    digests = [hashlib.sha256(part).digest() for part in (*parts, annotation.output)]
+    return hashlib.sha256(b"".join(digests)).hexdigest()[:16]
+
+
 def row_of(annotation: Annotation) -> dict[str, Any]:
     """The annotation as a row: a value for every column."""
     return {key: getattr(annotation, key) for key in KINDS}

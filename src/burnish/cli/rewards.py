@@ -34,8 +34,10 @@ def train(
 ) -> None:
     """Train a judge from annotations, and measure it on prompts it never saw.
 
-    PATH is a Qwen-VL model on disk, ANNOTATIONS a list of files. Start the same command again to
-    resume. The judge is in DIR/judge.
+    PATH is a Qwen-VL model or a judge on disk, ANNOTATIONS a list of files; other settings are
+    loss, lora_rank, learning_rate, batch_size, steps or epochs, held_out: docs/judges.md has more,
+    and a key that does not exist names the nearest. Start the same command again to resume. The
+    judge is in DIR/judge.
     """
     from burnish.reward_training import RewardTrainingConfig, train_judge
 
@@ -79,17 +81,21 @@ def report(
     writes one page with the worst disagreements. With `held_out=false` all prompts of ANNOTATIONS
     are read, which is right for files that the judge was not trained on.
     """
-    from burnish.rewards.vlm import Judge
+    from burnish.rewards.vlm import Judge, judge_facts
     from burnish.runtime import choose_device
+    from burnish.tracking import writing
     from burnish.trust import TrustConfig, examine, unseen
     from burnish.trust_report import write_trust_report
 
     settings = parse(TrustConfig, {}, overrides or ())
-    facts = _facts(folder)
+    facts = judge_facts(folder)
+    target = folder.resolve().parent / "report" if out is None else out
+    # A place that cannot be written is found before the work.
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
     annotations = unseen(settings, facts.get("split"))
     judge = Judge.load(folder, choose_device("auto"))
     found = examine(judge, annotations, settings)
-    target = folder.resolve().parent / "report" if out is None else out
     name = folder.resolve().name
     page = write_trust_report(target, name, judge, found, worst=settings.disagreements)
     numbers = {examination.dimension: examination.to_json() for examination in found}
@@ -98,16 +104,6 @@ def report(
     print(f"Page: {page}")
     if as_json:
         print(json.dumps({"judge": str(folder), "page": str(page), "dimensions": numbers}))
-
-
-def _facts(folder: Path) -> dict[str, Any]:
-    path = folder / "judge.json"
-    if not path.is_file():
-        raise ConfigError(
-            f"need the folder of a judge, with its judge.json, got {folder}; train one with "
-            "`burnish reward train`"
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _intervals(values: dict[str, Any]) -> str:
@@ -141,23 +137,37 @@ def reason(
     annotations='[{path: pictures.jsonl}, {path: FILE}]'`. Started by torchrun, the processes share
     the pictures; start the same command again to resume.
     """
-    from burnish.annotations.base import is_parquet, write_annotations
+    from burnish.annotations.base import check_place, write_annotations
+    from burnish.ledger import digest_of, pin
     from burnish.rationales import RationalesConfig, seen, write_rationales
-    from burnish.rewards.vlm import Judge
+    from burnish.rewards.vlm import Judge, judge_facts
     from burnish.tracking import Run
 
-    # A suffix that cannot be written is found before the work.
-    is_parquet(out)
+    rows = out.with_name(f"{out.stem}-rows")
+    check_place(out)
+    if out.exists() and not (rows / "run.json").is_file():
+        raise ConfigError(
+            f"need a new file for --out, got {out}, which this command did not write; choose "
+            "another name"
+        )
     settings = parse(RationalesConfig, {"judge": str(folder)}, overrides or ())
-    chosen = seen(settings, _facts(folder).get("split"))
+    known = judge_facts(folder).get("split")
+    chosen = seen(settings, {path.stem for path in folder.glob("rubrics/*.md")}, known)
     rt = settings.runtime.build()
     try:
         judge = Judge.load(folder, rt.device)
-        rows = out.with_name(f"{out.stem}-rows")
         if rt.is_main:
             Run.create(rows, settings, environment=rt.describe())
+            files = [*folder.glob("*.safetensors"), *folder.glob("rubrics/*.md")]
+            pin(rows, "judge", {"the judge's weights and rubrics": digest_of(files)})
+        rt.barrier()
         found = write_rationales(judge, chosen, rows, rt, batch_size=settings.batch_size)
         if rt.is_main:
+            if not found:
+                raise ConfigError(
+                    f"need answers with a score, got none about {len(chosen)} pictures; the judge "
+                    "does not answer as it was taught, see `burnish reward report`"
+                )
             write_annotations(out, found)
             print(f"{len(found)} of {len(chosen)} pictures: {out}")
             if as_json:
@@ -182,7 +192,6 @@ def serve(
 
     Askers must send the token in the variable BURNISH_TOKEN. Stop with Ctrl-C.
     """
-    _facts(folder)
     from burnish import serving
     from burnish.rewards.vlm import Judge
     from burnish.runtime import choose_device

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -60,6 +61,17 @@ class RewardConfig(Config, ABC):
     def weight_of(self, category: str) -> float:
         """Weight of this reward for a category."""
         return self.weights.get(category, self.weights.get(EVERY_CATEGORY, 0.0))
+
+    def check(self) -> None:
+        """Look, without loading anything, whether `build` would find what it needs.
+
+        Raises:
+            ConfigError: it would not.
+        """
+
+    def inputs(self) -> Sequence[Path]:
+        """Files whose content decides the scores, beside the settings."""
+        return ()
 
     @abstractmethod
     def build(self) -> Reward:

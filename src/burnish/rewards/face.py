@@ -22,6 +22,7 @@ picture, not a better likeness.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -68,6 +69,11 @@ class FaceConfig(RewardConfig):
         if self.cosine_floor is not None and self.cosine_ceiling is not None:
             _check(self.cosine_floor, self.cosine_ceiling)
         return self
+
+    def inputs(self) -> Sequence[Path]:
+        if self.backend == "opencv":
+            return [Path(self.detector), Path(self.recognizer)]
+        return list(located(self.path).glob("*.safetensors"))
 
     def build(self) -> "FaceIdentity":
         faces: Faces

@@ -18,11 +18,20 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from PIL import Image
+from pydantic import Field
 from torch import Tensor
 
 from burnish import images
 from burnish.config import ConfigError, located, nearest
-from burnish.judging import SCALE, Alphabet, Calibration, Rubric, question, read_score
+from burnish.judging import (
+    SCALE,
+    Alphabet,
+    Calibration,
+    Rubric,
+    control_token,
+    question,
+    read_score,
+)
 from burnish.rewards.base import Reward, RewardConfig
 from burnish.runtime import ensure_torchvision
 from burnish.types import Failed, Score, Scored, ScoreRequest
@@ -30,7 +39,12 @@ from burnish.types import Failed, Score, Scored, ScoreRequest
 # Before the import below: it fails where torch and torchvision are unequal builds.
 ensure_torchvision()
 
+from safetensors import SafetensorError  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+# What loads a judge shows its own progress; this would show a bar for every load.
+transformers_logging.disable_progress_bar()
 
 
 class VlmConfig(RewardConfig):
@@ -42,7 +56,17 @@ class VlmConfig(RewardConfig):
     dimension: str
     reasoning: bool = True
     """Write the chain of thought first; False asks for the score at once."""
-    batch_size: int = 32
+    batch_size: int = Field(default=32, ge=1)
+
+    def check(self) -> None:
+        folder = located(self.path)
+        judge_facts(folder)
+        _known(self.dimension, [path.stem for path in folder.glob("rubrics/*.md")])
+
+    def inputs(self) -> Sequence[Path]:
+        folder = located(self.path)
+        rubric = folder / "rubrics" / f"{self.dimension}.md"
+        return [*folder.glob("*.safetensors"), folder / "judge.json", rubric]
 
     def build(self) -> "Vlm":
         judge = _shared(located(self.path))
@@ -69,17 +93,18 @@ class Judge:
         Raises:
             ConfigError: it is no judge's folder, or its tokenizer's digits are not single tokens.
         """
+        facts = judge_facts(folder)
         try:
-            facts = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
             model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+            rubrics = {path.stem: Rubric.read(path) for path in sorted(folder.glob("rubrics/*.md"))}
+        except (OSError, ValueError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ConfigError(
-                f"need a judge's folder with judge.json and a Qwen-VL model, got {folder}: {reason}"
+                f"need a judge's folder with a Qwen-VL model and rubrics, got {folder}: {reason}; "
+                "restore the folder"
             ) from None
         Alphabet.of(processor.tokenizer)
-        rubrics = {path.stem: Rubric.read(path) for path in sorted(folder.glob("rubrics/*.md"))}
         knots = facts.get("calibrations", {})
         return cls(
             model=model.to(device).eval().requires_grad_(False),
@@ -98,14 +123,50 @@ class Judge:
         Raises:
             ConfigError: the judge does not know it; the nearest it knows is named.
         """
-        if dimension not in self.rubrics:
-            known = sorted(self.rubrics)
-            hint = nearest(dimension, known) or (known[0] if known else "none")
-            raise ConfigError(
-                f"need a dimension of this judge ({', '.join(known)}), got {dimension!r}; "
-                f"did you mean {hint!r}?"
-            )
+        _known(dimension, list(self.rubrics))
         return self.rubrics[dimension]
+
+
+def _known(dimension: str, known: Sequence[str]) -> None:
+    """Raise unless a judge has a rubric for a dimension."""
+    if not known:
+        raise ConfigError(
+            f"need a judge with rubrics, got one without any for {dimension!r}; restore its "
+            "folder's rubrics/"
+        )
+    if dimension not in known:
+        hint = nearest(dimension, known) or min(known)
+        raise ConfigError(
+            f"need a dimension of this judge ({', '.join(sorted(known))}), got {dimension!r}; "
+            f"did you mean {hint!r}?"
+        )
+
+
+def judge_facts(folder: Path) -> dict[str, Any]:
+    """What is in a judge's `judge.json`, as far as it is read.
+
+    Raises:
+        ConfigError: no such file, or not in that form.
+    """
+    path = folder / "judge.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"need the folder of a judge, with its judge.json, got {folder}; train one with "
+            "`burnish reward train`, or the miniature's with `burnish miniature build`"
+        )
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        _ = int(facts["longest_answer"])
+        for knots in facts.get("calibrations", {}).values():
+            _ = [float(value) for name in ("raw", "calibrated") for value in knots[name]]
+        if facts.get("split") is not None:
+            _ = float(facts["split"]["held_out"]), int(facts["split"]["seed"])
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"need a judge.json as a training writes it, got {path}: {type(error).__name__} "
+            f"{' '.join(str(error).split())[:120]}; restore the file"
+        ) from None
+    return facts
 
 
 @lru_cache(maxsize=2)
@@ -158,12 +219,18 @@ class Vlm(Reward):
     @torch.no_grad()
     def _score_alike(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Score requests with the same number of pictures in one batch."""
-        finite = [bool(request.image.isfinite().all()) for request in requests]
-        sound = [request for request, ok in zip(requests, finite, strict=True) if ok]
+        wrong = [self._refusal(request) for request in requests]
+        sound = [r for r, refusal in zip(requests, wrong, strict=True) if refusal is None]
         with self._judge.turn:
             answers = iter(self._read(sound) if sound else ())
-        broken = Failed(reason="the image is not finite")
-        return [next(answers) if ok else broken for ok in finite]
+        return [next(answers) if refusal is None else refusal for refusal in wrong]
+
+    def _refusal(self, request: ScoreRequest) -> Failed | None:
+        """Why a request cannot be asked, if it cannot."""
+        if not bool(request.image.isfinite().all()):
+            return Failed(reason="the image is not finite")
+        token = control_token(request.prompt.text, self._judge.processor.tokenizer)
+        return None if token is None else Failed(reason=f"the prompt holds the token {token}")
 
     def _read(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         asked = self._ask(requests)

@@ -1,0 +1,93 @@
+"""The model of a judge in training: read, adapted, moved back towards its start.
+
+Any model that transformers know as `AutoModelForImageTextToText` of the Qwen-VL line will do, and
+so will a judge, which is such a model with more beside it.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish import runtime
+from burnish.config import ConfigError
+from burnish.lessons import Collator
+
+# Before the imports below: they fail where torch and torchvision are unequal builds.
+runtime.ensure_torchvision()
+
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+
+LANGUAGE_MATRICES = (
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
+"""What a LoRA adapts: the language side of the Qwen-VL line, never its vision tower."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A judge in training."""
+
+    model: Any
+    collator: Collator
+    dtype: torch.dtype
+    """Of the weights as they were read, and as they will be written."""
+
+
+def read_student(
+    path: Path, *, lora_rank: int, max_pixels: int | None, device: torch.device
+) -> Student:
+    """Read a model for training.
+
+    Args:
+        path: its folder.
+        lora_rank: of an adapter on the language side; 0 trains all weights.
+        max_pixels: larger pictures are shrunk to so many pixels; None keeps the processor's limit.
+        device: where it will be trained.
+
+    Raises:
+        ConfigError: no such model, or one whose digits are not single tokens.
+    """
+    # The backward of the CPU's fused attention is several times slower at small sizes.
+    attention = {"attn_implementation": "eager"} if device.type == "cpu" else {}
+    needed = "the folder of a Qwen-VL model and processor"
+    if not path.is_dir():
+        # Looked for as a name in the hub's cache, it would cost half a minute.
+        raise ConfigError(f"path: need {needed}, got {path}, which is none; check the path")
+    try:
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            path, local_files_only=True, dtype="auto", **attention
+        )
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(f"path: need {needed}, got {path}: {reason}") from None
+    if max_pixels is not None:
+        # Transformers call an area an edge.
+        size, most = processor.image_processor.size, max_pixels
+        least = min(size["shortest_edge"], most)
+        processor.image_processor.size = type(size)(shortest_edge=least, longest_edge=most)
+    student = Student(model, Collator.of(processor), model.dtype)
+    if not lora_rank:
+        # Steps are smaller than half precision can see.
+        return replace(student, model=model.float().requires_grad_(True))
+    adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LANGUAGE_MATRICES)
+    return replace(student, model=get_peft_model(model, adapter))
+
+
+@torch.no_grad()
+def towards_start(model: Any, path: Path, share: float) -> None:
+    """Move all weights by a share of the way to those from which the training began."""
+    start = AutoModelForImageTextToText.from_pretrained(path, local_files_only=True)
+    for name, parameter in start.named_parameters():
+        own = model.get_parameter(name)
+        own.lerp_(parameter.to(own), share)
+
+
+def stop_at(model: Any, end: int) -> None:
+    """Make generation end at a token."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    model.generation_config.eos_token_id = ends if end in ends else [*ends, end]
