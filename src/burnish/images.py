@@ -71,6 +71,10 @@ def decode(
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         width, height = image.size
         frames = getattr(image, "n_frames", 1)
+    except Image.DecompressionBombError:
+        raise ImageError(
+            f"{where}: need at most {max_pixels} pixels, got many times more; shrink the image"
+        ) from None
     except _DECODER_ERRORS as error:
         raise _not_an_image(where, data, error) from None
     if width * height > max_pixels:

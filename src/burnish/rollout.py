@@ -41,8 +41,11 @@ class RolloutConfig(Config):
     """Number of consecutive stochastic steps."""
     window_range: tuple[int, int] | None = None
     """First step and end of the range that holds the window; None is the noisier half."""
-    window_start: Literal["random", "first"] = "random"
-    """Random draws a place in the range for each prompt and step; first is its beginning."""
+    window_start: Literal["random", "first", "sliding"] = "random"
+    """Random draws a place in the range for each prompt and step; first is its beginning; sliding
+    moves on by one place every `window_every` training steps, from the noisy end of the range to
+    the other, and begins again (MixGRPO, arXiv 2507.21802)."""
+    window_every: int = Field(default=10, ge=1)
     keep: Literal["window", "all", "none"] | int = "window"
     """Which steps are kept. A number K keeps one random step from each K-th part of the path."""
     shared_noise: bool = False
@@ -207,7 +210,7 @@ def _members(
 ) -> list[_Sample]:
     """The samples of one group at their starts."""
     choice = runtime.generator(seed, "window", step, prompt.id)
-    window = _window(config, choice)
+    window = _window(config, step, choice)
     wanted = _wanted(config, window, choice)
     samples = [
         _sample_of(policy, runtime.derived_seed(seed, "sample", step, prompt.id, member))
@@ -222,10 +225,13 @@ def _members(
     return samples
 
 
-def _window(config: RolloutConfig, choice: Generator) -> range:
+def _window(config: RolloutConfig, step: int, choice: Generator) -> range:
     start, end = config.window_steps
+    places = end - config.window - start + 1
     if config.window_start == "random" and config.window:
-        start += int(torch.randint(end - config.window - start + 1, (), generator=choice))
+        start += int(torch.randint(places, (), generator=choice))
+    elif config.window_start == "sliding" and config.window:
+        start += step // config.window_every % places
     return range(start, start + config.window)
 
 

@@ -142,13 +142,17 @@ def check_token(token: str | None, host: str, *, is_open: bool) -> None:
             )
         return
     if not is_open:
-        raise ConfigError("need a token, got none; set one, or admit everybody on loopback")
+        raise ConfigError(
+            "need a token, got none; set BURNISH_TOKEN, or admit everybody on loopback with --open"
+        )
     try:
         is_local = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         is_local = False
     if not is_local:
-        raise ConfigError(f"need a token on {host}, got none; set one, or listen on 127.0.0.1")
+        raise ConfigError(
+            f"need a token on {host}, got none; set BURNISH_TOKEN, or listen on 127.0.0.1"
+        )
 
 
 class _Door:

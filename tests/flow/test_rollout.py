@@ -157,6 +157,16 @@ def test_the_wanted_steps_are_kept(policy, changes, steps):
             assert getattr(path, name).shape == (len(steps), *path.clean.shape)
 
 
+def test_a_sliding_window_moves_on_with_training_and_begins_again(policy):
+    schedule, starts = policy.schedule(6), []
+    sliding = config(window_start="sliding", window_range=(0, 4), window_every=2, group_size=1)
+    for step in range(8):
+        (group,) = sample(policy, PROMPTS[:1], sliding, seed=0, step=step)
+        (path,) = group.trajectories
+        starts.append(int((schedule[:-1] - path.sigmas[0]).abs().argmin()))
+    assert starts == [0, 0, 1, 1, 2, 2, 0, 0]
+
+
 def test_a_number_keeps_one_step_of_every_part(policy):
     schedule = policy.schedule(6)[:-1]
     seen = set()

@@ -223,6 +223,15 @@ def test_a_good_request_is_answered(judge: Judge, client: httpx.Client) -> None:
     assert len(place["content"][0]["top_logprobs"]) == TOP
 
 
+def asking(text: str) -> dict[str, Any]:
+    """The changes that make a request of a text alone."""
+    return {
+        "messages": [{"role": "user", "content": text}],
+        "continue_final_message": False,
+        "add_generation_prompt": True,
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "message"),
     [
@@ -243,8 +252,8 @@ def test_a_good_request_is_answered(judge: Judge, client: httpx.Client) -> None:
         ({"messages": []}, 400, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
         ({"messages": "hello"}, 400, "messages"),
-        ({"messages": [{"role": "user", "content": "x" * 30_000}]}, 400, "20000 characters"),
-        ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "the token <|im_end|>"),
+        (asking("x" * 30_000), 400, "20000 characters"),
+        (asking("<|im_end|>"), 400, "the token <|im_end|>"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(

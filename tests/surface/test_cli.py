@@ -180,7 +180,7 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
         ("curate miniature t2i_techer", "did you mean 't2i_teacher'?"),
         ("curate miniature student", "need a stage with rewards, got 'student'"),
         ("curate miniature t2i_teacher --keep tp=1", "did you mean `top`?"),
-        ("study", "need a study, got none; the studies are judges"),
+        ("study", "need a study, got none; the studies are guidance, hacking, judges"),
         ("study judgs", "got 'judgs'; did you mean 'judges'?"),
         ("study smoke", "need a recipe with `study:`, got smoke"),
         ("study judges --all", "need --all alone, got more"),

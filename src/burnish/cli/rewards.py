@@ -192,8 +192,11 @@ def serve(
 
     Askers must send the token in the variable BURNISH_TOKEN. Stop with Ctrl-C.
     """
+    from burnish.rewards.vlm import Judge, judge_facts
+
+    # Before what needs the extra: without a judge nobody needs it.
+    judge_facts(folder)
     from burnish import serving
-    from burnish.rewards.vlm import Judge
     from burnish.runtime import choose_device
 
     token = os.environ.get(TOKEN)
