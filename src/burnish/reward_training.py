@@ -164,18 +164,25 @@ def train_judge(
         scale = _fit(config, student, curriculum, out / "checkpoints", run, rt, label, on_step)
         if rt.is_main:
             facts = {
-                "base": config.path,
-                "loss": config.loss,
+                **_facts(config, rubrics),
                 "pair_scale": scale,
-                "start_share": config.start_share,
                 "exercises": len(chosen),
-                "rubrics": {rubric.dimension: rubric.digest for rubric in rubrics},
                 "longest_answer": _longest_answer(student.collator, training),
-                "split": {"held_out": config.held_out, "seed": config.seed},
             }
             _write(config, student, rubrics, held_out, facts, folder, rt)
     rt.barrier()
     return folder
+
+
+def _facts(config: RewardTrainingConfig, rubrics: Sequence[Rubric]) -> dict[str, Any]:
+    """What `judge.json` says of how the judge was made."""
+    return {
+        "base": config.path,
+        "loss": config.loss,
+        "start_share": config.start_share,
+        "rubrics": {rubric.dimension: rubric.digest for rubric in rubrics},
+        "split": {"held_out": config.held_out, "seed": config.seed},
+    }
 
 
 def _material(config: RewardTrainingConfig) -> tuple[list[Annotation], list[Rubric]]:

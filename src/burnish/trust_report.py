@@ -7,7 +7,7 @@ from typing import Any
 from burnish import images, page
 from burnish.rewards.vlm import Judge
 from burnish.tracking import write_atomic, write_json, writing
-from burnish.trust import Examination, Reading
+from burnish.trust import CEILINGS, Examination, Reading
 from burnish.types import Failed, Scored
 
 AGREEMENT = {
@@ -59,6 +59,7 @@ def write_trust_report(
         agreement=AGREEMENT,
         soundness=SOUNDNESS,
         probes=PROBES,
+        ceilings=CEILINGS,
         charts=[_chart(examination) for examination in found],
         disagreements={e.dimension: _worst(e, worst) for e in found},
         rubrics={e.dimension: judge.rubric(e.dimension) for e in found},

@@ -1,6 +1,7 @@
 """The examination of a judge: what it measures, what it refuses, what its page shows."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from burnish import images
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
+from burnish.concordance import Interval
 from burnish.config import ConfigError
 from burnish.probes import PROBES
 from burnish.rewards.vlm import Judge
 from burnish.trust import Examination, TrustConfig, examine
-from burnish.types import Scored
+from burnish.trust_report import write_trust_report
+from burnish.types import Failed, Scored
 
 
 def annotation(number: int) -> Annotation:
@@ -104,6 +107,20 @@ def test_the_page_holds_everything_and_escapes_what_others_wrote(
     assert "http:" not in page and "https:" not in page
     kept = json.loads((tmp_path / "page" / "report.json").read_text())
     assert kept["dimensions"] == last["dimensions"]
+
+
+def test_a_dimension_that_cannot_be_judged_does_not_take_the_page_of_the_others(
+    small_judge: Path, found: Examination, tmp_path: Path
+) -> None:
+    failed = tuple(replace(reading, score=Failed(reason="lost")) for reading in found.readings)
+    sure = Interval(1.0, 1.0, 1.0)
+    lost = Examination("portrait", failed, {"failed": sure}, {})
+    judge = Judge.load(small_judge)
+    judge = replace(judge, rubrics={**judge.rubrics, "portrait": judge.rubrics["alignment"]})
+    page = write_trust_report(tmp_path, "judge", judge, [found, lost], worst=2).read_text()
+    assert "portrait: 100.0 % of the pictures could not be judged" in page and "missing" in page
+    head, *rows = re.findall(r"<tr>.*?</tr>", page[page.index('id="agreement"') :], re.DOTALL)[:3]
+    assert [row.count("<td") + row.count("<th") for row in rows] == 2 * [head.count("<th")]
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
