@@ -4,6 +4,8 @@ Any model that transformers know as `AutoModelForImageTextToText` of the Qwen-VL
 so will a judge, which is such a model with more beside it.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 import torch
 
 from burnish import runtime
+from burnish.annotations.schema import Annotation
 from burnish.config import ConfigError
-from burnish.lessons import Collator
+from burnish.lessons import Collator, spoken
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()
@@ -91,3 +94,11 @@ def stop_at(model: Any, end: int) -> None:
     known = model.generation_config.eos_token_id
     ends = [] if known is None else [known] if isinstance(known, int) else list(known)
     model.generation_config.eos_token_id = ends if end in ends else [*ends, end]
+
+
+def longest_answer(collator: Collator, annotations: Sequence[Annotation]) -> int:
+    """Tokens that an answer may take: those of the longest known one, and a quarter more."""
+    said = sorted({spoken(annotation) for annotation in annotations})
+    ids = collator.processor.tokenizer(said, add_special_tokens=False)["input_ids"]
+    # Marker, digit, end.
+    return math.ceil(1.25 * (max(map(len, ids)) + len(collator.alphabet.marker) + 2))

@@ -28,7 +28,7 @@ from burnish.algorithms.base import SelfCheckError
 from burnish.annotations.base import split
 from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError, located
-from burnish.judge_model import Student, read_student, stop_at, towards_start
+from burnish.judge_model import Student, longest_answer, read_student, stop_at, towards_start
 from burnish.judge_trainer import (
     SCALE_NAME,
     JudgeTrainer,
@@ -41,12 +41,10 @@ from burnish.judge_trainer import (
 from burnish.judging import Rubric
 from burnish.ledger import pin
 from burnish.lessons import (
-    Collator,
     Curriculum,
     SourceConfig,
     exercises,
     read_sources,
-    spoken,
 )
 from burnish.rewards.vlm import Judge, judge_facts
 from burnish.runtime import Runtime, RuntimeConfig
@@ -167,7 +165,7 @@ def train_judge(
                 **_facts(config, rubrics),
                 "pair_scale": scale,
                 "exercises": len(chosen),
-                "longest_answer": _longest_answer(student.collator, training),
+                "longest_answer": longest_answer(student.collator, training),
             }
             _write(config, student, rubrics, held_out, facts, folder, rt)
     rt.barrier()
@@ -337,14 +335,6 @@ def _arguments(
     # are no rows.
     found._n_gpu = min(found.n_gpu, 1)
     return found
-
-
-def _longest_answer(collator: Collator, annotations: Sequence[Annotation]) -> int:
-    """Tokens that an answer may take: those of the longest known one, and a quarter more."""
-    said = sorted({spoken(annotation) for annotation in annotations})
-    ids = collator.processor.tokenizer(said, add_special_tokens=False)["input_ids"]
-    # Marker, digit, end.
-    return math.ceil(1.25 * (max(map(len, ids)) + len(collator.alphabet.marker) + 2))
 
 
 def _write(
