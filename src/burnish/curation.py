@@ -30,8 +30,7 @@ from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.shelves import AnyReward
-from burnish.stages import PolicyConfig
+from burnish.shelves import AnyReward, PolicyConfig
 from burnish.tracking import progress, write_json, writing
 from burnish.types import Failed, Group, Prompt
 
@@ -218,14 +217,29 @@ def _select_alike(rows: Sequence[Profile], rule: SelectionConfig) -> list[Profil
     return kept
 
 
-def write_kept(folder: Path, prompts: Sequence[Prompt], rule: SelectionConfig) -> dict[str, Any]:
-    """Write the kept prompts and the summary of a measured profile; returns the summary."""
-    rows = read_profile(folder, prompts)
+def num_drawn(folder: Path) -> int:
+    """Pictures that a profile was measured on."""
+    rows = read_ledger(folder, _NAME)
+    return sum(max((len(found) for found in row["scores"].values()), default=0) for row in rows)
+
+
+def write_kept(
+    folder: Path, prompts: Sequence[Prompt], rule: SelectionConfig, target: Path | None = None
+) -> dict[str, Any]:
+    """Write the kept prompts and the summary of a measured profile; returns the summary.
+
+    Args:
+        folder: of the profile.
+        prompts: as they are now.
+        rule: which are kept.
+        target: where to write; the profile's own folder if left out.
+    """
+    rows, target = read_profile(folder, prompts), target or folder
     kept = set(select(rows, rule))
     summary = {"rule": rule.model_dump(mode="json"), **summarise(rows, kept)}
-    with writing(folder / "kept.jsonl"):
-        write_prompts(folder / "kept.jsonl", [p for p in prompts if p.id in kept])
-        write_json(folder / "curation.json", summary)
+    with writing(target / "kept.jsonl"):
+        write_prompts(target / "kept.jsonl", [p for p in prompts if p.id in kept])
+        write_json(target / "curation.json", summary)
     return summary
 
 

@@ -21,7 +21,8 @@ from burnish import __version__, images, rollout, runtime, stages
 from burnish.config import EMBEDDED, ConfigError, located
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import RewardConfig
-from burnish.stages import PolicyConfig, RunConfig
+from burnish.shelves import PolicyConfig, load_policy
+from burnish.stages import RunConfig
 from burnish.training import StageConfig
 from burnish.types import Prompt
 
@@ -170,7 +171,7 @@ def _drawing(model: str) -> Finding:
         return Finding(name=name, is_fine=False, found="missing", advice=advice)
     try:
         rt = runtime.start()
-        policy = stages.load_policy(PolicyConfig(resolution=64), located(model), rt)
+        policy = load_policy(PolicyConfig(resolution=64), located(model), rt)
         prompt = Prompt(id="doctor", text="a large red circle")
         with rt.autocast():
             drawn = rollout.draw(policy, [prompt], num_steps=2, guidance_scale=3.0, seeds=[0])

@@ -1,17 +1,21 @@
-"""What stands on the shelves of algorithms and rewards, as types that a recipe can name.
+"""What stands on the shelves of algorithms, rewards and policies, as a recipe names it.
 
 Nothing else lists them: a new file is a new kind.
 """
 
+import importlib
 from functools import reduce
 from operator import or_
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field
 
 from burnish.algorithms.base import AlgorithmConfig
-from burnish.config import shelf
+from burnish.config import Config, ConfigError, shelf
+from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig
+from burnish.runtime import Runtime
 
 if TYPE_CHECKING:
     from burnish.algorithms.distill import DistillConfig
@@ -31,3 +35,22 @@ else:
     AnyReward = Annotated[
         reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")
     ]
+
+
+class PolicyConfig(Config):
+    """The model that everything starts from."""
+
+    family: Literal["qwen_image21"] = "qwen_image21"
+    path: str = "embedded:weights/base"
+    resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=32)
+
+
+def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
+    """A policy of the run's family from a pipeline folder."""
+    module = importlib.import_module(f"burnish.policies.{config.family}")
+    for member in vars(module).values():
+        if isinstance(member, type) and getattr(member, "family", None) == config.family:
+            return member.load(folder, resolution=config.resolution, device=rt.device)
+    raise ConfigError(
+        f"need a policy class in {module.__name__}, got none of family {config.family}"
+    )

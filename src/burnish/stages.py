@@ -4,12 +4,12 @@ Stages and measurements are jobs. A job that has its inputs runs in a process of
 a time as there are cores (or GPUs); a job that is complete is not run again. Everything a job
 leaves is in the run folder:
 
+    curation/<stage>/     every prompt as the stage's start draws it, and the prompts that are kept
     stages/<stage>/       run folder of the stage, its pipeline in model/
     evaluation/<policy>/  scores.jsonl and pictures/
     summary.json          the table of the report
 """
 
-import importlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +18,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from burnish.algorithms.distill import DistillConfig, TeacherConfig
-from burnish.config import Config, ConfigError, located, nearest
+from burnish.config import Config, located, nearest
+from burnish.curation import CurationConfig, measure_prompts, num_drawn, write_kept
 from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, write_rows
 from burnish.ledger import digest_of, pin
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.shelves import AnyReward
+from burnish.shelves import AnyReward, PolicyConfig, load_policy
 from burnish.tracking import Run, read_rows, write_atomic
 from burnish.training import StageConfig, train
 from burnish.types import Prompt
@@ -40,14 +41,6 @@ PARTS = ("rollout", "credit", "update")
 """Parts of a training step that are timed."""
 STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
-
-
-class PolicyConfig(Config):
-    """The model that everything starts from."""
-
-    family: Literal["qwen_image21"] = "qwen_image21"
-    path: str = "embedded:weights/base"
-    resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=32)
 
 
 class StudyConfig(Config):
@@ -127,12 +120,41 @@ class RunConfig(Config):
         )
         return self.stages[policy].prompts.tasks if policy in self.stages else every
 
+    def profile_of(self, name: str) -> str | None:
+        """The stage whose profile a stage selects its prompts from: the first that draws and scores
+        the same pictures. None without curation."""
+        stage = self.stages[name]
+        if stage.curation is None:
+            return None
+
+        def drawn(other: StageConfig) -> tuple[Any, ...]:
+            return other.start, other.prompts, other.rollout, other.rewards
+
+        return next(n for n, s in self.stages.items() if s.curation and drawn(s) == drawn(stage))
+
+    def curated(self, name: str) -> CurationConfig:
+        """What is drawn, and by what, to choose the prompts of a stage."""
+        stage = self.stages[name]
+        return CurationConfig(
+            stage=name,
+            seed=self.seed,
+            policy=self.policy,
+            runtime=self.runtime,
+            prompts=stage.prompts,
+            rollout=stage.rollout,
+            rewards=stage.rewards,
+        )
+
     def jobs(self) -> dict[str, tuple[str, ...]]:
         """Every job of the run with the jobs it waits for, in a good order to start them."""
         jobs: dict[str, tuple[str, ...]] = {}
         for name, stage in self.stages.items():
-            needs = (stage.start, *_referred(stage))
-            jobs[f"train/{name}"] = tuple(f"train/{n}" for n in dict.fromkeys(needs) if n != BASE)
+            needs = dict.fromkeys((stage.start, *_referred(stage)))
+            trained = [f"train/{needed}" for needed in needs if needed != BASE]
+            profile = self.profile_of(name)
+            if profile == name:
+                jobs[f"curate/{name}"] = tuple(trained[:1] if stage.start != BASE else ())
+            jobs[f"train/{name}"] = (*trained, *([f"curate/{profile}"] if profile else []))
         jobs[f"measure/{BASE}"] = ()
         for name in self.stages:
             jobs[f"measure/{name}"] = (f"train/{name}",)
@@ -175,17 +197,6 @@ def model_folder(folder: Path, path: str) -> Path:
     return located(path)
 
 
-def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
-    """A policy of the run's family from a pipeline folder."""
-    module = importlib.import_module(f"burnish.policies.{config.family}")
-    for member in vars(module).values():
-        if isinstance(member, type) and getattr(member, "family", None) == config.family:
-            return member.load(folder, resolution=config.resolution, device=rt.device)
-    raise ConfigError(
-        f"need a policy class in {module.__name__}, got none of family {config.family}"
-    )
-
-
 def is_complete(folder: Path, job: str) -> bool:
     """Whether a job has left its result."""
     return (job_folder(folder, job) / "DONE").is_file()
@@ -194,25 +205,50 @@ def is_complete(folder: Path, job: str) -> bool:
 def job_folder(folder: Path, job: str) -> Path:
     """Where a job leaves its result."""
     kind, name = job.split("/", 1)
-    return folder / ("stages" if kind == "train" else "evaluation") / name
+    return folder / {"train": "stages", "measure": "evaluation", "curate": "curation"}[kind] / name
 
 
 def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
     """Do one job in this process and mark it complete."""
     kind, name = job.split("/", 1)
-    (_run_stage if kind == "train" else _measure)(config, folder, name, rt)
+    work = {"train": _run_stage, "measure": _measure, "curate": _curate}[kind]
+    work(config, folder, name, rt)
     write_atomic(job_folder(folder, job) / "DONE", "")
+
+
+def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
+    own, place = config.curated(name), job_folder(folder, f"curate/{name}")
+    Run.create(place, own, environment=rt.describe())
+    measure_prompts(own, own.prompts.read(), _start(config, folder, name, rt), place, rt)
+
+
+def _start(config: RunConfig, folder: Path, name: str, rt: Runtime) -> Policy[Any, Any]:
+    """The policy that a stage starts from."""
+    start = config.stages[name].start
+    path = config.policy.path if start == BASE else STAGE + start
+    return load_policy(config.policy, model_folder(folder, path), rt)
+
+
+def _chosen(config: RunConfig, folder: Path, name: str) -> StageConfig:
+    """The stage with the prompts that its curation keeps."""
+    stage, profile = config.stages[name], config.profile_of(name)
+    if stage.curation is None or profile is None:
+        return stage
+    source, own = (job_folder(folder, f"curate/{n}") for n in (profile, name))
+    write_kept(source, stage.prompts.read(), stage.curation, own)
+    prompts = stage.prompts.model_copy(update={"path": str(own / "kept.jsonl"), "limit": None})
+    return stage.model_copy(update={"prompts": prompts})
 
 
 def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     stage = config.stages[name]
-    start = config.policy.path if stage.start == BASE else STAGE + stage.start
-    policy = load_policy(config.policy, model_folder(folder, start), rt)
+    policy = _start(config, folder, name, rt)
     # By its own words, so that a run can be moved; what it refers to is looked up here.
     run = Run.create(job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
     files = {f"the files of {name}": digest_of(r.inputs()) for name, r in stage.rewards.items()}
     pin(run.folder, "rewards", files)
-    train(with_folders(config, stage, folder), policy, run, rt, seed=config.seed, label=name)
+    stage = with_folders(config, _chosen(config, folder, name), folder)
+    train(stage, policy, run, rt, seed=config.seed, label=name)
 
 
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
@@ -254,15 +290,22 @@ def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Pro
     return [p for task in tasks for p in [p for p in prompts if p.task == task][:count]]
 
 
-def spent(folder: Path, stage: str) -> dict[str, Any]:
-    """Steps, pictures drawn, and minutes of each part of one stage of the run in a folder."""
+def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
+    """Steps, pictures drawn, network evaluations, and minutes of one stage of the run in a folder.
+
+    `curated` are the pictures that chose its prompts; stages that share a profile all needed it.
+    """
     place = folder / "stages" / stage
     steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")
     drawn = [row["data/images"] for row in steps if row.get("data/images") is not None]
+    asked = [row["data/evaluations"] for row in steps if row.get("data/evaluations") is not None]
+    profile = config.profile_of(stage)
     minutes = {p: sum(row.get(f"time/{p}") or 0.0 for row in times) / 60 for p in PARTS}
     return {
         "steps": len(steps),
         "images": sum(drawn) if drawn else None,
+        "evaluations": sum(asked) if asked else None,
+        "curated": num_drawn(job_folder(folder, f"curate/{profile}")) if profile else 0,
         "minutes": {p: minutes[p] if times else None for p in PARTS}
         | {"total": sum(minutes.values()) if times else None},
     }

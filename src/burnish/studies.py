@@ -21,6 +21,7 @@ from typing import Any
 
 from burnish.config import ConfigError
 from burnish.evaluation import Row, by_prompt, differences, estimate
+from burnish.page import plain
 from burnish.stages import BASE, BASES, RunConfig, all_scores, is_complete, spent
 from burnish.summary import (
     HEADLINE,
@@ -94,7 +95,7 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
         "command": command,
         "seeds": done,
         **tabulate(config, rows),
-        "cost": {arm: _cost([runs[s] for s in done], arm) for arm in config.stages},
+        "cost": {arm: _cost(config, [runs[s] for s in done], arm) for arm in config.stages},
     }
     with writing(folder / "study.json"):
         write_json(folder / "study.json", found)
@@ -166,13 +167,17 @@ def _number(runs: Sequence[Mapping[str, Sequence[float]]]) -> Number:
     return asdict(estimate(values)) if values else None
 
 
-def _cost(runs: Sequence[Path], arm: str) -> dict[str, float]:
-    """Pictures drawn, and minutes of one process, as means over seeds."""
-    own = [spent(run, arm) for run in runs]
-    return {
-        "images": statistics.fmean(found["images"] for found in own),
-        "minutes": statistics.fmean(found["minutes"]["total"] for found in own),
-    }
+def _cost(config: RunConfig, runs: Sequence[Path], arm: str) -> dict[str, float | None]:
+    """Means over seeds: pictures drawn in training and to choose prompts, network evaluations of
+    the training, and minutes of one process."""
+    own = [spent(config, run, arm) for run in runs]
+
+    def mean(values: Sequence[float | None]) -> float | None:
+        return statistics.fmean(v for v in values if v is not None) if None not in values else None
+
+    names = ("images", "curated", "evaluations")
+    minutes = mean([found["minutes"]["total"] for found in own])
+    return {name: mean([found[name] for found in own]) for name in names} | {"minutes": minutes}
 
 
 def raw_rows(config: RunConfig, rows: Sequence[Row]) -> Iterator[str]:
@@ -214,9 +219,10 @@ def markdown(found: Mapping[str, Any]) -> str:
     )
     lines += _section(
         "Cost, mean over seeds",
-        "| arm | pictures | minutes |",
+        "| arm | pictures | to choose prompts | network evaluations | minutes |",
         [
-            f"| {arm} | {cost['images']:,.0f} | {cost['minutes']:.1f} |"
+            f"| {arm} | {plain(cost['images'], 0)} | {plain(cost['curated'], 0)} | "
+            f"{plain(cost['evaluations'], 0)} | {plain(cost['minutes'], 1)} |"
             for arm, cost in found["cost"].items()
         ],
     )

@@ -280,7 +280,7 @@ def _knowledge(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]
 
 def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str, Any]:
     """What one stage cost, and what it gained for that over where it started."""
-    stage, cost = config.stages[name], spent(folder, name)
+    stage, cost = config.stages[name], spent(config, folder, name)
     images, total = cost["images"], cost["minutes"]["total"]
     gains = {t: cells.gain(name, stage.start, t, HEADLINE) for t in stage.prompts.tasks}
     return {

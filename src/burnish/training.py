@@ -28,6 +28,7 @@ from burnish.algorithms.base import (
     stack,
 )
 from burnish.config import Config
+from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
@@ -56,6 +57,9 @@ class StageConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
+    curation: SelectionConfig | None = None
+    """Draw a group of every prompt before the first step, and train on the prompts that pass; None
+    trains on all of them."""
     guard: GuardConfig | None = None
     """Ends the stage when the reward rises while a held-out score falls."""
 
@@ -71,6 +75,10 @@ class StageConfig(Config):
         if not self.algorithm.needs_rewards and self.guard is not None:
             raise ValueError(
                 f"need no guard for {name}, got one; it watches a reward, leave it out"
+            )
+        if not self.algorithm.needs_rewards and self.curation is not None:
+            raise ValueError(
+                f"need no curation for {name}, got one; it goes by rewards, leave it out"
             )
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
@@ -216,6 +224,7 @@ def _step(
     seed: int,
 ) -> dict[str, float]:
     """One rollout and its updates; returns metrics."""
+    before = state.policy.work.evaluations
     with state.averaged(config.optimizer.draw_average):
         with run.timer("rollout"), rt.autocast():
             groups = _rollout(config, scorer, state, sampler.prompts(state.step), seed)
@@ -225,6 +234,7 @@ def _step(
     metrics["data/trained"] = float(len(signals))
     with run.timer("update"):
         metrics |= _update(config, algorithm, state, rt, signals, seed)
+    metrics["data/evaluations"] = float(state.policy.work.evaluations - before)
     return metrics
 
 

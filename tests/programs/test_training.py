@@ -15,11 +15,15 @@ from safetensors.torch import load_file
 
 from burnish import checkpoint, runtime
 from burnish.config import ConfigError, parse
+from burnish.curation import read_profile
 from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import PromptsConfig, read_prompts
+from burnish.stages import RunConfig, run_job, spent
 from burnish.tracking import Run
 from burnish.training import SelfCheckError, StageConfig, train
+from burnish.types import Prompt
 
 REWARDS = {
     "content": {"kind": "oracle", "dimension": "composite"},
@@ -76,6 +80,54 @@ def test_one_loop_runs_every_algorithm_and_leaves_a_pipeline(
     fresh = QwenImage21Policy.load(tmp_path / "model", resolution=64)
     for name, tensor in fresh.transformer.state_dict().items():
         assert torch.equal(tensor, policy.transformer.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("kind", "evaluations"),
+    [
+        # 8 pictures of 3 guided steps; 2 of 4 levels' old pair and 3 times the conditional one.
+        ("nft", 8 * 3 * 2 + 8 * 4 * (1 + 3)),
+        # 8 pictures of 4 guided steps, one trained; the first step replays it.
+        ("grpo", 8 * 4 * 2 + 8 * (1 + 3)),
+    ],
+)
+def test_network_evaluations_are_counted(
+    kind: str, evaluations: int, model: Path, tmp_path: Path
+) -> None:
+    run, _ = start(tmp_path, model, settings(kind, model, steps=1))
+    assert run.metrics()[0]["data/evaluations"] == evaluations
+
+
+def test_prompts_are_curated_before_the_stage_that_asks_for_it(model: Path, tmp_path: Path) -> None:
+    stage = settings("nft", model, steps=1)
+    hard = stage | {"curation": {"chance": None, "band": [0.0, 0.5]}}
+    config = parse(
+        RunConfig,
+        {
+            "name": "curated",
+            "policy": {"path": str(model), "resolution": 64},
+            "stages": {"all": stage, "hard": hard, "easy": {**hard, "curation": {"top": 0.5}}},
+            "judge": {"kind": "oracle"},
+        },
+    )
+    jobs = config.jobs()
+    assert list(jobs)[:4] == ["train/all", "curate/hard", "train/hard", "train/easy"]
+    assert jobs["train/hard"] == jobs["train/easy"] == ("curate/hard",)
+    rt = runtime.start()
+    for job in ("curate/hard", "train/hard"):
+        run_job(config, tmp_path, job, rt)
+    kept = read_prompts(tmp_path / "curation" / "hard" / "kept.jsonl")
+    rows = read_profile(tmp_path / "curation" / "hard", stage_prompts(stage))
+    means = sorted(row["mean"] for row in rows)
+    assert len(rows) == 8 and len(kept) == 4
+    assert {p.id for p in kept} == {row["prompt"] for row in rows if row["mean"] <= means[3]}
+    cost = spent(config, tmp_path, "hard")
+    assert (cost["images"], cost["curated"]) == (8, 32)
+    assert spent(config, tmp_path, "all")["curated"] == 0
+
+
+def stage_prompts(stage: dict[str, Any]) -> list[Prompt]:
+    return parse(PromptsConfig, stage["prompts"]).read()
 
 
 _CHILD = """

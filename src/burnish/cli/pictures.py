@@ -10,7 +10,7 @@ from burnish.cli.program import app
 from burnish.config import EMBEDDED, ConfigError, located
 
 if TYPE_CHECKING:
-    from burnish.stages import PolicyConfig
+    from burnish.shelves import PolicyConfig
 
 
 @app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
@@ -35,7 +35,8 @@ def sample(
     """
     if out.suffix.lower() != ".png":
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
-    from burnish import images, rollout, runtime, stages, tracking
+    from burnish import images, rollout, runtime, tracking
+    from burnish.shelves import load_policy
     from burnish.types import Prompt
 
     picture = None if source is None else images.encode_png(images.read(source))
@@ -44,7 +45,7 @@ def sample(
         update={"resolution": resolution or defaults.policy.resolution}
     )
     rt = runtime.start()
-    drawer = stages.load_policy(policy, model_folder, rt)
+    drawer = load_policy(policy, model_folder, rt)
     asked = [
         Prompt(id=str(row), text=text, task="t2i" if picture is None else "edit", source=picture)
         for row, text in enumerate(prompts)
@@ -77,6 +78,7 @@ class _Defaults:
 def _model(text: str) -> tuple[Path, _Defaults]:
     """The pipeline folder that `--model` means, and how its run draws with it."""
     from burnish import stages, summary
+    from burnish.shelves import PolicyConfig
 
     place = located(text)
     options = (place, place / "model", place.parent / "stages" / place.name / "model")
@@ -95,5 +97,5 @@ def _model(text: str) -> tuple[Path, _Defaults]:
         scale = config.deployed_scale(name)
         return folder, _Defaults(config.policy, config.evaluation.num_steps, scale)
     if text.startswith(EMBEDDED):
-        return folder, _Defaults(stages.PolicyConfig(resolution=64), 6, 2.5)
-    return folder, _Defaults(stages.PolicyConfig(), 40, 4.0)
+        return folder, _Defaults(PolicyConfig(resolution=64), 6, 2.5)
+    return folder, _Defaults(PolicyConfig(), 40, 4.0)

@@ -48,7 +48,8 @@ def curate(
     Started by torchrun, the processes share the prompts.
     """
     from burnish.curation import SelectionConfig, measure_prompts, write_kept
-    from burnish.stages import load_policy, model_folder
+    from burnish.shelves import load_policy
+    from burnish.stages import model_folder
     from burnish.tracking import Run
 
     rule = parse(SelectionConfig, {}, keep or ())
@@ -72,7 +73,6 @@ def curate(
 def _of_stage(recipe: str, stage: str, overrides: Sequence[str]) -> "tuple[str, CurationConfig]":
     """The recipe's own name, and what is drawn for one of its stages."""
     path = recipe_path(recipe)
-    from burnish.curation import CurationConfig
     from burnish.stages import RunConfig
 
     whole = load(RunConfig, path, overrides)
@@ -82,15 +82,7 @@ def _of_stage(recipe: str, stage: str, overrides: Sequence[str]) -> "tuple[str, 
     plan = whole.stages[stage]
     if not plan.rewards:
         raise ConfigError(f"need a stage with rewards, got {stage!r}; a student needs no curation")
-    return whole.name, CurationConfig(
-        stage=stage,
-        seed=whole.seed,
-        policy=whole.policy,
-        runtime=whole.runtime,
-        prompts=plan.prompts,
-        rollout=plan.rollout,
-        rewards=plan.rewards,
-    )
+    return whole.name, whole.curated(stage)
 
 
 def _show_kept(found: dict[str, Any], stage: str, folder: Path, as_json: bool) -> None:

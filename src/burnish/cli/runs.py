@@ -112,8 +112,9 @@ def carry_out(
 
 
 def _has_results(folder: Path) -> bool:
-    """Whether a run has anything that took time: a result, or a checkpoint to resume from."""
-    return any(folder.glob("*/*/DONE")) or any(folder.glob("stages/*/checkpoints/*"))
+    """Whether a run has anything that took time: a result, or a step of a stage."""
+    steps = (path.stat().st_size for path in folder.glob("stages/*/metrics.jsonl"))
+    return any(folder.glob("*/*/DONE")) or any(steps)
 
 
 def _finish(folder: Path, as_json: bool) -> None:

@@ -35,6 +35,19 @@ class Prefix(ABC):
         """The prefix of the samples `rows[i]`; rows may repeat, and repeating copies no memory."""
 
 
+class Work:
+    """How often a network was asked for a velocity, by one policy and its siblings."""
+
+    def __init__(self) -> None:
+        self.evaluations = 0
+        """One for each sample and branch; three with gradient, as a backward pass takes about as
+        long as two forward passes. Reading prompts is not counted."""
+
+    def count(self, rows: int) -> None:
+        """Note a forward pass over some rows."""
+        self.evaluations += rows * (3 if torch.is_grad_enabled() else 1)
+
+
 class Policy(ABC, Generic[ConditionT, PrefixT]):
     """One diffusion transformer with its frozen encoder and VAE."""
 
@@ -49,6 +62,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     resolution: int
     """Side of the drawn images in pixels."""
+
+    work: Work
+    """Told of every velocity."""
 
     block_class: ClassVar[str]
     """Class name of the repeated block; the unit of sharding and checkpointing."""

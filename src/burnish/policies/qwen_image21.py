@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from burnish import runtime
 from burnish.config import ConfigError
 from burnish.guidance import compose
-from burnish.policies.base import Policy
+from burnish.policies.base import Policy, Work
 from burnish.policies.qwen_assembly import assemble, byte_tokenizer
 from burnish.policies.qwen_encoding import (
     SLOT_TOKENS,
@@ -93,6 +93,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
         self.text_encoder: Any = pipeline.text_encoder
         self.processor: Any = pipeline.processor
         self.resolution = resolution
+        self.work = Work()
         self._encoder = PromptEncoder(pipeline, resolution=resolution, folder=cache_folder)
         self._side = resolution // pipeline.vae_scale_factor
         self._channels = pipeline.transformer.config.in_channels
@@ -259,6 +260,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
                 f"need one prefix row per sample, got {batch} samples and {prefix.num_rows} rows; "
                 "take the rows of the samples first"
             )
+        self.work.count(batch)
         # The text itself is in the cache. What is passed here only stands for its length: it puts
         # the target where the cached keys expect it and gives the padding mask its columns.
         width, context = prefix.store.width, self.transformer.config.context_in_dim
