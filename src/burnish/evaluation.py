@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 from pydantic import Field
+from torch import Tensor
 
-from burnish import images, runtime
+from burnish import images, runtime, traits
 from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.rewards.base import Reward
@@ -81,7 +83,8 @@ def measure(
     Args:
         policy: whose pictures these are.
         prompts: of any mix of tasks.
-        reward: its score's details are the metrics; a failed score is a row without value.
+        reward: its score's details are the metrics; a failed score is a row without value. One
+            metric more is `diversity`, of the pictures of a prompt that has several.
         rt: device and precision.
         name: of the policy, in the rows.
         config: steps and seeds.
@@ -114,6 +117,8 @@ def measure(
                 rows += _rows(name, request.prompt, seed, score)
                 if pictures is not None and seed == 0:
                     save_picture(pictures / f"{request.prompt.id}.webp", request)
+            if num_seeds > 1:
+                rows += _diversity(name, block[::num_seeds], drawn.unflatten(0, (-1, num_seeds)))
             bar.advance(len(block) // num_seeds)
     return rows
 
@@ -128,19 +133,34 @@ def save_picture(path: Path, request: ScoreRequest) -> None:
 def _rows(
     name: str, prompt: Prompt, seed: int, score: Scored | NotApplicable | Failed
 ) -> list[Row]:
-    common = {
-        "policy": name,
-        "prompt": prompt.id,
-        "task": prompt.task,
-        "category": prompt.category,
-        "seed": seed,
-    }
+    common = _cell(name, prompt, seed)
     if isinstance(score, Scored):
         found = score.detail or {"score": score.value}
         return [{**common, "metric": k, "value": round(v, 6)} for k, v in found.items()]
     if isinstance(score, Failed):
         return [{**common, "metric": "failed", "value": None, "reason": score.reason}]
     return []
+
+
+def _diversity(
+    name: str, prompts: Sequence[Prompt], groups: Float[Tensor, "group member 3 height width"]
+) -> list[Row]:
+    values = traits.diversity(groups).tolist()
+    return [
+        {**_cell(name, prompt, 0), "metric": "diversity", "value": round(value, 6)}
+        for prompt, value in zip(prompts, values, strict=True)
+    ]
+
+
+def _cell(name: str, prompt: Prompt, seed: int) -> Row:
+    """Whose score of what a row is."""
+    return {
+        "policy": name,
+        "prompt": prompt.id,
+        "task": prompt.task,
+        "category": prompt.category,
+        "seed": seed,
+    }
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

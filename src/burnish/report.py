@@ -11,31 +11,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish import images, page
-from burnish.config import dump_yaml, located
-from burnish.evaluation import Row
-from burnish.prompts import read_prompts
+from burnish import page
+from burnish.charts import Line, chart
+from burnish.config import dump_yaml
+from burnish.galleries import TASKS, galleries
 from burnish.stages import BASE, UNGUIDED, RunConfig, all_scores
-from burnish.summary import (
-    HEADLINE,
-    KNOWLEDGE,
-    Number,
-    knowledge_ids,
-    read_run,
-    teachers,
-    write_summary,
-)
+from burnish.summary import Number, read_run, teachers, write_summary
 from burnish.tracking import Run, read_rows, write_atomic, writing
-from burnish.types import Prompt
 
 MAX_BYTES = 4_000_000
 """Largest page; one with more shows fewer pictures."""
 
-TASKS = {"t2i": "Text to image", "edit": "Editing"}
-"""Tasks in the words of the page."""
-
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
-_WIDTH, _HEIGHT = 300.0, 120.0  # Of the plot inside a chart, in the chart's own units.
 _COLUMNS = {"base": "base", "teacher": "teacher", "stage": "teacher", "student": "student"}
 
 
@@ -59,7 +46,7 @@ def write_report(folder: Path) -> Path:
     }
     text = ""
     for count in _PICTURES:
-        text = template.render(**context, galleries=_galleries(config, folder, rows, count))
+        text = template.render(**context, galleries=galleries(config, folder, rows, count))
         if len(text.encode()) <= MAX_BYTES:
             break
     path = folder / "report.html"
@@ -173,88 +160,17 @@ def _panel(summary: Mapping[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-def _galleries(
-    config: RunConfig, folder: Path, rows: Sequence[Row], count: int
-) -> list[dict[str, Any]]:
-    """Pictures side by side: a gallery for each task, and one of the knowledge prompts."""
-    plan, known = config.evaluation, knowledge_ids(config)
-    scores = {
-        (row["policy"], row["prompt"], row["metric"]): row["value"]
-        for row in rows
-        if row["seed"] == 0
-    }
-    held_out = [p for p in read_prompts(located(plan.prompts)) if p.id not in known]
-    sets = [
-        (task, TASKS[task], False, [p for p in held_out if p.task == task])
-        for task in config.tasks(BASE)
-    ]
-    if plan.knowledge is not None:
-        sets.append(("", "Knowledge", True, read_prompts(located(plan.knowledge))))
-    galleries = []
-    for task, name, is_knowledge, prompts in sets:
-        shown_tasks = {prompt.task for prompt in prompts}
-        policies = [
-            policy
-            for policy in (BASE, *config.stages)
-            if policy == BASE or shown_tasks & set(config.tasks(policy))
-        ]
-        drawn = [p for p in prompts if any(_picture(folder, policy, p) for policy in policies)]
-        metrics = (*KNOWLEDGE, HEADLINE) if is_knowledge else (HEADLINE,)
-        kinds: dict[str, list[Prompt]] = {}
-        for prompt in drawn:
-            kind = prompt.tags[0] if is_knowledge and prompt.tags else prompt.category
-            kinds.setdefault(kind, []).append(prompt)
-        groups = [
-            (kind, [_row(folder, p, policies, scores, metrics) for p in _spread(found, count)])
-            for kind, found in kinds.items()
-        ]
-        galleries.append(
-            {"task": task, "name": name, "is_knowledge": is_knowledge, "groups": groups}
-        )
-    return galleries
-
-
-def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Prompts at even distances, so that nobody chose them and neighbours are not alike."""
-    count = min(count, len(prompts))
-    return [prompts[place * len(prompts) // count] for place in range(count)]
-
-
-def _row(
-    folder: Path,
-    prompt: Prompt,
-    policies: Sequence[str],
-    scores: Mapping[tuple[str, str, str], float | None],
-    metrics: Sequence[str],
-) -> dict[str, Any]:
-    """One prompt and what every policy drew for it."""
-    told = [m for m in metrics if any((p, prompt.id, m) in scores for p in policies)]
-    metric = told[0] if told else HEADLINE
-    shots = []
-    for policy in policies:
-        path = _picture(folder, policy, prompt)
-        picture = page.embedded(images.read(path)) if path else None
-        score = scores.get((policy, prompt.id, metric))
-        shots.append({"policy": policy, "picture": picture, "score": score})
-    source = prompt.source and page.embedded(images.decode(prompt.source, where=prompt.id))
-    return {"text": prompt.text, "source": source, "shots": shots, "metric": metric}
-
-
-def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:
-    name = f"{prompt.id}.webp"
-    path = folder / "evaluation" / policy / "pictures" / name
-    # An id is other people's text and must not lead out of the folder.
-    return path if path.name == name and path.is_file() else None
-
-
 def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """The curves of one stage: its reward, or how far the student is from its teachers."""
     rows = read_rows(folder / "stages" / name / "metrics.jsonl")
     stage = config.stages[name]
+    last, end = float(stage.steps - 1), f"{stage.steps} steps"
 
-    def series(label: str, colour: str, metric: str, **wanted: Any) -> dict[str, Any]:
+    def series(label: str, colour: str, metric: str, **wanted: Any) -> Line:
         found = [row for row in rows if all(row.get(key) == v for key, v in wanted.items())]
-        points = [(row["step"], row[metric]) for row in found if row.get(metric) is not None]
+        points = [
+            (float(row["step"]), float(row[metric])) for row in found if row.get(metric) is not None
+        ]
         return {"label": label, "colour": colour, "points": points}
 
     if taught := teachers(config, name):
@@ -266,64 +182,11 @@ def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, An
                 series(TASKS[task].lower(), colour, metric, **{f"teacher/is_{task}": 1.0})
                 for task, colour in zip(taught, ("student", "teacher"), strict=False)
             ]
-            yield _chart(name, words, stage.steps, lines, has_zero=True)
+            yield chart(name, words, lines, last=last, end=end, has_zero=True)
         return
-    yield _chart(name, "mean reward", stage.steps, [series("mean", "teacher", "reward/mean")])
+    mean = series("mean", "teacher", "reward/mean")
+    yield chart(name, "mean reward", [mean], last=last, end=end)
     if len(stage.rewards) > 1:
         for reward in stage.rewards:
             line = series(reward, "teacher", f"reward/{reward}")
-            yield _chart(name, f"reward: {reward}", stage.steps, [line])
-
-
-def _chart(
-    stage: str, words: str, steps: int, lines: list[dict[str, Any]], *, has_zero: bool = False
-) -> dict[str, Any]:
-    """A chart with its lines in the units of the plot: every point, and a moving average."""
-    lines = [line for line in lines if line["points"]]
-    values = [value for line in lines for _, value in line["points"]]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
-    low = 0.0 if has_zero else low
-    if high <= low:
-        high = low + max(abs(low), 1.0) * 0.1
-    # Steps of 1, 2 or 5 times a power of ten, three to six of them.
-    rough = (high - low) / 3
-    tick = max(
-        base * 10.0**power
-        for power in (math.floor(math.log10(rough)) - 1, math.floor(math.log10(rough)))
-        for base in (1, 2, 5)
-        if base * 10.0**power <= rough
-    )
-    low, high = math.floor(low / tick + 1e-9) * tick, math.ceil(high / tick - 1e-9) * tick
-
-    def path(points: Sequence[tuple[int, float]]) -> str:
-        width, height = _WIDTH / max(steps - 1, 1), _HEIGHT / (high - low)
-        return " ".join(f"{x * width:.1f},{_HEIGHT - (y - low) * height:.1f}" for x, y in points)
-
-    drawn = []
-    for line in lines:
-        smooth = _smoothed(line["points"])
-        drawn.append(
-            {**line, "raw": path(line["points"]), "smooth": path(smooth), "last": smooth[-1][1]}
-        )
-    digits = max(0, -math.floor(math.log10(tick)))
-    ticks = [low + tick * n for n in range(round((high - low) / tick) + 1)]
-    return {
-        "stage": stage,
-        "words": words,
-        "lines": drawn,
-        "ticks": [
-            (round(_HEIGHT - (t - low) / (high - low) * _HEIGHT, 1), t, digits) for t in ticks
-        ],
-        "digits": digits + 1,
-        "steps": steps,
-    }
-
-
-def _smoothed(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Centred moving average over about a tenth of the points."""
-    reach = len(points) // 20
-    found = []
-    for place, (step, _) in enumerate(points):
-        near = points[max(0, place - reach) : place + reach + 1]
-        found.append((step, sum(value for _, value in near) / len(near)))
-    return found
+            yield chart(name, f"reward: {reward}", [line], last=last, end=end)

@@ -69,6 +69,12 @@ class RolloutConfig(Config):
                 f"{self.num_steps} steps, got {start} to {end}; shorten the window, move the "
                 "range, or take more steps"
             )
+        if self.kernel == "flow_sde" and self.window and self.noise_level and start == 0:
+            raise ValueError(
+                "need a window after the first step for flow_sde, whose noise is infinite at pure "
+                f"noise, got {start} to {end}; set window_range=[1, {max(end, self.window + 1)}] "
+                "or kernel=precise"
+            )
         if isinstance(self.keep, int) and not 1 <= self.keep <= self.num_steps:
             raise ValueError(
                 f"need 1 to {self.num_steps} kept steps, got keep={self.keep}; "

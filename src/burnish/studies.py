@@ -5,6 +5,7 @@ A study folder has a run folder for each seed, `seed-0` and so on, and what is c
     scores.jsonl   every score of every arm, so that anybody can compute the table again
     study.json     the table
     study.md       the table as it is read
+    study.html     the same with curves and pictures, in one file
 
 Prompts are the unit of every interval: a prompt's value is the mean over seeds of what it gained in
 each. How far seeds differ is shown beside it, one number for each, because three of them make no
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ConfigError
+from burnish.curves import budgets, told
 from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.page import plain
 from burnish.stages import BASE, BASES, RunConfig, all_scores, is_complete, spent
+from burnish.study_page import write_study_page
 from burnish.summary import (
     HEADLINE,
     KNOWLEDGE,
@@ -41,9 +44,9 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 
 def of_seed(config: RunConfig, seed: int) -> RunConfig:
-    """The run of one seed: what is asked and claimed, and which other seeds there are, is not part
-    of it, so that both can change without running it again."""
-    return config.model_copy(update={"seed": seed, "study": None})
+    """The run of one seed: what is asked, claimed and known of the recipe, and which other seeds
+    there are, is not part of it, so that all of it can change without running it again."""
+    return config.model_copy(update={"seed": seed, "study": None, "evidence": "untested"})
 
 
 def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
@@ -88,6 +91,7 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
                 f"need runs of these settings, got others in {runs[seed]}; choose another folder"
             )
     rows = [row | {"run": s} for s in done for row in all_scores(config, runs[s])]
+    folders = [runs[s] for s in done]
     found = {
         "name": config.name,
         "question": config.study.question,
@@ -95,12 +99,14 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
         "command": command,
         "seeds": done,
         **tabulate(config, rows),
-        "cost": {arm: _cost(config, [runs[s] for s in done], arm) for arm in config.stages},
+        "cost": {arm: _cost(config, folders, arm) for arm in config.stages},
+        "budgets": budgets(config, folders),
     }
     with writing(folder / "study.json"):
         write_json(folder / "study.json", found)
         write_atomic(folder / "scores.jsonl", "".join(raw_rows(config, rows)))
         write_atomic(folder / "study.md", markdown(found))
+    write_study_page(config, found, folders, folder)
     return found
 
 
@@ -118,6 +124,12 @@ def tabulate(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
         "arms": list(config.stages),
         "results": list(_results(config, held_out)),
         "knowledge": [r for r in _results(config, remembered) if r["metric"] in KNOWLEDGE],
+        "categories": [
+            {**row, "category": category}
+            for category in sorted({row["category"] for row in held_out})
+            for row in _results(config, [r for r in held_out if r["category"] == category])
+            if row["metric"] == HEADLINE
+        ],
     }
 
 
@@ -172,7 +184,7 @@ def _cost(config: RunConfig, runs: Sequence[Path], arm: str) -> dict[str, float 
     the training, and minutes of one process."""
     own = [spent(config, run, arm) for run in runs]
 
-    def mean(values: Sequence[float | None]) -> float | None:
+    def mean(values: Sequence[int | float | None]) -> float | None:
         return statistics.fmean(v for v in values if v is not None) if None not in values else None
 
     names = ("images", "curated", "evaluations")
@@ -212,6 +224,20 @@ def markdown(found: Mapping[str, Any]) -> str:
     ]
     for row in found["results"]:
         lines.append(_line(row, (row["arm"], row["task"], row["metric"])))
+    lines += _section(
+        f"By category, {HEADLINE}",
+        "| arm | task | category | score | gain over base | of each seed | over the first arm |",
+        [_line(row, (row["arm"], row["task"], row["category"])) for row in found["categories"]],
+    )
+    lines += _section(
+        "Network evaluations until the first arm's held-out score is reached",
+        "| arm | share of the first arm's | best look | last look |",
+        [
+            f"| {arm} | {told(own['share'])} | {max(own['held_out']):.3f} | "
+            f"{own['held_out'][-1]:.3f} |"
+            for arm, own in found["budgets"].items()
+        ],
+    )
     lines += _section(
         "What no reward asks for",
         "| arm | task | metric | score | gain over base | of each seed | over the first arm |",

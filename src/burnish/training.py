@@ -162,7 +162,8 @@ def train(
         progress(label, config.steps, done=state.step) as bar,
     ):
         while state.step < config.steps:
-            seen = {} if guard is None else _look(guard, state, run, rt)
+            is_due = guard is not None and guard.is_due(state.step)
+            seen = _look(guard, state, run, rt) if guard is not None and is_due else {}
             if guard is not None and guard.is_over:
                 bar.advance(0, note="ended by its guard")
                 break
@@ -173,6 +174,8 @@ def train(
                 state.save(run)
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
+    if guard is not None and guard.last_step < state.step and not guard.is_over:
+        _look(guard, state, run, rt)
     state.finish()
     if guard is not None:
         guard.restore(policy)
@@ -186,9 +189,7 @@ def _guard(config: StageConfig, run: Run, step: int) -> Guard | None:
 
 
 def _look(guard: Guard, state: State, run: Run, rt: Runtime) -> dict[str, float]:
-    """What the guard sees of the policy as it would be written now, if it is time to look."""
-    if not guard.is_due(state.step):
-        return {}
+    """What the guard sees of the policy as it would be written now."""
     rewards = [
         row["reward/mean"]
         for row in run.metrics()

@@ -1,5 +1,6 @@
 """A study's table, from small fake runs with planted gains."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import pytest
 
 from burnish import studies
 from burnish.config import ConfigError, parse
+from burnish.curves import budgets
 from burnish.evaluation import Row, read_scores, write_rows
+from burnish.guard import GuardConfig
 from burnish.prompts import write_prompts
 from burnish.stages import BASE, BASES, BEST_OF, RunConfig
 from burnish.tracking import Run, write_atomic
@@ -62,7 +65,7 @@ def make_run(folder: Path, seed: int, *, is_complete: bool = True) -> Path:
         write_atomic(out / "evaluation" / policy / "DONE", "")
     for arm in ("plain", "better"):
         stage = out / "stages" / arm
-        rows = [{"step": n, "data/images": 96} for n in range(20)]
+        rows = [{"step": n, "data/images": 96, "data/evaluations": 1920.0} for n in range(20)]
         times = [{"step": n, "time/rollout": 3.0} for n in range(20)]
         write_rows(stage / "metrics.jsonl", rows)
         write_rows(stage / "timings.jsonl", times)
@@ -90,7 +93,9 @@ def test_planted_gains_come_back_with_their_intervals_and_seeds(tmp_path: Path) 
     assert result(found, "plain")["over_first_arm"] is None
     over = result(found, "better")["over_first_arm"]
     assert over["low"] < 0.1 < over["high"] and over["low"] > 0.05
-    assert found["cost"]["better"] == {"images": 1920.0, "minutes": 1.0}
+    cost = {"images": 1920.0, "curated": 0.0, "evaluations": 38400.0, "minutes": 1.0}
+    assert found["cost"]["better"] == cost
+    assert [row["category"] for row in found["categories"]] == ["general", "general"]
 
 
 def test_the_table_says_the_question_the_command_and_the_seeds(tmp_path: Path) -> None:
@@ -101,10 +106,49 @@ def test_the_table_says_the_question_the_command_and_the_seeds(tmp_path: Path) -
     assert text.startswith("# Which is better?\n\nClaim: The better one.\n")
     # A run that is not complete has no say.
     assert "Command: `burnish study fake`; seeds 0." in text and found["seeds"] == [0]
-    assert "| plain | 1,920 | 1.0 |" in text
+    assert "| plain | 1,920 | 0 | 38,400 | 1.0 |" in text
+    page = (tmp_path / "study" / "study.html").read_text()
+    assert "Which is better?" in page and "<script" not in page and "arm-1" in page
+    assert page.count("38,400") == 2 and 'href="#budget"' not in page
     rows = read_scores(tmp_path / "study" / "scores.jsonl")
     assert {row["arm"] for row in rows} == {*BASES, "plain", "better"}
     assert all(row["study"] == "fake" and row["seed"] == 0 for row in rows)
+
+
+GUARD = {"judge": {"kind": "oracle"}, "every": 5, "action": "warn"}
+
+
+def make_looks(run: Path, arm: str, gains: Mapping[int, float]) -> None:
+    """Looks of an arm's guard: what each of 40 prompts had gained before some steps."""
+    ease = np.random.default_rng(0).normal(0.5, 0.2, 40)
+    rows = [
+        {"step": step, "scores": {f"g{n}": float(one + gain) for n, one in enumerate(ease)}}
+        for step, gain in gains.items()
+    ]
+    write_rows(run / "stages" / arm / "guard" / "checks.jsonl", rows)
+
+
+def test_what_an_arm_needs_to_be_as_good_as_the_first(tmp_path: Path) -> None:
+    """A planted arm that gains twice as fast needs half; one that never arrives, no number."""
+    config = make_config(tmp_path)
+    stages = {name: stage.model_copy(update={"guard": parse(GuardConfig, GUARD)})
+              for name, stage in config.stages.items()}  # fmt: skip
+    config = config.model_copy(update={"stages": stages})
+    runs = [make_run(tmp_path, seed) for seed in (0, 1)]
+    slow = {0: 0.0, 5: 0.05, 10: 0.1, 15: 0.1, 20: 0.1}
+    for run, extra in zip(runs, (-0.01, 0.01), strict=True):
+        # The seeds differ, their mean is the planted curve.
+        make_looks(run, "plain", {s: g + extra * (s > 0) for s, g in slow.items()})
+        make_looks(run, "better", {s: min(2 * g, 0.2) for s, g in slow.items()})
+    found = budgets(config, runs)
+    assert found["plain"]["evaluations"] == [0.0, 9600.0, 19200.0, 28800.0, 38400.0]
+    assert found["plain"]["share"]["mean"] == pytest.approx(1.0)
+    # Between two looks a straight line: 0.1 is reached at step 5, half of the ten of `plain`.
+    assert found["better"]["share"]["mean"] == pytest.approx(0.5)
+    assert found["better"]["share"]["low"] == pytest.approx(0.5)
+    make_looks(runs[0], "better", {s: g / 4 for s, g in slow.items()})
+    make_looks(runs[1], "better", {s: g / 4 for s, g in slow.items()})
+    assert budgets(config, runs)["better"]["share"]["mean"] is None
 
 
 def test_a_study_without_a_complete_run_has_no_table(tmp_path: Path) -> None:
@@ -177,6 +221,7 @@ def test_an_arm_without_scores_is_there_and_marked(tmp_path: Path) -> None:
             "command": "c",
             "seeds": [0],
             "cost": {},
+            "budgets": {},
         }
     )
     assert (

@@ -77,4 +77,5 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
         Markdown((folder / "study.md").read_text(encoding="utf-8"))
     )
     print(f"Table: {folder / 'study.md'}")
+    print(f"Page: {folder / 'study.html'}")
     return {"folder": str(folder), **found}

@@ -1,0 +1,88 @@
+"""Pictures side by side: what every policy drew for the same prompts from the same seeds."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from burnish import images, page
+from burnish.config import located
+from burnish.evaluation import Row
+from burnish.prompts import read_prompts
+from burnish.stages import BASE, RunConfig
+from burnish.summary import HEADLINE, KNOWLEDGE, knowledge_ids
+from burnish.types import Prompt
+
+TASKS = {"t2i": "Text to image", "edit": "Editing"}
+"""Tasks in the words of the page."""
+
+
+def galleries(
+    config: RunConfig, folder: Path, rows: Sequence[Row], count: int
+) -> list[dict[str, Any]]:
+    """Pictures side by side: a gallery for each task, and one of the knowledge prompts."""
+    plan, known = config.evaluation, knowledge_ids(config)
+    scores = {
+        (row["policy"], row["prompt"], row["metric"]): row["value"]
+        for row in rows
+        if row["seed"] == 0
+    }
+    held_out = [p for p in read_prompts(located(plan.prompts)) if p.id not in known]
+    sets = [
+        (task, TASKS[task], False, [p for p in held_out if p.task == task])
+        for task in config.tasks(BASE)
+    ]
+    if plan.knowledge is not None:
+        sets.append(("", "Knowledge", True, read_prompts(located(plan.knowledge))))
+    found = []
+    for task, name, is_knowledge, prompts in sets:
+        shown_tasks = {prompt.task for prompt in prompts}
+        policies = [
+            policy
+            for policy in (BASE, *config.stages)
+            if policy == BASE or shown_tasks & set(config.tasks(policy))
+        ]
+        drawn = [p for p in prompts if any(_picture(folder, policy, p) for policy in policies)]
+        metrics = (*KNOWLEDGE, HEADLINE) if is_knowledge else (HEADLINE,)
+        kinds: dict[str, list[Prompt]] = {}
+        for prompt in drawn:
+            kind = prompt.tags[0] if is_knowledge and prompt.tags else prompt.category
+            kinds.setdefault(kind, []).append(prompt)
+        groups = [
+            (kind, [_row(folder, p, policies, scores, metrics) for p in _spread(members, count)])
+            for kind, members in kinds.items()
+        ]
+        found.append({"task": task, "name": name, "is_knowledge": is_knowledge, "groups": groups})
+    return found
+
+
+def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Prompts at even distances, so that nobody chose them and neighbours are not alike."""
+    count = min(count, len(prompts))
+    return [prompts[place * len(prompts) // count] for place in range(count)]
+
+
+def _row(
+    folder: Path,
+    prompt: Prompt,
+    policies: Sequence[str],
+    scores: Mapping[tuple[str, str, str], float | None],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """One prompt and what every policy drew for it."""
+    told = [m for m in metrics if any((p, prompt.id, m) in scores for p in policies)]
+    metric = told[0] if told else HEADLINE
+    shots = []
+    for policy in policies:
+        path = _picture(folder, policy, prompt)
+        picture = page.embedded(images.read(path)) if path else None
+        score = scores.get((policy, prompt.id, metric))
+        shots.append({"policy": policy, "picture": picture, "score": score})
+    source = prompt.source and page.embedded(images.decode(prompt.source, where=prompt.id))
+    return {"text": prompt.text, "source": source, "shots": shots, "metric": metric}
+
+
+def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:
+    name = f"{prompt.id}.webp"
+    path = folder / "evaluation" / policy / "pictures" / name
+    # An id is other people's text and must not lead out of the folder.
+    return path if path.name == name and path.is_file() else None
