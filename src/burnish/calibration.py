@@ -110,9 +110,19 @@ def propose(
             weights[name] = config.weight_of(category) * signal
         if not sum(weights.values()) > 0:
             weights = {name: config.weight_of(category) for name, config in configs.items()}
-        total = sum(weights.values()) or 1.0
-        proposal[category] = {name: round(weight / total, 3) for name, weight in weights.items()}
+        proposal[category] = {
+            name: round(weight / (_together(weights, configs, name) or 1.0), 3)
+            for name, weight in weights.items()
+        }
     return proposal
+
+
+def _together(
+    weights: Mapping[str, float], configs: Mapping[str, RewardConfig], name: str
+) -> float:
+    """Sum of the weights of a reward and of those that have a say on the same tasks."""
+    own = set(configs[name].tasks)
+    return sum(weight for other, weight in weights.items() if own & set(configs[other].tasks))
 
 
 def calibrate(rows: Sequence[Profile], configs: Mapping[str, RewardConfig]) -> dict[str, Any]:

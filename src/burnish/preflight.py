@@ -20,7 +20,7 @@ import torch
 from burnish import __version__, images, rollout, runtime, stages
 from burnish.config import EMBEDDED, ConfigError, located
 from burnish.prompts import GroupSampler, read_prompts
-from burnish.rewards.base import RewardConfig
+from burnish.rewards.base import RewardConfig, check_weights
 from burnish.shelves import PolicyConfig, load_policy
 from burnish.stages import RunConfig
 from burnish.training import StageConfig
@@ -81,7 +81,8 @@ def _models(config: RunConfig) -> dict[str, str]:
 
 
 def _check_prompts(name: str, stage: StageConfig) -> None:
-    """Raise unless there are prompts for every task and enough for a step."""
+    """Raise unless there are prompts for every task, enough for a step, of categories that have
+    weights."""
     try:
         chosen = stage.prompts.read()
     except ConfigError as error:
@@ -91,6 +92,11 @@ def _check_prompts(name: str, stage: StageConfig) -> None:
         GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, mixing=mixing)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts_per_step: {error}") from None
+    for task in stage.prompts.tasks if stage.rewards else ():
+        try:
+            check_weights(stage.rewards, [task], [p.category for p in chosen if p.task == task])
+        except ValueError as error:
+            raise ConfigError(f"stages.{name}.rewards: {error}") from None
 
 
 # --- The machine -----------------------------------------------------------------------------

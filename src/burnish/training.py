@@ -33,7 +33,7 @@ from burnish.guard import Guard, GuardConfig
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
 from burnish.prompts import GroupSampler, PromptsConfig
-from burnish.rewards.base import AsyncRewardSet, RewardSet
+from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.shelves import AnyAlgorithm, AnyReward
@@ -88,6 +88,7 @@ class StageConfig(Config):
                     f"need a teacher for task {task!r}, got none; add algorithm.teachers.{task} or "
                     "take the task out of prompts.tasks"
                 )
+        check_weights(self.rewards, self.prompts.tasks)
         self.algorithm.check_guidance(self.rollout.guidance_scale)
         self._check_rollout(name, self.algorithm.learns_from)
         return self

@@ -98,6 +98,14 @@ def test_network_evaluations_are_counted(
     assert run.metrics()[0]["data/evaluations"] == evaluations
 
 
+def test_the_guard_looks_at_what_the_stage_ends_with(model: Path, tmp_path: Path) -> None:
+    look = {"judge": {"kind": "oracle"}, "every": 2, "num_prompts": 8, "action": "warn"}
+    run, _ = start(tmp_path, model, settings("nft", model, guard=look))
+    rows = (tmp_path / "guard" / "checks.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 2, 3]
+    assert [row["step"] for row in run.metrics()] == [0, 1, 2]
+
+
 def test_prompts_are_curated_before_the_stage_that_asks_for_it(model: Path, tmp_path: Path) -> None:
     stage = settings("nft", model, steps=1)
     hard = stage | {"curation": {"chance": None, "band": [0.0, 0.5]}}
@@ -237,6 +245,37 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
         ("nft", {"rewards": {}}, "need at least one reward"),
         ("nft", {"rollout": {"window": 0, "group_size": 1}}, "need group_size of at least 2"),
         ("nft", {"prompts_per_stp": 3}, "prompts_per_step"),
+        (
+            "nft",
+            {
+                "rewards": {
+                    name: {**reward, "weights": {"default": 0.6}}
+                    for name, reward in REWARDS.items()
+                }
+            },
+            "'default' that sum to 1 for task t2i, got content 0.6, quality 0.6",
+        ),
+        (
+            "nft",
+            {
+                "rewards": {
+                    "content": {**REWARDS["content"], "weights": {"portrait": 1.0}},
+                    "quality": {**REWARDS["quality"], "weights": {"general": 1.0}},
+                    "other": {**REWARDS["quality"], "weights": {"general": 0.5}},
+                }
+            },
+            "'general' that sum to 1 for task t2i, got content 0, quality 1, other 0.5",
+        ),
+        (
+            "grpo",
+            {"rollout": {"num_steps": 4, "window": 1, "keep": "window", "kernel": "flow_sde"}},
+            "need a window after the first step for flow_sde",
+        ),
+        (
+            "grpo",
+            {"rollout": {"num_steps": 4, "window": 2, "keep": "window", "window_range": [2, 4]}},
+            "ends before the last of 4 steps, got 2 to 4",
+        ),
         ("nft", {"optimizer": {"draw_average": True}}, "need an average to draw with"),
         (
             "grpo",

@@ -164,6 +164,17 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
 # --- Bad input -------------------------------------------------------------------------------
 
 
+def test_a_category_without_weights_is_refused(refused: Refused) -> None:
+    """Before anything runs, by the categories of the prompts."""
+    weights = {"alignment": 1.0, "quality": 0.0, "portrait": 0.0}
+    said = refused(
+        "grpo",
+        *(f"stages.teacher.rewards.{name}.weights={{general: {n}}}" for name, n in weights.items()),
+    )
+    assert "stages.teacher.rewards: need weights of category 'portrait' that sum to 1" in said
+    assert "got alignment 0, quality 0, portrait 0" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -178,7 +189,7 @@ def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
         ("curate miniature t2i_techer", "did you mean 't2i_teacher'?"),
         ("curate miniature student", "need a stage with rewards, got 'student'"),
         ("curate miniature t2i_teacher --keep tp=1", "did you mean `top`?"),
-        ("study", "need a study, got none; the studies are curation, guidance, hacking"),
+        ("study", "need a study, got none; the studies are curation, efficiency"),
         ("study judgs", "got 'judgs'; did you mean 'judges'?"),
         ("study smoke", "need a recipe with `study:`, got smoke"),
         ("study judges --all", "need --all alone, got more"),

@@ -24,6 +24,7 @@ from burnish.types import Group, NotApplicable, Prompt, Score, Scored, ScoreRequ
 
 EVERY_CATEGORY = "default"
 """Key of the weights for categories that have none of their own."""
+_MAX_ERROR = 2e-3  # Of a sum of weights, as they may be rounded to three digits.
 
 
 class Reward(ABC):
@@ -76,6 +77,37 @@ class RewardConfig(Config, ABC):
     @abstractmethod
     def build(self) -> Reward:
         """The reward itself; heavy imports belong here."""
+
+
+def check_weights(
+    configs: Mapping[str, RewardConfig], tasks: Sequence[Task], categories: Sequence[str] = ()
+) -> None:
+    """Look whether the weights of a set of rewards say what each of them counts.
+
+    Rewards that all leave their weights out count alike.
+
+    Args:
+        configs: by name.
+        tasks: of the prompts.
+        categories: that must have weights, beside those that the weights name.
+
+    Raises:
+        ValueError: the weights of a category do not sum to 1.
+    """
+    if all(dict(config.weights) == {EVERY_CATEGORY: 1.0} for config in configs.values()):
+        return
+    for task in tasks:
+        own = {name: config for name, config in configs.items() if task in config.tasks}
+        named = [category for config in own.values() for category in config.weights]
+        for category in dict.fromkeys([*named, *categories]):
+            weights = {name: config.weight_of(category) for name, config in own.items()}
+            if abs(sum(weights.values()) - 1) > _MAX_ERROR:
+                told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
+                raise ValueError(
+                    f"need weights of category {category!r} that sum to 1 for task {task}, got "
+                    f"{told or 'no reward'}; correct rewards.NAME.weights, where "
+                    f"{EVERY_CATEGORY!r} stands for categories without their own"
+                )
 
 
 @dataclass(frozen=True)
