@@ -386,6 +386,8 @@ def test_prompts_are_curated_and_rewards_weighed(
     measured = (out / "profile-0.jsonl").read_bytes()
     said = capsys.readouterr().out
     assert f"stages.teacher.prompts.path={out / 'kept.jsonl'}" in said
+    page = (out / "curation.html").read_text()
+    assert page.count("<circle") == page.count('class="kept"') == 3 and "<script" not in page
     assert cli.main([*command, "min_range=100"]) == 2
     assert "the quantiles of their ranges are 0%" in capsys.readouterr().err
     assert (out / "profile-0.jsonl").read_bytes() == measured

@@ -47,7 +47,14 @@ def curate(
     another rule only selects again. A stage reads what is kept, see the last line that is printed.
     Started by torchrun, the processes share the prompts.
     """
-    from burnish.curation import SelectionConfig, measure_prompts, write_kept
+    from burnish.curation import (
+        SelectionConfig,
+        measure_prompts,
+        read_profile,
+        select,
+        write_kept,
+    )
+    from burnish.curation_page import write_curation_page
     from burnish.shelves import load_policy
     from burnish.stages import model_folder
     from burnish.tracking import Run
@@ -57,15 +64,19 @@ def curate(
     folder = out or Path("runs/curation") / f"{name}-{stage}"
     prompts = config.prompts.read()
     rt = config.runtime.build()
+    command = shlex.join(["burnish", *sys.argv[1:]])
     try:
         policy = load_policy(config.policy, model_folder(folder, config.policy.path), rt)
         if rt.is_main:
-            command = shlex.join(["burnish", *sys.argv[1:]])
             Run.create(folder, config, command=command, environment=rt.describe())
         rt.barrier()
         measure_prompts(config, prompts, policy, folder, rt)
         if rt.is_main:
-            _show_kept(write_kept(folder, prompts, rule), stage, folder, as_json)
+            found = write_kept(folder, prompts, rule)
+            rows = read_profile(folder, prompts)
+            kept = frozenset(select(rows, rule))
+            shown = write_curation_page(folder, stage, rows, kept, found, command)
+            _show_kept(found, stage, folder, shown, as_json)
     finally:
         rt.close()
 
@@ -85,7 +96,7 @@ def _of_stage(recipe: str, stage: str, overrides: Sequence[str]) -> "tuple[str, 
     return whole.name, whole.curated(stage)
 
 
-def _show_kept(found: dict[str, Any], stage: str, folder: Path, as_json: bool) -> None:
+def _show_kept(found: dict[str, Any], stage: str, folder: Path, shown: Path, as_json: bool) -> None:
     for name, part in {"all": found["all"], **found["categories"]}.items():
         middle = part["range"].get(0.5)
         spread = "" if middle is None else f", middle range {middle:.3g}"
@@ -94,6 +105,7 @@ def _show_kept(found: dict[str, Any], stage: str, folder: Path, as_json: bool) -
     for reason in found["all"]["failures"]:
         print(f"failed: {reason}")
     print(f"Use them with stages.{stage}.prompts.path={folder / 'kept.jsonl'}")
+    print(f"Page: {shown}")
     if as_json:
         print(json.dumps({"folder": str(folder), "curation": found}))
 
