@@ -15,7 +15,8 @@ from numpy import ndarray
 
 from burnish.curation import num_drawn
 from burnish.evaluation import Estimate
-from burnish.stages import RunConfig, job_folder
+from burnish.run_config import RunConfig
+from burnish.stages import job_folder
 from burnish.tracking import read_rows
 
 _RESAMPLES = 1000

@@ -8,7 +8,7 @@ from burnish import images, page
 from burnish.config import located
 from burnish.evaluation import Row
 from burnish.prompts import read_prompts
-from burnish.stages import BASE, RunConfig
+from burnish.run_config import BASE, RunConfig
 from burnish.summary import HEADLINE, KNOWLEDGE, knowledge_ids
 from burnish.types import Prompt
 
@@ -38,7 +38,7 @@ def galleries(
         shown_tasks = {prompt.task for prompt in prompts}
         policies = [
             policy
-            for policy in (BASE, *config.stages)
+            for policy in (BASE, *config.policies())
             if policy == BASE or shown_tasks & set(config.tasks(policy))
         ]
         drawn = [p for p in prompts if any(_picture(folder, policy, p) for policy in policies)]

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from burnish.run_config import RunConfig
     from burnish.runtime import RuntimeConfig
-    from burnish.stages import RunConfig
 
 STOPPED = 75
 """Exit code of a program that was asked to stop and can be started again."""

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from burnish import __version__, images, rollout, runtime, stages
+from burnish import __version__, images, rollout, runtime
 from burnish.config import EMBEDDED, ConfigError, located
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import RewardConfig, check_weights
+from burnish.run_config import STAGE, RunConfig
 from burnish.shelves import PolicyConfig, load_policy
-from burnish.stages import RunConfig
 from burnish.training import StageConfig
 from burnish.types import Prompt
 
@@ -77,7 +77,7 @@ def _models(config: RunConfig) -> dict[str, str]:
         teachers: Mapping[str, Any] = getattr(stage.algorithm, "teachers", {})
         for task, teacher in teachers.items():
             found[f"stages.{name}.algorithm.teachers.{task}.path"] = teacher.path
-    return {key: path for key, path in found.items() if not path.startswith(stages.STAGE)}
+    return {key: path for key, path in found.items() if not path.startswith(STAGE)}
 
 
 def _check_prompts(name: str, stage: StageConfig) -> None:

@@ -15,7 +15,8 @@ from burnish import page
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.galleries import TASKS, galleries
-from burnish.stages import BASE, UNGUIDED, RunConfig, all_scores
+from burnish.run_config import BASE, UNGUIDED, RunConfig
+from burnish.stages import all_scores
 from burnish.summary import Number, read_run, teachers, write_summary
 from burnish.tracking import Run, read_rows, write_atomic, writing
 
@@ -23,7 +24,13 @@ MAX_BYTES = 4_000_000
 """Largest page; one with more shows fewer pictures."""
 
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
-_COLUMNS = {"base": "base", "teacher": "teacher", "stage": "teacher", "student": "student"}
+_COLUMNS = {
+    "base": "base",
+    "teacher": "teacher",
+    "stage": "teacher",
+    "student": "student",
+    "merge": "merge",
+}
 
 
 def write_report(folder: Path) -> Path:

@@ -1,176 +1,41 @@
-"""A whole run: which stages there are, what each needs, and running them.
+"""The jobs of a run: curate, train, merge, measure, and what each leaves.
 
 Stages and measurements are jobs. A job that has its inputs runs in a process of its own, as many at
 a time as there are cores (or GPUs); a job that is complete is not run again. Everything a job
 leaves is in the run folder:
 
     curation/<stage>/     every prompt as the stage's start draws it, and the prompts that are kept
-    stages/<stage>/       run folder of the stage, its pipeline in model/
+    stages/<stage>/       run folder of the stage, its pipeline in model/; that of a merge, too
     evaluation/<policy>/  scores.jsonl and pictures/
     summary.json          the table of the report
 """
 
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, model_validator
-
-from burnish.algorithms.distill import DistillConfig, TeacherConfig
-from burnish.config import Config, located, nearest
-from burnish.curation import CurationConfig, measure_prompts, num_drawn, write_kept
-from burnish.evaluation import EvaluationConfig, Row, measure, read_scores, write_rows
+from burnish.algorithms.distill import DistillConfig
+from burnish.config import located
+from burnish.curation import measure_prompts, num_drawn, write_kept
+from burnish.evaluation import Row, measure, read_scores, write_rows
 from burnish.ledger import digest_of, pin
+from burnish.merging import merge_into
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
-from burnish.runtime import Runtime, RuntimeConfig
-from burnish.shelves import AnyReward, PolicyConfig, load_policy
+from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig
+from burnish.runtime import Runtime
+from burnish.shelves import load_policy
 from burnish.tracking import Run, read_rows, write_atomic
 from burnish.training import StageConfig, train
 from burnish.types import Prompt
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
-
-BASE = "base"
-UNGUIDED = "base-unguided"
-BEST_OF = "base-best-of"
-BASES = (BASE, UNGUIDED, BEST_OF)
-"""The ways in which the base itself is measured."""
+_FOLDERS = {
+    "curate": "curation",
+    "train": "stages",
+    "merge": "stages",
+    "measure": "evaluation",
+}
 PARTS = ("rollout", "credit", "update")
 """Parts of a training step that are timed."""
-STAGE = "stage:"
-"""Prefix of a path that means the result of a stage of the same run."""
-
-
-class StudyConfig(Config):
-    """What makes a recipe a study: its stages are arms that answer a question."""
-
-    question: str
-    claim: str = ""
-    """What the paper says."""
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
-        default=(0, 1, 2), min_length=1
-    )
-    """Of the runs; the pictures that are measured have the same seeds in all of them."""
-
-
-class RunConfig(Config):
-    """One complete run; recipes are files of this."""
-
-    name: str = Field(pattern=rf"^{_NAME.pattern}$")
-    """Also that of its folder."""
-    seed: int = Field(default=0, ge=0, lt=2**32)
-    evidence: Literal["measured", "runs", "untested"] = "untested"
-    """What is known of this recipe: numbers in the repository, that it runs, or nothing."""
-    policy: PolicyConfig = PolicyConfig()
-    runtime: RuntimeConfig = RuntimeConfig()
-    stages: Mapping[str, StageConfig] = Field(min_length=1)
-    evaluation: EvaluationConfig = EvaluationConfig()
-    judge: AnyReward
-    """Scores the held-out pictures."""
-    study: StudyConfig | None = None
-    """For recipes that `burnish study` runs with several seeds."""
-
-    @model_validator(mode="after")
-    def _stages_follow(self) -> "RunConfig":
-        for place, (name, stage) in enumerate(self.stages.items()):
-            if name in BASES or not _NAME.fullmatch(name):
-                raise ValueError(
-                    f"need a stage name of letters, digits, _ and -, and not {BASE}..., "
-                    f"got {name!r}; rename the stage"
-                )
-            known = [BASE, *list(self.stages)[:place]]
-            for wanted in (stage.start, *_referred(stage)):
-                if wanted not in known:
-                    raise ValueError(
-                        f"need stages that come before {name!r}, got {wanted!r}; did you mean "
-                        f"{nearest(wanted, known) or known[-1]!r}?"
-                    )
-            for teacher in _teachers(stage):
-                deployed = self.teacher_scale(teacher)
-                if deployed is None:
-                    raise ValueError(
-                        f"need the guidance scale that the teacher in {teacher.path} is deployed "
-                        f"with, got none; set stages.{name}.algorithm.teachers.*.guidance_scale"
-                    )
-                if teacher.guidance_scale not in (None, deployed):
-                    raise ValueError(
-                        f"need the scale {deployed:g} that {teacher.path} draws with, got "
-                        f"{teacher.guidance_scale:g}; leave the teacher's guidance_scale out"
-                    )
-        return self
-
-    def deployed_scale(self, policy: str) -> float:
-        """Guidance at which a policy of the run is deployed and measured."""
-        if policy in self.stages:
-            return self.stages[policy].rollout.guidance_scale
-        return 1.0 if policy == UNGUIDED else self.evaluation.guidance_scale
-
-    def teacher_scale(self, teacher: TeacherConfig) -> float | None:
-        """Guidance of a teacher as it is deployed: a stage of this run has only one."""
-        if teacher.path.startswith(STAGE):
-            return self.deployed_scale(teacher.path.removeprefix(STAGE))
-        return teacher.guidance_scale
-
-    def tasks(self, policy: str) -> tuple[str, ...]:
-        """What a policy is measured on: a stage's own tasks, everything for the base."""
-        every = tuple(
-            dict.fromkeys(t for stage in self.stages.values() for t in stage.prompts.tasks)
-        )
-        return self.stages[policy].prompts.tasks if policy in self.stages else every
-
-    def profile_of(self, name: str) -> str | None:
-        """The stage whose profile a stage selects its prompts from: the first that draws and scores
-        the same pictures. None without curation."""
-        stage = self.stages[name]
-        if stage.curation is None:
-            return None
-
-        def drawn(other: StageConfig) -> tuple[Any, ...]:
-            return other.start, other.prompts, other.rollout, other.rewards
-
-        return next(n for n, s in self.stages.items() if s.curation and drawn(s) == drawn(stage))
-
-    def curated(self, name: str) -> CurationConfig:
-        """What is drawn, and by what, to choose the prompts of a stage."""
-        stage = self.stages[name]
-        return CurationConfig(
-            stage=name,
-            seed=self.seed,
-            policy=self.policy,
-            runtime=self.runtime,
-            prompts=stage.prompts,
-            rollout=stage.rollout,
-            rewards=stage.rewards,
-        )
-
-    def jobs(self) -> dict[str, tuple[str, ...]]:
-        """Every job of the run with the jobs it waits for, in a good order to start them."""
-        jobs: dict[str, tuple[str, ...]] = {}
-        for name, stage in self.stages.items():
-            needs = dict.fromkeys((stage.start, *_referred(stage)))
-            trained = [f"train/{needed}" for needed in needs if needed != BASE]
-            profile = self.profile_of(name)
-            if profile == name:
-                jobs[f"curate/{name}"] = tuple(trained[:1] if stage.start != BASE else ())
-            jobs[f"train/{name}"] = (*trained, *([f"curate/{profile}"] if profile else []))
-        jobs[f"measure/{BASE}"] = ()
-        for name in self.stages:
-            jobs[f"measure/{name}"] = (f"train/{name}",)
-        return jobs
-
-
-def _teachers(stage: StageConfig) -> list[TeacherConfig]:
-    if not isinstance(stage.algorithm, DistillConfig):
-        return []
-    return list(stage.algorithm.teachers.values())
-
-
-def _referred(stage: StageConfig) -> tuple[str, ...]:
-    """Stages that a stage names by path: its teachers."""
-    paths = [teacher.path for teacher in _teachers(stage)]
-    return tuple(path.removeprefix(STAGE) for path in paths if path.startswith(STAGE))
 
 
 def with_folders(config: RunConfig, stage: StageConfig, folder: Path) -> StageConfig:
@@ -205,13 +70,13 @@ def is_complete(folder: Path, job: str) -> bool:
 def job_folder(folder: Path, job: str) -> Path:
     """Where a job leaves its result."""
     kind, name = job.split("/", 1)
-    return folder / {"train": "stages", "measure": "evaluation", "curate": "curation"}[kind] / name
+    return folder / _FOLDERS[kind] / name
 
 
 def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
     """Do one job in this process and mark it complete."""
     kind, name = job.split("/", 1)
-    work = {"train": _run_stage, "measure": _measure, "curate": _curate}[kind]
+    work = {"train": _run_stage, "merge": _merge, "measure": _measure, "curate": _curate}[kind]
     work(config, folder, name, rt)
     write_atomic(job_folder(folder, job) / "DONE", "")
 
@@ -220,6 +85,13 @@ def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     own, place = config.curated(name), job_folder(folder, f"curate/{name}")
     Run.create(place, own, environment=rt.describe())
     measure_prompts(own, own.prompts.read(), _start(config, folder, name, rt), place, rt)
+
+
+def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
+    plan = config.merges[name]
+    policy = load_policy(config.policy, located(config.policy.path), rt)
+    merge_into(policy, [model_folder(folder, STAGE + source) for source in plan.of], plan)
+    policy.save(job_folder(folder, f"merge/{name}") / "model")
 
 
 def _start(config: RunConfig, folder: Path, name: str, rt: Runtime) -> Policy[Any, Any]:
@@ -252,7 +124,7 @@ def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 
 
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
-    path = STAGE + name if name in config.stages else config.policy.path
+    path = config.policy.path if name == BASE else STAGE + name
     policy = load_policy(config.policy, model_folder(folder, path), rt)
     for role in BASES if name == BASE else (name,):
         _measure_role(config, folder / "evaluation" / role, role, policy, rt)
@@ -313,6 +185,6 @@ def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
 
 def all_scores(config: RunConfig, folder: Path) -> list[Row]:
     """The rows of every policy measured so far."""
-    names = (*BASES, *config.stages)
+    names = (*BASES, *config.policies())
     files = [folder / "evaluation" / name / "scores.jsonl" for name in names]
     return [row for file in files if file.is_file() for row in read_scores(file)]

@@ -24,7 +24,8 @@ from burnish.config import ConfigError
 from burnish.curves import budgets, told
 from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.page import plain
-from burnish.stages import BASE, BASES, RunConfig, all_scores, is_complete, spent
+from burnish.run_config import BASE, BASES, RunConfig
+from burnish.stages import all_scores, is_complete, spent
 from burnish.study_page import write_study_page
 from burnish.summary import (
     HEADLINE,

@@ -11,7 +11,8 @@ from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.curves import told
 from burnish.galleries import TASKS, galleries
-from burnish.stages import BASE, RunConfig, all_scores
+from burnish.run_config import BASE, RunConfig
+from burnish.stages import all_scores
 from burnish.summary import HEADLINE, Number
 from burnish.tracking import read_rows, write_atomic, writing
 

@@ -22,16 +22,8 @@ from burnish.algorithms.distill import DistillConfig
 from burnish.config import located, parse
 from burnish.evaluation import Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.prompts import read_prompts
-from burnish.stages import (
-    BASE,
-    BEST_OF,
-    STAGE,
-    UNGUIDED,
-    RunConfig,
-    all_scores,
-    is_complete,
-    spent,
-)
+from burnish.run_config import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig
+from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
 
 HEADLINE = "composite"
@@ -108,7 +100,7 @@ def write_summary(folder: Path) -> dict[str, Any]:
 def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     """What `summary.json` holds: every measured number has `mean`, `low`, `high`, `num_prompts`."""
     cells = Cells(rows, knowledge_ids(config))
-    policies = [_policy(config, name) for name in (BASE, UNGUIDED, *config.stages)]
+    policies = [_policy(config, name) for name in (BASE, UNGUIDED, *config.policies())]
     results = [
         _result(cells, policy["policy"], task) for policy in policies for task in policy["tasks"]
     ]
@@ -176,7 +168,7 @@ def ratio(top: Sequence[float], bottom: Sequence[float], resamples: int = 4000) 
 
 def _policy(config: RunConfig, name: str) -> dict[str, Any]:
     taught = {teacher for stage in config.stages for teacher in teachers(config, stage).values()}
-    role = "base"
+    role = "merge" if name in config.merges else "base"
     if name in config.stages:
         is_student = isinstance(config.stages[name].algorithm, DistillConfig)
         role = "student" if is_student else "teacher" if name in taught else "stage"

@@ -13,7 +13,7 @@ from burnish.curves import budgets
 from burnish.evaluation import Row, read_scores, write_rows
 from burnish.guard import GuardConfig
 from burnish.prompts import write_prompts
-from burnish.stages import BASE, BASES, BEST_OF, RunConfig
+from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
 from burnish.tracking import Run, write_atomic
 from burnish.types import Prompt
 

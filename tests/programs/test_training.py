@@ -20,7 +20,8 @@ from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import PromptsConfig, read_prompts
-from burnish.stages import RunConfig, run_job, spent
+from burnish.run_config import RunConfig
+from burnish.stages import run_job, spent
 from burnish.tracking import Run
 from burnish.training import SelfCheckError, StageConfig, train
 from burnish.types import Prompt

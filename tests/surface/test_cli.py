@@ -156,7 +156,7 @@ def test_recipes_are_listed_with_their_header(capsys: pytest.CaptureFixture[str]
 def test_a_recipe_is_valid_and_has_its_own_name(name: Path) -> None:
     """Every recipe that ships."""
     from burnish.config import load
-    from burnish.stages import RunConfig
+    from burnish.run_config import RunConfig
 
     assert load(RunConfig, name).name == name.stem
 

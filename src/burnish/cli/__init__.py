@@ -3,7 +3,17 @@
 One file for each group of commands; importing it hangs them on the program.
 """
 
-from burnish.cli import machine, pictures, prompts, recipes, rewards, runs, studies
+from burnish.cli import machine, models, pictures, prompts, recipes, rewards, runs, studies
 from burnish.cli.program import main
 
-__all__ = ["machine", "main", "pictures", "prompts", "recipes", "rewards", "runs", "studies"]
+__all__ = [
+    "machine",
+    "main",
+    "models",
+    "pictures",
+    "prompts",
+    "recipes",
+    "rewards",
+    "runs",
+    "studies",
+]

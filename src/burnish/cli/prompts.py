@@ -84,7 +84,7 @@ def curate(
 def _of_stage(recipe: str, stage: str, overrides: Sequence[str]) -> "tuple[str, CurationConfig]":
     """The recipe's own name, and what is drawn for one of its stages."""
     path = recipe_path(recipe)
-    from burnish.stages import RunConfig
+    from burnish.run_config import RunConfig
 
     whole = load(RunConfig, path, overrides)
     if stage not in whole.stages:

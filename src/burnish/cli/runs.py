@@ -19,7 +19,7 @@ from burnish.config import ConfigError, load, nearest
 from burnish.launcher import JobError
 
 if TYPE_CHECKING:
-    from burnish.stages import RunConfig
+    from burnish.run_config import RunConfig
 
 
 @app.command(epilog="Example: burnish run miniature seed=1 --out runs/second")
@@ -66,7 +66,7 @@ def _run(
     recipe: str, overrides: Sequence[str] | None, out: Path | None, force: bool, as_json: bool
 ) -> None:
     path = recipe_path(recipe)
-    from burnish.stages import RunConfig
+    from burnish.run_config import RunConfig
 
     config = load(RunConfig, path, overrides or ())
     folder = out or Path("runs") / config.name

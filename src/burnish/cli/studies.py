@@ -57,7 +57,7 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     from rich.markdown import Markdown
 
     from burnish import report, studies
-    from burnish.stages import RunConfig
+    from burnish.run_config import RunConfig
 
     config = load(RunConfig, path, overrides)
     if config.study is None:

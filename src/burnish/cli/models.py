@@ -1,0 +1,70 @@
+"""Commands that make one model of several."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from burnish.cli.program import app
+from burnish.config import ConfigError, located, parse
+
+
+@app.command(
+    epilog="Example: burnish merge ties runs/miniature/stages/t2i_teacher "
+    "runs/miniature/stages/edit_teacher --out merged"
+)
+def merge(
+    method: Annotated[str, typer.Argument(help="average, task_arithmetic or ties.")],
+    models: Annotated[
+        list[Path], typer.Argument(help="Pipeline folders, or folders of stages, of one base.")
+    ],
+    base: Annotated[
+        str, typer.Option("--base", help="What all were trained from.", metavar="DIR")
+    ] = "embedded:weights/base",
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--scale",
+            help="Of what a model learnt: once for each model with task_arithmetic, once for all "
+            "with ties; 1 if left out.",
+        ),
+    ] = None,
+    density: Annotated[
+        float, typer.Option(help="Of ties: share of each model's changes that is kept.")
+    ] = 0.2,
+    out: Annotated[Path, typer.Option(help="Folder to write.", metavar="DIR")] = Path("merged"),
+) -> None:
+    """Merge models of one base by arithmetic on their weights.
+
+    The control of a distilled student: it costs nothing, and draws with guidance as its parts do.
+    A run measures merges of its own stages if its recipe has `merges`.
+    """
+    from burnish import runtime
+    from burnish.merging import MergeConfig, merge_into
+    from burnish.shelves import PolicyConfig, load_policy
+
+    settings = {"method": method, "density": density} | ({"scales": scale} if scale else {})
+    config = parse(MergeConfig, settings)
+    if out.exists():
+        raise ConfigError(f"need a folder that does not exist yet, got {out}; change --out")
+    folders = [pipeline_folder(model) for model in models]
+    rt = runtime.start()
+    policy = load_policy(PolicyConfig(path=base, resolution=64), located(base), rt)
+    merge_into(policy, folders, config)
+    policy.save(out)
+    print(f"Model: {out}")
+
+
+def pipeline_folder(place: Path) -> Path:
+    """The folder of a pipeline, or that inside a stage's folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for folder in (place, place / "model"):
+        if (folder / "model_index.json").is_file():
+            return folder
+    raise ConfigError(
+        f"need a folder that a pipeline was saved in, got {place}; take one with model_index.json, "
+        "or a stage's folder with model/"
+    )

@@ -1,0 +1,211 @@
+"""What a run is: its stages, the policies made of them, how they are measured, and which job waits
+for which."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from burnish.algorithms.distill import DistillConfig, TeacherConfig
+from burnish.config import Config, nearest
+from burnish.curation import CurationConfig
+from burnish.evaluation import EvaluationConfig
+from burnish.merging import MergeConfig
+from burnish.runtime import RuntimeConfig
+from burnish.shelves import AnyReward, PolicyConfig
+from burnish.training import StageConfig
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
+
+BASE = "base"
+UNGUIDED = "base-unguided"
+BEST_OF = "base-best-of"
+BASES = (BASE, UNGUIDED, BEST_OF)
+"""The ways in which the base itself is measured."""
+STAGE = "stage:"
+"""Prefix of a path that means the result of a stage of the same run."""
+
+
+class StudyConfig(Config):
+    """What makes a recipe a study: its stages are arms that answer a question."""
+
+    question: str
+    claim: str = ""
+    """What the paper says."""
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] = Field(
+        default=(0, 1, 2), min_length=1
+    )
+    """Of the runs; the pictures that are measured have the same seeds in all of them."""
+
+
+class RunMergeConfig(MergeConfig):
+    """A policy that is not trained but made of stages of the run."""
+
+    of: tuple[str, ...] = Field(min_length=1)
+    """Stages."""
+    guidance_scale: float | None = Field(default=None, ge=1)
+    """It is measured with; None is that of its first stage: a merge has no guidance folded in."""
+
+
+class RunConfig(Config):
+    """One complete run; recipes are files of this."""
+
+    name: str = Field(pattern=rf"^{_NAME.pattern}$")
+    """Also that of its folder."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    evidence: Literal["measured", "runs", "untested"] = "untested"
+    """What is known of this recipe: numbers in the repository, that it runs, or nothing."""
+    policy: PolicyConfig = PolicyConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+    stages: Mapping[str, StageConfig] = Field(min_length=1)
+    merges: Mapping[str, RunMergeConfig] = {}
+    """Policies made of the weights of stages; they are measured, and stages may start there."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    judge: AnyReward
+    """Scores the held-out pictures."""
+    study: StudyConfig | None = None
+    """For recipes that `burnish study` runs with several seeds."""
+
+    @model_validator(mode="after")
+    def _stages_follow(self) -> "RunConfig":
+        for place, (name, stage) in enumerate(self.stages.items()):
+            _check_name(name)
+            before = list(self.stages)[:place]
+            merged = [m for m, own in self.merges.items() if set(own.of) <= set(before)]
+            known = [BASE, *before, *merged]
+            for wanted in (stage.start, *_referred(stage)):
+                if wanted not in known:
+                    raise ValueError(
+                        f"need stages that come before {name!r}, got {wanted!r}; did you mean "
+                        f"{nearest(wanted, known) or known[-1]!r}?"
+                    )
+            for teacher in _teachers(stage):
+                deployed = self.teacher_scale(teacher)
+                if deployed is None:
+                    raise ValueError(
+                        f"need the guidance scale that the teacher in {teacher.path} is deployed "
+                        f"with, got none; set stages.{name}.algorithm.teachers.*.guidance_scale"
+                    )
+                if teacher.guidance_scale not in (None, deployed):
+                    raise ValueError(
+                        f"need the scale {deployed:g} that {teacher.path} draws with, got "
+                        f"{teacher.guidance_scale:g}; leave the teacher's guidance_scale out"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _merges_have_parts(self) -> "RunConfig":
+        for name, merge in self.merges.items():
+            _check_name(name)
+            if name in self.stages:
+                raise ValueError(f"need a name for a merge that no stage has, got {name!r}")
+            for wanted in merge.of:
+                if wanted not in self.stages:
+                    near = nearest(wanted, list(self.stages)) or next(iter(self.stages))
+                    raise ValueError(
+                        f"merges.{name}.of: need stages, got {wanted!r}; did you mean {near!r}?"
+                    )
+            is_given = merge.method == "task_arithmetic" and merge.scales is not None
+            if is_given and len(merge.scales or ()) != len(merge.of):
+                raise ValueError(
+                    f"merges.{name}.scales: need {len(merge.of)}, one for each stage, got "
+                    f"{len(merge.scales or ())}"
+                )
+        return self
+
+    def policies(self) -> tuple[str, ...]:
+        """All that the run makes: results of stages, and merges."""
+        return (*self.stages, *self.merges)
+
+    def deployed_scale(self, policy: str) -> float:
+        """Guidance at which a policy of the run is deployed and measured."""
+        if policy in self.stages:
+            return self.stages[policy].rollout.guidance_scale
+        if policy in self.merges:
+            merge = self.merges[policy]
+            return merge.guidance_scale or self.deployed_scale(merge.of[0])
+        return 1.0 if policy == UNGUIDED else self.evaluation.guidance_scale
+
+    def teacher_scale(self, teacher: TeacherConfig) -> float | None:
+        """Guidance of a teacher as it is deployed: a stage of this run has only one."""
+        if teacher.path.startswith(STAGE):
+            return self.deployed_scale(teacher.path.removeprefix(STAGE))
+        return teacher.guidance_scale
+
+    def tasks(self, policy: str) -> tuple[str, ...]:
+        """What a policy is measured on: a stage's own tasks, those of all stages of a merge,
+        everything for the base."""
+        every = tuple(
+            dict.fromkeys(t for stage in self.stages.values() for t in stage.prompts.tasks)
+        )
+        if policy in self.merges:
+            parts = {task for name in self.merges[policy].of for task in self.tasks(name)}
+            return tuple(task for task in every if task in parts)
+        return self.stages[policy].prompts.tasks if policy in self.stages else every
+
+    def profile_of(self, name: str) -> str | None:
+        """The stage whose profile a stage selects its prompts from: the first that draws and scores
+        the same pictures. None without curation."""
+        stage = self.stages[name]
+        if stage.curation is None:
+            return None
+
+        def drawn(other: StageConfig) -> tuple[Any, ...]:
+            return other.start, other.prompts, other.rollout, other.rewards
+
+        return next(n for n, s in self.stages.items() if s.curation and drawn(s) == drawn(stage))
+
+    def curated(self, name: str) -> CurationConfig:
+        """What is drawn, and by what, to choose the prompts of a stage."""
+        stage = self.stages[name]
+        return CurationConfig(
+            stage=name,
+            seed=self.seed,
+            policy=self.policy,
+            runtime=self.runtime,
+            prompts=stage.prompts,
+            rollout=stage.rollout,
+            rewards=stage.rewards,
+        )
+
+    def jobs(self) -> dict[str, tuple[str, ...]]:
+        """Every job of the run with the jobs it waits for, in a good order to start them."""
+        jobs: dict[str, tuple[str, ...]] = {}
+        for name, stage in self.stages.items():
+            needs = dict.fromkeys((stage.start, *_referred(stage)))
+            trained = [self._job_of(needed) for needed in needs if needed != BASE]
+            profile = self.profile_of(name)
+            if profile == name:
+                jobs[f"curate/{name}"] = tuple(trained[:1] if stage.start != BASE else ())
+            jobs[f"train/{name}"] = (*trained, *([f"curate/{profile}"] if profile else []))
+        for name, merge in self.merges.items():
+            jobs[f"merge/{name}"] = tuple(f"train/{part}" for part in merge.of)
+        jobs[f"measure/{BASE}"] = ()
+        for name in self.policies():
+            jobs[f"measure/{name}"] = (self._job_of(name),)
+        return jobs
+
+    def _job_of(self, policy: str) -> str:
+        """The job that makes a policy."""
+        return f"{'merge' if policy in self.merges else 'train'}/{policy}"
+
+
+def _check_name(name: str) -> None:
+    if name in BASES or not _NAME.fullmatch(name):
+        raise ValueError(
+            f"need a stage name of letters, digits, _ and -, and not {BASE}..., got {name!r}; "
+            "rename the stage"
+        )
+
+
+def _teachers(stage: StageConfig) -> list[TeacherConfig]:
+    if not isinstance(stage.algorithm, DistillConfig):
+        return []
+    return list(stage.algorithm.teachers.values())
+
+
+def _referred(stage: StageConfig) -> tuple[str, ...]:
+    """Stages that a stage names by path: its teachers."""
+    paths = [teacher.path for teacher in _teachers(stage)]
+    return tuple(path.removeprefix(STAGE) for path in paths if path.startswith(STAGE))
