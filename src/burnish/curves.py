@@ -143,7 +143,11 @@ def told(share: Mapping[str, float | None] | None) -> str:
 
 
 def budgets(config: RunConfig, runs: Sequence[Path]) -> Mapping[str, Any]:
-    """Curves of all arms that have one, and what each needs against the first, as plain data."""
+    """Curves of all arms and what each needs against the first, as plain data; none unless all
+    arms have a guard, and one that only looks."""
+    guards = [stage.guard for stage in config.stages.values()]
+    if any(guard is None or guard.action != "warn" for guard in guards):
+        return {}
     curves = {arm: learning_curve(config, runs, arm) for arm in config.stages}
     control = curves[next(iter(curves))]
     return {

@@ -57,7 +57,7 @@ class GuardConfig(Config):
     """Of each task, from the end of the file: an evaluation begins at its beginning."""
     num_seeds: int = Field(default=2, ge=2)
     """Pictures of each prompt, the same noise at every look."""
-    max_loss: float = Field(default=0.25, gt=0, lt=1)
+    max_loss: float = Field(default=0.2, gt=0, lt=1)
     """Share of the best gain so far that may be lost again."""
     action: Literal["warn", "stop", "roll_back"] = "roll_back"
     """`warn` only writes it down; `stop` ends the stage; `roll_back` ends it with the weights of
@@ -67,9 +67,9 @@ class GuardConfig(Config):
 def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
     """Whether the newest look shows that the reward is followed for its own sake.
 
-    It does if the reward has risen since the best look, and the held-out score has fallen: by more
-    than `max_loss` of what had been gained, and by more than one standard error of the differences
-    of single prompts.
+    It does if the held-out score has fallen since the best look, by more than `max_loss` of what
+    had been gained and by more than one standard error of the differences of single prompts, while
+    the reward has not: it has kept all but that share of its own gain up to the best look.
 
     Args:
         checks: from the start to the newest.
@@ -89,10 +89,13 @@ def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
     lost = np.array([best["scores"][name] - newest["scores"][name] for name in shared])
     if best is newest or len(lost) < 2:
         return "fine"
-    has_risen = best["reward"] is None or newest["reward"] > best["reward"]
+    first = next(check["reward"] for check in checks if check["reward"] is not None)
+    is_kept = best["reward"] is None or newest["reward"] > best["reward"] - max_loss * max(
+        best["reward"] - first, 0.0
+    )
     gained = best["held_out"] - start["held_out"]
     least = max(max_loss * gained, float(lost.std(ddof=1)) / len(lost) ** 0.5)
-    return "hacked" if has_risen and float(lost.mean()) > least else "fine"
+    return "hacked" if is_kept and float(lost.mean()) > least else "fine"
 
 
 class Guard:

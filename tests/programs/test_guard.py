@@ -40,6 +40,9 @@ class TestVerdict:
             ([(None, 0.5), (0.6, 0.6), (0.7, 0.58)], "fine"),
             # Both fall: the training fails, but not by cheating.
             ([(None, 0.5), (0.6, 0.6), (0.5, 0.4)], "fine"),
+            # The reward shakes, but keeps what it had gained: the fall is not its own.
+            ([(None, 0.5), (0.4, 0.52), (0.6, 0.6), (0.58, 0.55)], "hacked"),
+            ([(None, 0.5), (0.4, 0.52), (0.6, 0.6), (0.5, 0.55)], "fine"),
             # Never better than the start.
             ([(None, 0.5), (0.6, 0.45)], "hacked"),
             ([(None, 0.5)], "fine"),
