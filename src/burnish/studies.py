@@ -25,7 +25,7 @@ from burnish.curves import budgets, told
 from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.page import plain
 from burnish.run_config import BASE, BASES, RunConfig
-from burnish.stages import all_scores, is_complete, spent
+from burnish.stages import all_scores, is_complete, job_folder, spent
 from burnish.study_page import write_study_page
 from burnish.summary import (
     HEADLINE,
@@ -36,7 +36,7 @@ from burnish.summary import (
     read_run,
     shown,
 )
-from burnish.tracking import write_atomic, write_json, writing
+from burnish.tracking import Run, write_atomic, write_json, writing
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
@@ -67,6 +67,34 @@ def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
                 shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored)
             # Last: it says that the rest is whole.
             write_atomic(here / "evaluation" / BASE / "DONE", "")
+
+
+def keep_arms(config: RunConfig, run: Path) -> list[str]:
+    """Take up the run of a study whose arms have changed: only those are run again.
+
+    A run with other settings besides is left as it is, for `Run.create` to refuse.
+
+    Args:
+        config: of the run now.
+        run: its folder, which need not exist.
+
+    Returns:
+        The arms whose results were dropped.
+    """
+    if not (run / "run.json").is_file():
+        return []
+    before = read_run(run)
+    if before == config or before.model_copy(update={"stages": config.stages}) != config:
+        return []
+    changed = [name for name, arm in before.stages.items() if config.stages.get(name) != arm]
+    for name in changed:
+        for job in ("train", "curate", "measure"):
+            place = job_folder(run, f"{job}/{name}")
+            # First the marker: a kill in between must not leave a complete job without its files.
+            (place / "DONE").unlink(missing_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+    Run.open(run).rebind(config)
+    return changed
 
 
 def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]:

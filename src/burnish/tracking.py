@@ -103,6 +103,14 @@ class Run:
             raise RunError(f"need a run folder, got {folder} without run.json; check the path")
         return cls(Path(folder), facts)
 
+    def rebind(self, config: Config) -> "Run":
+        """Give the folder to another configuration; the caller vouches for what is in it."""
+        facts = {**self.facts, "config_hash": config_hash(config)}
+        with writing(self.folder):
+            write_atomic(self.folder / "config.yaml", dump_yaml(config))
+            write_json(self.folder / "run.json", facts)
+        return Run(self.folder, facts)
+
     @property
     def config_hash(self) -> str:
         """The hash of the configuration the folder belongs to."""

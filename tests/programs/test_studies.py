@@ -12,9 +12,11 @@ from burnish.config import ConfigError, parse
 from burnish.curves import budgets
 from burnish.evaluation import Row, read_scores, write_rows
 from burnish.guard import GuardConfig
+from burnish.launcher import pending
 from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
-from burnish.tracking import Run, write_atomic
+from burnish.stages import is_complete
+from burnish.tracking import Run, RunError, write_atomic
 from burnish.types import Prompt
 
 GAINS = {BASE: 0.0, "plain": 0.05, "better": 0.15}
@@ -169,6 +171,26 @@ def test_the_base_is_measured_once(tmp_path: Path) -> None:
         assert there.read_bytes() == here.read_bytes()
     assert (second / "evaluation" / BASE / "DONE").is_file()
     assert BEST_OF in BASES and not (second / "evaluation" / "plain").exists()
+
+
+def test_only_arms_that_changed_are_run_again(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 0)
+    config = studies.of_seed(make_config(tmp_path), 0)
+    assert studies.keep_arms(config, run) == [] and is_complete(run, "train/better")
+    changed = config.stages["better"].model_copy(update={"steps": 30})
+    stages = {"plain": config.stages["plain"], "new": changed, "better": changed}
+    other = config.model_copy(update={"stages": stages})
+    assert studies.keep_arms(other, run) == ["better"]
+    assert pending(run, other.jobs()) == {
+        "train/new": (), "train/better": (),
+        "measure/new": ("train/new",), "measure/better": ("train/better",),
+    }  # fmt: skip
+    # The folder is that of the new settings, and of no third ones.
+    Run.create(run, other)
+    third = other.model_copy(update={"seed": 5})
+    assert studies.keep_arms(third, run) == []
+    with pytest.raises(RunError, match="belongs to another run"):
+        Run.create(run, third)
 
 
 def both_runs() -> list[Row]:

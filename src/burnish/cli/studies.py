@@ -68,6 +68,11 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     seeds = config.study.seeds
     for seed in seeds:
         run = studies.seed_folder(folder, seed)
+        for arm in studies.keep_arms(studies.of_seed(config, seed), run):
+            print(
+                f"burnish: note: {arm} of seed {seed} has other settings, it is run again",
+                file=sys.stderr,
+            )
         before = partial(studies.share_base, folder, seeds, seed)
         carry_out(studies.of_seed(config, seed), run, before=before)
         report.write_report(run)
