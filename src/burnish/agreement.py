@@ -21,8 +21,8 @@ from burnish.concordance import spearman, within_prompt
 from burnish.config import ConfigError
 from burnish.judging import Calibration
 from burnish.lessons import compared, comparison_group, prompt_of
+from burnish.progress import Progress, progress
 from burnish.rewards.vlm import Judge, Vlm
-from burnish.tracking import Progress, progress
 from burnish.types import Score, Scored, ScoreRequest
 
 KNOTS = 10

@@ -26,12 +26,13 @@ from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
 from burnish.ledger import Ledger, read_ledger
 from burnish.policies.base import Policy
+from burnish.progress import progress
 from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime, RuntimeConfig
 from burnish.shelves import AnyReward, PolicyConfig
-from burnish.tracking import progress, write_json, writing
+from burnish.tracking import write_json, writing
 from burnish.types import Failed, Group, Prompt
 
 Profile = dict[str, Any]

@@ -19,10 +19,11 @@ from torch import Tensor
 from burnish import images, runtime, traits
 from burnish.config import Config
 from burnish.policies.base import Policy
+from burnish.progress import progress
 from burnish.rewards.base import Reward
 from burnish.rollout import draw
 from burnish.runtime import Runtime
-from burnish.tracking import progress, write_atomic, writing
+from burnish.tracking import write_atomic, writing
 from burnish.types import Failed, NotApplicable, Prompt, Scored, ScoreRequest
 
 Row = dict[str, Any]

@@ -57,6 +57,8 @@ class GuardConfig(Config):
     """Of each task, from the end of the file: an evaluation begins at its beginning."""
     num_seeds: int = Field(default=2, ge=2)
     """Pictures of each prompt, the same noise at every look."""
+    num_steps: int | None = Field(default=None, ge=1)
+    """Sampler steps of the pictures; None is as the stage draws."""
     max_loss: float = Field(default=0.2, gt=0, lt=1)
     """Share of the best gain so far that may be lost again."""
     action: Literal["warn", "stop", "roll_back"] = "roll_back"
@@ -236,7 +238,7 @@ class Guard:
         return draw(
             policy,
             prompts,
-            num_steps=self._rollout.num_steps,
+            num_steps=self._config.num_steps or self._rollout.num_steps,
             guidance_scale=self._rollout.guidance_scale,
             seeds=noises,
             micro_batch=self._rollout.micro_batch,

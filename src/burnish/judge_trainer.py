@@ -33,8 +33,9 @@ from burnish.judgements import (
     soft_label_loss,
 )
 from burnish.lessons import TARGETS
+from burnish.progress import Progress
 from burnish.runtime import ensure_torchvision
-from burnish.tracking import Progress, Run, RunError
+from burnish.tracking import Run, RunError
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 ensure_torchvision()

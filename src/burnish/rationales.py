@@ -19,9 +19,9 @@ from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError
 from burnish.ledger import Ledger, read_ledger
 from burnish.lessons import SourceConfig, read_sources
+from burnish.progress import progress
 from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.tracking import progress
 from burnish.types import Score, Scored
 
 _NAME = "rationales"

@@ -46,9 +46,10 @@ from burnish.lessons import (
     exercises,
     read_sources,
 )
+from burnish.progress import progress
 from burnish.rewards.vlm import Judge, judge_facts
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.tracking import Run, progress, write_json, writing
+from burnish.tracking import Run, write_json, writing
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()

@@ -1,4 +1,4 @@
-"""What a run leaves: its folder, its metrics, its samples, its timings, and progress on the screen.
+"""What a run leaves: its folder, its metrics, its timings, its samples.
 
 `metrics.jsonl` holds what the seed decides and `timings.jsonl` what the machine decides, so the
 first file of a run that was killed and resumed is byte-equal to that of a run that was not. A
@@ -15,22 +15,18 @@ import platform
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import rich.progress
 from PIL import Image
-from rich.console import Console
 
 from burnish import __version__
-from burnish.config import Config, config_hash, dump_yaml, parse_yaml
+from burnish.config import Config, ConfigError, config_hash, dump_yaml, parse, parse_yaml
 from burnish.images import encode_webp
 
 if sys.platform != "win32":
     import fcntl
-
-ItemT = TypeVar("ItemT")
 
 Value = int | float | str | bool | None
 """What a metric may be; NaN and infinities are written as null, which JSON has."""
@@ -87,6 +83,9 @@ class Run:
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             }
             write_atomic(folder / "config.yaml", dump_yaml(config))
+            if facts["config_hash"] != config_hash(config):
+                facts = {**facts, "config_hash": config_hash(config)}
+                write_json(folder / "run.json", facts)
             if not (folder / "environment.json").exists():
                 here = {"burnish": __version__, "python": platform.python_version()}
                 write_json(folder / "environment.json", here | dict(environment or {}))
@@ -244,92 +243,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Progress:
-    """Progress of one task: a bar on a terminal, elsewhere a line every ten seconds at most."""
-
-    LINE_SECONDS = 10.0
-    """Least time between two lines where there is no terminal."""
-
-    # Shared by nested tasks: one screen and one clock.
-    _screen: rich.progress.Progress | None = None
-    _depth = 0
-    _last_line = 0.0
-
-    def __init__(self, label: str, total: int | None, done: int) -> None:
-        self.label, self.total, self.done = label, total, done
-        self._first, self._start = done, time.monotonic()
-        if Progress._depth == 0:
-            Progress._last_line = self._start
-            Progress._screen = _screen() if sys.stderr.isatty() else None
-        Progress._depth += 1
-        screen = Progress._screen
-        self._task = screen and screen.add_task(label, total=total, completed=done, note="")
-
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count work done; `note` is shown behind the bar."""
-        self.done += count
-        if Progress._screen is not None and self._task is not None:
-            Progress._screen.update(self._task, completed=self.done, note=note)
-        elif time.monotonic() - Progress._last_line >= self.LINE_SECONDS:
-            self._print(note)
-
-    def close(self) -> None:
-        """End the task; the outermost one leaves its last state on the screen."""
-        Progress._depth -= 1
-        if Progress._screen is not None and self._task is not None:
-            if Progress._depth == 0:
-                Progress._screen.stop()
-                Progress._screen = None
-            else:
-                Progress._screen.remove_task(self._task)
-        elif Progress._depth == 0 and time.monotonic() - self._start > 2:
-            self._print("")
-
-    def _print(self, note: str) -> None:
-        now = time.monotonic()
-        Progress._last_line, elapsed, moved = now, now - self._start, self.done - self._first
-        total = "" if self.total is None else f"/{self.total}"
-        parts = [f"{self.label}: {self.done}{total}", f"{elapsed:.0f} s"]
-        if self.total is not None and moved > 0 and self.done < self.total:
-            parts.append(f"{elapsed / moved * (self.total - self.done):.0f} s left")
-        print(", ".join([*parts, note] if note else parts), file=sys.stderr, flush=True)
-
-
-def _screen() -> rich.progress.Progress:
-    columns = rich.progress.Progress.get_default_columns()[:-1]
-    screen = rich.progress.Progress(
-        *columns,
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-        rich.progress.TextColumn("{task.fields[note]}"),
-        console=Console(stderr=True),
-        # What is printed for another program must reach it while a bar is shown.
-        redirect_stdout=sys.stdout.isatty(),
-    )
-    screen.start()
-    return screen
-
-
-@contextlib.contextmanager
-def progress(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Progress]:
-    """Show progress on stderr while inside; `done` is what a resumed task had done before."""
-    bar = Progress(label, total, done)
-    try:
-        yield bar
-    finally:
-        bar.close()
-
-
-def track(items: Iterable[ItemT], label: str, total: int | None = None) -> Iterator[ItemT]:
-    """Yield the items and show how many have been worked on."""
-    if total is None and isinstance(items, Sized):
-        total = len(items)
-    with progress(label, total) as bar:
-        for item in items:
-            yield item
-            bar.advance()
-
-
 def _plain(value: Any) -> Value:
     """A metric as JSON has it; 0-dimensional tensors and arrays become numbers."""
     value = value.item() if hasattr(value, "item") else value
@@ -362,7 +275,6 @@ def _read_facts(folder: Path) -> dict[str, Any] | None:
 
 def _refuse_foreign(folder: Path, config: Config, facts: Mapping[str, Any] | None) -> None:
     """Raise unless the folder is new or belongs to the run of this configuration."""
-    given = config_hash(config)
     if facts is None:
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         # A process killed while it made the folder leaves these two and nothing else.
@@ -371,13 +283,24 @@ def _refuse_foreign(folder: Path, config: Config, facts: Mapping[str, Any] | Non
                 f"need an empty or new folder, {folder} is no run and holds {foreign[0]};"
                 " choose another folder with --out"
             )
-    elif facts["config_hash"] != given:
+    elif not _is_same(folder, config, facts):
         differences = _differences(Run(folder, facts).config(), config.model_dump(mode="json"))
         raise RunError(
             f"need the run of this configuration, {folder} belongs to another run"
             f" ({next(differences, 'its settings differ')}); choose another folder with --out,"
             " or give the same settings to resume"
         )
+
+
+def _is_same(folder: Path, config: Config, facts: Mapping[str, Any]) -> bool:
+    """Whether the folder's configuration is this one, or was before a setting existed whose default
+    it has now."""
+    if facts["config_hash"] == config_hash(config):
+        return True
+    try:
+        return parse(type(config), Run(folder, facts).config()) == config
+    except ConfigError:
+        return False
 
 
 def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:

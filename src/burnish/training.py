@@ -32,12 +32,13 @@ from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
+from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.shelves import AnyAlgorithm, AnyReward
-from burnish.tracking import Run, RunError, progress, writing
+from burnish.tracking import Run, RunError, writing
 from burnish.types import Group, Prompt, Signal
 
 

@@ -29,8 +29,8 @@ from burnish.concordance import Interval, Scores, Statistic, interval
 from burnish.config import Config, ConfigError
 from burnish.lessons import SourceConfig, comparison_group, read_sources
 from burnish.probes import PROBES
+from burnish.progress import Progress, progress
 from burnish.rewards.vlm import Judge
-from burnish.tracking import Progress, progress
 from burnish.types import Failed, Score, Scored, ScoreRequest
 
 STATISTICS: dict[str, Statistic] = {

@@ -17,7 +17,8 @@ from PIL import Image
 from burnish import tracking
 from burnish.config import Config, config_hash, parse
 from burnish.images import read
-from burnish.tracking import Progress, Run, RunError, progress, read_rows, track, write_atomic
+from burnish.progress import Progress, progress, track
+from burnish.tracking import Run, RunError, read_rows, write_atomic
 
 
 class Inner(Config):
@@ -26,11 +27,17 @@ class Inner(Config):
     rate: float = 0.1
 
 
-class Sample(Config):
+class Older(Config):
     """A small configuration."""
 
     steps: int = 2
     inner: Inner = Inner()
+
+
+class Sample(Older):
+    """The same with a setting that came later."""
+
+    later: int = 1
 
 
 def refused(folder: Path, config: Config) -> str:
@@ -74,6 +81,15 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(tmp_path: Path) 
     assert "belongs to another run (inner.rate: 0.1 there, 0.5 here)" in text
     assert "--out" in text
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_goes_on_after_a_setting_was_added_to_the_program(tmp_path: Path) -> None:
+    """What did not exist had the default; any other value is another run."""
+    Run.create(tmp_path, Older())
+    assert "later: null there, 2 here" in refused(tmp_path, Sample(later=2))
+    run = Run.create(tmp_path, Sample())
+    assert run.config()["later"] == 1 and run.config_hash == config_hash(Sample())
+    assert Run.open(tmp_path).config_hash == config_hash(Sample())
 
 
 def test_foreign_files_are_refused(tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ from burnish.miniature.base_model import reconstructed
 from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes
 from burnish.miniature.prompt_sets import edit_prompt, scene_prompt
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.progress import track
 from burnish.rollout import draw
 from burnish.runtime import derived_seed
-from burnish.tracking import track, writing
+from burnish.tracking import writing
 from burnish.types import Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import otherwise, spoil

@@ -47,9 +47,10 @@ from burnish.miniature.sight import SightPlan
 from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.progress import Progress, progress
 from burnish.prompts import write_prompts
 from burnish.runtime import Runtime
-from burnish.tracking import Progress, progress, write_json
+from burnish.tracking import write_json
 
 SEED = 0
 

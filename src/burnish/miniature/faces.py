@@ -23,8 +23,8 @@ from burnish.identity import DIMENSION, FaceNetwork, Standard
 from burnish.miniature.base_model import reconstructed
 from burnish.miniature.pictures import pixel_flaw, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.progress import track
 from burnish.runtime import derived_seed, generator, seeded
-from burnish.tracking import track
 from burnish.world.render import render
 from burnish.world.scenes import DOMAINS, LOOK, Scene, Value, is_held_out, sample_scene
 

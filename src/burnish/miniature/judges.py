@@ -20,11 +20,11 @@ from burnish.miniature.sight import SightPlan, learn_to_see, sample_texts
 from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.progress import progress
 from burnish.rationales import chosen_evenly, write_rationales
 from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
 from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, seeded
-from burnish.tracking import progress
 
 SIZES: dict[str, Any] = {
     "hidden_size": 192,
