@@ -16,6 +16,16 @@ TASKS = {"t2i": "Text to image", "edit": "Editing"}
 """Tasks in the words of the page."""
 
 
+def in_words(label: str) -> str:
+    """A teacher's label, a task or a category of one, in the words of the page.
+
+    >>> in_words("t2i/portrait")
+    'Text to image, portrait'
+    """
+    task, _, category = label.partition("/")
+    return f"{TASKS[task]}, {category}" if category else TASKS[task]
+
+
 def galleries(
     config: RunConfig, folder: Path, rows: Sequence[Row], count: int
 ) -> list[dict[str, Any]]:

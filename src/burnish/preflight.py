@@ -87,9 +87,8 @@ def _check_prompts(name: str, stage: StageConfig) -> None:
         chosen = stage.prompts.read()
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts: {error}") from None
-    mixing = "alternate" if stage.algorithm.one_task_per_step else "together"
     try:
-        GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, mixing=mixing)
+        GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, pool=stage.algorithm.pool)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts_per_step: {error}") from None
     for task in stage.prompts.tasks if stage.rewards else ():

@@ -10,9 +10,9 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -171,21 +171,37 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-Mixing = Literal["together", "alternate"]
-"""`together` draws from all prompts at once; `alternate` gives each step prompts of one task."""
-
-
 class GroupSampler:
-    """Which prompts a step draws: none twice in an epoch, which leaves out an odd remainder."""
+    """Which prompts a step draws: none twice in an epoch, which leaves out an odd remainder.
+
+    Steps take turns among the pools, in the order of their labels, so that each has as many.
+    """
 
     def __init__(
-        self, prompts: Sequence[Prompt], *, per_step: int, seed: int, mixing: Mixing = "together"
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        per_step: int,
+        seed: int,
+        pool: Callable[[Prompt], str] = lambda _: "",
     ) -> None:
+        """Sort the prompts.
+
+        Args:
+            prompts: of any mix of tasks.
+            per_step: how many a step draws, all of one pool.
+            seed: of the order.
+            pool: label of the pool of a prompt.
+
+        Raises:
+            ConfigError: a pool with fewer prompts than a step draws.
+        """
         self._per_step, self._seed = per_step, seed
-        tasks = sorted({prompt.task for prompt in prompts})
-        pools = [[p for p in prompts if p.task == task] for task in tasks]
-        self._pools = pools if mixing == "alternate" else [list(prompts)]
-        smallest = min(len(pool) for pool in self._pools)
+        pools: dict[str, list[Prompt]] = {}
+        for prompt in prompts:
+            pools.setdefault(pool(prompt), []).append(prompt)
+        self._pools = [pools[label] for label in sorted(pools)]
+        smallest = min(len(own) for own in self._pools)
         if smallest < per_step:
             raise ConfigError(
                 f"need at least {per_step} prompts for a step, got {smallest}; give more prompts "

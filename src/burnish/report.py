@@ -14,7 +14,7 @@ from typing import Any
 from burnish import page
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
-from burnish.galleries import TASKS, galleries
+from burnish.galleries import TASKS, galleries, in_words
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.stages import all_scores
 from burnish.summary import Number, read_run, teachers, write_summary
@@ -24,6 +24,8 @@ MAX_BYTES = 4_000_000
 """Largest page; one with more shows fewer pictures."""
 
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
+_TAUGHT = ("student", "teacher", "merge", *(f"arm-{place}" for place in range(3, 10)))
+"""Colours of the curves of a student, one for each teacher."""
 _COLUMNS = {
     "base": "base",
     "teacher": "teacher",
@@ -120,7 +122,8 @@ def _stage(config: RunConfig, name: str) -> dict[str, Any]:
         for key, reward in stage.rewards.items()
     ]
     taught = [
-        f"{teacher} ({TASKS[task].lower()})" for task, teacher in teachers(config, name).items()
+        f"{teacher} ({in_words(label).lower()})"
+        for label, teacher in teachers(config, name).items()
     ]
     return {
         "name": name,
@@ -137,7 +140,7 @@ def _panel(summary: Mapping[str, Any], task: str) -> dict[str, Any]:
     results = [result for result in summary["results"] if result["task"] == task]
     headroom = next(space for space in summary["headroom"] if space["task"] == task)
     policies = {policy["policy"]: policy for policy in summary["policies"]}
-    kept = {k["student"]: k for k in summary["distillation"] if k["task"] == task}
+    kept = {k["student"]: k for k in summary["distillation"] if k["label"] == task}
     measured = [n for n in [*(r["score"] for r in results), headroom["best"]] if n is not None]
     # An axis that ends on round numbers and leaves no mark on its edge.
     step = 0.05
@@ -186,8 +189,8 @@ def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, An
             ("loss", "loss"),
         ):
             lines = [
-                series(TASKS[task].lower(), colour, metric, **{f"teacher/is_{task}": 1.0})
-                for task, colour in zip(taught, ("student", "teacher"), strict=False)
+                series(in_words(label).lower(), colour, metric, **{f"teacher/is_{label}": 1.0})
+                for label, colour in zip(taught, _TAUGHT, strict=False)
             ]
             yield chart(name, words, lines, last=last, end=end, has_zero=True)
         return

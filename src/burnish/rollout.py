@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
+from scipy.stats import beta
 from torch import Generator, Tensor
 
 from burnish import runtime
@@ -46,8 +47,10 @@ class RolloutConfig(Config):
     moves on by one place every `window_every` training steps, from the noisy end of the range to
     the other, and begins again (MixGRPO, arXiv 2507.21802)."""
     window_every: int = Field(default=10, ge=1)
-    keep: Literal["window", "all", "none"] | int = "window"
-    """Which steps are kept. A number K keeps one random step from each K-th part of the path."""
+    keep: Literal["window", "all", "none", "late"] | int = "window"
+    """Which steps are kept. A number K keeps one random step from each K-th part of the path; late
+    keeps one, most often of low noise: its place is drawn from Beta(5, 2) (DanceOPD, arXiv
+    2606.27377)."""
     shared_noise: bool = False
     """All members start at the same noise, so that only the window tells them apart."""
     micro_batch: int = Field(default=64, ge=1)
@@ -248,6 +251,9 @@ def _wanted(config: RolloutConfig, window: range, choice: Generator) -> frozense
             int(torch.randint(low, high, (), generator=choice))
             for low, high in itertools.pairwise(bounds)
         )
+    if config.keep == "late":
+        place = float(beta.ppf(float(torch.rand((), generator=choice, dtype=torch.double)), 5, 2))
+        return frozenset([min(int(place * config.num_steps), config.num_steps - 1)])
     return frozenset({"window": window, "all": range(config.num_steps), "none": ()}[config.keep])
 
 

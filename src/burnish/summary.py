@@ -8,7 +8,7 @@ because no reward asks for what they show; they say what a stage forgot.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,12 @@ class Cells:
             return None
         return asdict(gain([*mine, *theirs], policy, over))
 
-    def means(self, policy: str, task: str) -> dict[str, float]:
-        """Mean headline score of every held-out prompt."""
-        values = by_prompt(self.rows(policy, task, HEADLINE))
+    def means(
+        self, policy: str, task: str, only: str = "", but: Collection[str] = ()
+    ) -> dict[str, float]:
+        """Mean headline score of every held-out prompt, of one category or all but some."""
+        rows = self._narrowed(policy, task, HEADLINE, category=only)
+        values = by_prompt(row for row in rows if row["category"] not in but)
         return {prompt: statistics.fmean(found) for prompt, found in values.items()}
 
     def best(self, task: str) -> dict[str, float]:
@@ -136,7 +139,7 @@ def knowledge_ids(config: RunConfig) -> frozenset[str]:
 
 
 def teachers(config: RunConfig, student: str) -> dict[str, str]:
-    """Teacher of each task of a distilling stage; a teacher from outside the run keeps its path."""
+    """Teacher of each label of a distilling stage; one from outside the run keeps its path."""
     algorithm = config.stages[student].algorithm
     if not isinstance(algorithm, DistillConfig):
         return {}
@@ -217,10 +220,15 @@ def _headroom(cells: Cells, task: str) -> dict[str, Any]:
 
 
 def _distillation(config: RunConfig, cells: Cells) -> Iterator[dict[str, Any]]:
-    """What every student keeps of the gain of each of its teachers."""
+    """What every student keeps of the gain of each of its teachers, on the prompts it is asked."""
     for student in config.stages:
-        for task, teacher in teachers(config, student).items():
-            mine, theirs, base = (cells.means(p, task) for p in (student, teacher, BASE))
+        taught = teachers(config, student)
+        for label, teacher in taught.items():
+            task, _, category = label.partition("/")
+            own = {other.partition("/")[2] for other in taught if other.startswith(f"{task}/")}
+            mine, theirs, base = (
+                cells.means(p, task, category, own - {category}) for p in (student, teacher, BASE)
+            )
             shared = sorted(mine.keys() & theirs.keys() & base.keys())
             above, below = ([one[p] - base[p] for p in shared] for one in (mine, theirs))
             found = ratio(above, below)
@@ -228,6 +236,7 @@ def _distillation(config: RunConfig, cells: Cells) -> Iterator[dict[str, Any]]:
             yield {
                 "student": student,
                 "teacher": teacher,
+                "label": label,
                 "task": task,
                 "kept": asdict(found) if found else None,
                 "reason": reason if shared else "student, teacher and base are not all measured",
@@ -315,7 +324,7 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"There is no best-of-{summary['best_of']} of the base on {space['task']}."
     for kept in summary["distillation"]:
         if kept["kept"] is None:
-            names = f"{kept['student']} keeps of {kept['teacher']} on {kept['task']}"
+            names = f"{kept['student']} keeps of {kept['teacher']} on {kept['label']}"
             yield f"What {names} cannot be said: {kept['reason']}."
     if not any(policy["role"] == "student" for policy in summary["policies"]):
         yield "There is no student: the recipe has no stage that distills."
@@ -338,7 +347,7 @@ def table(summary: Mapping[str, Any]) -> Table:
     best = f"% to best-{summary['best_of']}"
     found = _table(title, ("policy",), ("NFE", "score", "gain over base", best, "% of teacher"))
     policies = {policy["policy"]: policy for policy in summary["policies"]}
-    kept = {(k["student"], k["task"]): k["kept"] for k in summary["distillation"]}
+    kept = {(k["student"], k["label"]): k["kept"] for k in summary["distillation"]}
     for task in policies[BASE]["tasks"]:
         found.add_section()
         found.add_row(Text(task, style="bold"))

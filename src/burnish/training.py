@@ -156,7 +156,7 @@ def train(
         config.prompts.read(),
         per_step=config.prompts_per_step,
         seed=seed,
-        mixing="alternate" if config.algorithm.one_task_per_step else "together",
+        pool=config.algorithm.pool,
     )
     guard = _guard(config, run, state.step)
     with (
@@ -206,6 +206,8 @@ def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Settin
     return Setting(
         policy=policy,
         guidance_scale=config.rollout.guidance_scale,
+        sampler_steps=config.rollout.num_steps,
+        num_steps=config.steps,
         kernel=config.rollout.kernel,
         noise_level=config.rollout.noise_level,
         num_updates=config.optimizer.num_updates,

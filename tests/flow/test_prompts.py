@@ -98,7 +98,7 @@ def test_draws_are_a_function_of_seed_and_step() -> None:
 
 
 def test_alternating_steps_have_one_task_each() -> None:
-    sampler = GroupSampler(some(6) + some(6, "edit"), per_step=2, seed=0, mixing="alternate")
+    sampler = GroupSampler(some(6) + some(6, "edit"), per_step=2, seed=0, pool=lambda p: p.task)
     tasks = [{prompt.task for prompt in sampler.prompts(step)} for step in range(6)]
     assert tasks == [{"edit"}, {"t2i"}] * 3
 

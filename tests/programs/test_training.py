@@ -20,6 +20,7 @@ from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import PromptsConfig, read_prompts
+from burnish.residency import Teachers
 from burnish.run_config import RunConfig
 from burnish.stages import run_job, spent
 from burnish.tracking import Run
@@ -167,6 +168,45 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     assert (cut.folder / "metrics.jsonl").read_bytes() == (
         whole.folder / "metrics.jsonl"
     ).read_bytes()
+    name = "model/transformer/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(cut.folder / name), load_file(whole.folder / name)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_cut_off_in_the_middle_of_a_teacher_switch_and_resumed_is_bit_equal(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = QwenImage21Policy.load(model, resolution=64)
+    with torch.no_grad():
+        for parameter in other.transformer.parameters():
+            parameter.mul_(1.01)
+    other.save(tmp_path / "other")
+    data = settings("distill", model, steps=4)
+    data["prompts"] |= {"tasks": ["t2i", "edit"]}
+    paths = {"t2i": model, "edit": tmp_path / "other"}
+    data["algorithm"]["teachers"] = {
+        task: {"path": str(path), "guidance_scale": 2.0} for task, path in paths.items()
+    }
+    whole, _ = start(tmp_path / "whole", model, data)
+    switches, read = [], Teachers._read
+
+    def cut_off(self: Teachers, label: str) -> dict[str, Any]:
+        weights = read(self, label)
+        switches.append(label)
+        if len(switches) < 3:
+            return weights
+        # Some of the next teacher is there, the rest is still the one before.
+        name, parameter = next(iter(self._resident.transformer.named_parameters()))
+        parameter.data.copy_(weights[name])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teachers, "_read", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            start(tmp_path / "cut", model, data)
+    assert switches == ["edit", "t2i", "edit"]
+    cut, _ = start(tmp_path / "cut", model, data)
+    assert cut.metrics() == whole.metrics() and len(whole.metrics()) == 4
     name = "model/transformer/diffusion_pytorch_model.safetensors"
     ours, theirs = load_file(cut.folder / name), load_file(whole.folder / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -17,7 +17,7 @@ from burnish.algorithms.base import (
     reward_advantages,
     stack,
 )
-from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, Teachers
+from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.algorithms.nft import NftConfig
 from burnish.config import ConfigError, located, parse, shelf
@@ -26,6 +26,7 @@ from burnish.guidance import VelocityPair
 from burnish.objectives import velocity_matching
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
+from burnish.residency import Source, Teachers
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout import RolloutConfig, sample
 from burnish.training import check_ratio
@@ -58,6 +59,8 @@ def setting(policy: QwenImage21Policy, num_updates: int = 1) -> Setting:
     return Setting(
         policy=policy,
         guidance_scale=GUIDANCE,
+        sampler_steps=3,
+        num_steps=10,
         kernel="precise",
         noise_level=1.5,
         num_updates=num_updates,
@@ -441,7 +444,7 @@ class TestDistill:
     def test_swapping_teachers_brings_bitwise_the_same_one_back(
         self, policy: QwenImage21Policy, folder: Path
     ) -> None:
-        configs = {task: TeacherConfig(path=str(folder)) for task in ("t2i", "edit")}
+        configs = {task: Source(folder) for task in ("t2i", "edit")}
         teachers = Teachers(policy, configs)
         first = {k: v.clone() for k, v in teachers.activate("t2i").transformer.state_dict().items()}
         teachers.activate("edit")
@@ -453,7 +456,7 @@ class TestDistill:
     def test_a_task_without_teacher_is_an_error(
         self, policy: QwenImage21Policy, folder: Path
     ) -> None:
-        with pytest.raises(ConfigError, match="need a teacher for task 'edit'"):
+        with pytest.raises(ConfigError, match=r"need a teacher for edit/\w+, the label of prompt"):
             build("distill", policy, folder).credit(groups(policy, "distill", task="edit"), 0)
 
     def test_a_teacher_of_another_architecture_is_refused(
@@ -464,4 +467,4 @@ class TestDistill:
         other.transformer.register_to_config(num_layers=len(other.transformer.transformer_blocks))
         other.save(tmp_path)
         with pytest.raises(ConfigError, match="student's architecture"):
-            Teachers(policy, {"t2i": TeacherConfig(path=str(tmp_path))})
+            Teachers(policy, {"t2i": Source(tmp_path)})

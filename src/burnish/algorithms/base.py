@@ -45,12 +45,18 @@ class AlgorithmConfig(Config, ABC):
     """Whether groups must be scored before `credit`."""
     learns_from: ClassVar[LearnsFrom]
     """What of a rollout it reads, so that a rollout without it can be refused early."""
-    one_task_per_step: ClassVar[bool] = False
-    """Whether all prompts of a step must share one task."""
 
     def covers(self, task: Task) -> bool:
         """Whether it can train on prompts of this task."""
         return True
+
+    def pool(self, prompt: Prompt) -> str:
+        """Prompts of one step share this label; a single one lets all mix.
+
+        Raises:
+            ConfigError: it cannot train on the prompt.
+        """
+        return ""
 
     def check_guidance(self, scale: float) -> None:
         """Refuse rollouts that it cannot learn from.
@@ -106,6 +112,10 @@ class Setting:
     policy: Policy[Any, Any]
     guidance_scale: float
     """Of the rollouts."""
+    sampler_steps: int
+    """Of the rollouts."""
+    num_steps: int
+    """Of the stage."""
     kernel: str
     noise_level: float
     num_updates: int

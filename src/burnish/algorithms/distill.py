@@ -1,9 +1,9 @@
 """On-policy distillation: several teachers, guidance included, into one student.
 
 The student draws its own path without guidance; at states of that path it learns the velocity that
-the teacher of the prompt's task would follow there, as that teacher is deployed, guidance and all:
+the teacher of the prompt would follow there, as that teacher is deployed, guidance and all:
 
-    loss = mean over states of |v_student(x, sigma) - v_teacher,guided(x, sigma)|^2
+    loss = mean over states of weight * |v_student(x, sigma) - v_teacher,guided(x, sigma)|^2
 
 States are constants. The student therefore ends up drawing at guidance 1 what its teachers draw at
 theirs (arXiv 2606.27608, section 4.3, Eq. L_OPD). The sum runs over n = 0..N-1, the points the
@@ -13,9 +13,10 @@ that one on the device.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -30,7 +31,13 @@ from burnish.algorithms.base import (
 from burnish.config import Config, ConfigError
 from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
-from burnish.types import Group, LossOutput, Signal, Task
+from burnish.residency import Source, Teachers
+from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
+
+Weighting = Literal["one", "step", "kl"]
+"""Of a state: `one`, the paper's plain sum; `step`, the length h of its solver step, as in the
+bound on the distance of the two distributions; `kl`, h^2, as in the distance of the two next
+states. Both are in units of an even step, so that they are 1 on an even schedule."""
 
 
 class TeacherConfig(Config):
@@ -38,6 +45,8 @@ class TeacherConfig(Config):
 
     path: str
     """A diffusers folder, or `stage:<name>` for the result of an earlier stage of the run."""
+    lora: str | None = None
+    """A LoRA on the model in `path`: a safetensors file or its folder."""
     guidance_scale: float | None = Field(default=None, ge=1)
     """None is the scale that its own stage drew with; a teacher from elsewhere must have one."""
 
@@ -47,73 +56,65 @@ class DistillConfig(AlgorithmConfig):
 
     needs_rewards: ClassVar[bool] = False
     learns_from: ClassVar[LearnsFrom] = "path"
-    one_task_per_step: ClassVar[bool] = True
     kind: Literal["distill"] = "distill"
-    teachers: Mapping[Task, TeacherConfig]
-    """Teacher of each task; a task without a teacher is an error, never a default."""
+    teachers: Mapping[str, TeacherConfig]
+    """By label: a task, `t2i` or `edit`, or a category of one, such as `t2i/portrait`, which goes
+    before its task. A prompt without a teacher is an error, never a default."""
+    weight: Weighting = "one"
+    guidance_ramp: float = Field(default=0.0, ge=0, le=1)
+    """Share of the stage over which the teachers' guidance rises from 1: a student that is far from
+    guided paths asks its teachers where they have never been."""
 
     @model_validator(mode="after")
     def _has_teachers(self) -> "DistillConfig":
         if not self.teachers:
             raise ValueError("need at least one teacher, got none; name one for each task")
+        for label in self.teachers:
+            task, slash, category = label.partition("/")
+            if task not in get_args(Task) or bool(slash) != bool(category):
+                raise ValueError(
+                    f"need labels of teachers like t2i, edit or t2i/portrait, got {label!r}; "
+                    "rename it"
+                )
         return self
 
     def covers(self, task: Task) -> bool:
-        return task in self.teachers
+        return any(label.partition("/")[0] == task for label in self.teachers)
+
+    def pool(self, prompt: Prompt) -> str:
+        for label in (f"{prompt.task}/{prompt.category}", prompt.task):
+            if label in self.teachers:
+                return label
+        raise ConfigError(
+            f"need a teacher for {prompt.task}/{prompt.category}, the label of prompt {prompt.id}, "
+            f"got teachers for {', '.join(sorted(self.teachers))}; add one or leave out its prompts"
+        )
 
     def build(self, setting: Setting) -> "Distill":
         return Distill(self, setting)
 
 
-class Teachers:
-    """All teachers, of which one at a time is on the device.
+def weights(
+    kind: Weighting,
+    sigmas: Float[Tensor, " step"],
+    sigmas_next: Float[Tensor, " step"],
+    num_steps: int,
+) -> Float[Tensor, " step"]:
+    """Factor of the squared error at each state.
 
-    The weights of idle teachers wait on the CPU; activating a teacher copies its weights into the
-    one resident transformer, so device memory does not grow with the number of teachers.
+    Args:
+        kind: see `Weighting`.
+        sigmas, sigmas_next: of the state and of the next one.
+        num_steps: of the whole path; an even step is 1 / num_steps long.
+
+    Reference: the bound of arXiv 2606.27608, appendix A, integrates over time; DiffusionOPD, arXiv
+    2605.15055, compares the next states.
+
+    >>> weights("step", torch.tensor([1.0, 0.75]), torch.tensor([0.75, 0.0]), 2)
+    tensor([0.5000, 1.5000])
     """
-
-    def __init__(self, student: Policy[Any, Any], configs: Mapping[Task, TeacherConfig]) -> None:
-        self._resident = student.sibling()
-        self._active: Task | None = None
-        self._weights: dict[Task, dict[str, Tensor]] = {}
-        expected = student.fingerprint()
-        for task, config in configs.items():
-            teacher = type(student).load(Path(config.path), resolution=student.resolution)
-            for part, digest in teacher.fingerprint().items():
-                if digest != expected[part]:
-                    raise ConfigError(
-                        f"need teachers that share the student's {part}, got another in "
-                        f"{config.path}; train the teacher from the student's base"
-                    )
-            weights = {name: t.cpu() for name, t in teacher.transformer.state_dict().items()}
-            self._check_shapes(weights, config.path)
-            self._weights[task] = weights
-
-    def _check_shapes(self, weights: Mapping[str, Tensor], path: str) -> None:
-        mine = self._resident.transformer.state_dict()
-        wrong = [n for n in mine.keys() | weights.keys() if n not in mine or n not in weights]
-        wrong += [n for n in mine.keys() & weights.keys() if mine[n].shape != weights[n].shape]
-        if wrong:
-            raise ConfigError(
-                f"need teachers of the student's architecture, got {len(wrong)} other tensors in "
-                f"{path}, first {sorted(wrong)[0]}; train the teacher from the student's base"
-            )
-
-    def activate(self, task: Task) -> Policy[Any, Any]:
-        """The teacher of a task, on the device.
-
-        Raises:
-            ConfigError: no teacher has this task.
-        """
-        if task not in self._weights:
-            raise ConfigError(
-                f"need a teacher for task {task!r}, got teachers for {sorted(self._weights)}; "
-                f"add algorithm.teachers.{task} or leave out its prompts"
-            )
-        if task != self._active:
-            self._resident.transformer.load_state_dict(self._weights[task])
-            self._active = task
-        return self._resident
+    length = (sigmas - sigmas_next) * num_steps
+    return {"one": torch.ones_like(length), "step": length, "kl": length**2}[kind]
 
 
 class Distill(Algorithm):
@@ -121,41 +122,57 @@ class Distill(Algorithm):
 
     def __init__(self, config: DistillConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
-        for task, teacher in config.teachers.items():
+        for label, teacher in config.teachers.items():
             if teacher.guidance_scale is None:
                 raise ConfigError(
                     f"need the guidance scale that the teacher in {teacher.path} is deployed with, "
-                    f"got none; set algorithm.teachers.{task}.guidance_scale"
+                    f"got none; set algorithm.teachers.{label}.guidance_scale"
                 )
-        self._teachers = Teachers(setting.policy, config.teachers)
+        sources = {
+            label: Source(Path(t.path), None if t.lora is None else Path(t.lora))
+            for label, t in config.teachers.items()
+        }
+        self._teachers = Teachers(setting.policy, sources)
+
+    def scale(self, label: str, step: int) -> float:
+        """Guidance of a teacher at a step: its own after the ramp."""
+        own = self._config.teachers[label].guidance_scale
+        assert own is not None, "refused when the algorithm was built"
+        rising = self._config.guidance_ramp * self._setting.num_steps
+        return 1 + (own - 1) * min(1.0, (step + 1) / rising) if rising else own
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        task = groups[0].prompt.task
-        if any(group.prompt.task != task for group in groups):
+        labels = {self._config.pool(group.prompt) for group in groups}
+        if len(labels) > 1:
             raise ValueError(
-                "need groups of one task per step, got several; draw one task at a time"
+                f"need groups of one teacher per step, got {', '.join(sorted(labels))}; draw one "
+                "pool at a time"
             )
-        teacher = self._teachers.activate(task)
-        signals = [
-            Signal(prompt=group.prompt, latents=t.latents, sigmas=t.sigmas)
-            for group in groups
-            for t in group.trajectories
-        ]
-        scale = self._config.teachers[task].guidance_scale
-        assert scale is not None, "refused when the algorithm was built"
+        (label,) = labels
+        teacher = self._teachers.activate(label)
+        order = self._teachers.labels
+        self._teachers.prefetch(order[(order.index(label) + 1) % len(order)])
+        signals = [self._signal(g.prompt, t) for g in groups for t in g.trajectories]
+        scale = self.scale(label, step)
         targets = evaluate_guided(teacher, signals, self._setting.micro_batch, scale)
-        return [
+        found = [
             signal.with_fields(target=guided)
             for signal, (guided, _) in zip(signals, targets, strict=True)
-        ], {f"teacher/is_{name}": float(name == task) for name in self._config.teachers}
+        ]
+        return found, {f"teacher/is_{name}": float(name == label) for name in order}
+
+    def _signal(self, prompt: Prompt, path: Trajectory) -> Signal:
+        count = self._setting.sampler_steps
+        weight = weights(self._config.weight, path.sigmas, path.sigmas_next, count)
+        return Signal(
+            prompt=prompt, latents=path.latents, sigmas=path.sigmas, fields={"weight": weight}
+        )
 
     def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
-        velocity = batch.velocity(policy)
-        losses = velocity_matching(velocity, batch.fields["target"])
+        velocity, target = batch.velocity(policy), batch.fields["target"]
+        losses = velocity_matching(velocity, target, weight=batch.fields["weight"])
         with torch.no_grad():
-            size = velocity_matching(torch.zeros_like(velocity), batch.fields["target"]).mean()
-            metrics = {
-                "distill/gap": float(losses.mean()),
-                "distill/gap_share": float(losses.mean() / size),
-            }
+            gap = velocity_matching(velocity, target).mean()
+            size = velocity_matching(torch.zeros_like(velocity), target).mean()
+            metrics = {"distill/gap": float(gap), "distill/gap_share": float(gap / size)}
         return LossOutput(loss=losses.mean(), metrics=metrics)

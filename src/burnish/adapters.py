@@ -1,0 +1,106 @@
+"""LoRA files: read as what they add to the weights of a base.
+
+Both layouts in use are read: that of diffusers (`pytorch_lora_weights.safetensors`, names below
+`transformer.`) and that of peft (`adapter_model.safetensors` beside `adapter_config.json`, names
+below `base_model.model.`). An adapter whose modules are not all found in the model is refused: half
+a teacher is another teacher.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Shaped
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from burnish.config import ConfigError
+
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Names of an adapter's file in its folder."""
+_PREFIXES = ("transformer.", "base_model.model.")
+_LOW, _HIGH, _ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What one module learnt: `scale * high @ low`."""
+
+    low: Float[Tensor, "rank input"]
+    high: Float[Tensor, "output rank"]
+    scale: float
+
+
+def read_adapter(path: Path) -> dict[str, Adapter]:
+    """The adapters of a file or of its folder, by the name of the module in the transformer.
+
+    The scale is alpha / rank: alpha as the file names it, else as `adapter_config.json` does, else
+    the rank.
+
+    Raises:
+        ConfigError: no such file, or one that holds no LoRA.
+    """
+    file = next((path / name for name in FILES if (path / name).is_file()), path)
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"need a LoRA as safetensors, got {path} ({reason}); name the file or its folder"
+        ) from None
+    given = file.parent / "adapter_config.json"
+    alpha = json.loads(given.read_text()).get("lora_alpha") if given.is_file() else None
+    found = {}
+    for name, low in tensors.items():
+        if not name.endswith(_LOW):
+            continue
+        stem = name.removesuffix(_LOW)
+        high = tensors.get(stem + _HIGH)
+        if high is None:
+            raise ConfigError(f"need both factors of {stem} in {file}, got one; write it again")
+        own = tensors.get(stem + _ALPHA)
+        strength = float(own) if own is not None else alpha
+        scale = strength / len(low) if strength is not None else 1.0
+        found[_module(stem)] = Adapter(low, high, scale)
+    if not found:
+        raise ConfigError(
+            f"need a LoRA with names that end in {_LOW}, got none among {len(tensors)} tensors in "
+            f"{file}; convert it with peft or diffusers"
+        )
+    return found
+
+
+def adapted(
+    base: Mapping[str, Shaped[Tensor, "..."]], adapters: Mapping[str, Adapter], *, where: str
+) -> dict[str, Tensor]:
+    """The weights of the base with what the adapters learnt added, in float32.
+
+    Args:
+        base: weights by name, not changed.
+        adapters: by module.
+        where: the adapter's file, for messages.
+
+    Raises:
+        ConfigError: modules that the base does not have; the counts are told.
+    """
+    names = {module: f"{module}.weight" for module in adapters}
+    missing = [module for module, name in names.items() if name not in base]
+    if missing:
+        raise ConfigError(
+            f"need a LoRA of this model, got {len(names) - len(missing)} of {len(names)} modules "
+            f"bound in {where}, first that is not found {missing[0]}; take the LoRA's own base"
+        )
+    weights = dict(base)
+    for module, adapter in adapters.items():
+        learnt = adapter.scale * (adapter.high.float() @ adapter.low.float())
+        weights[names[module]] = (base[names[module]].float() + learnt).to(torch.float32)
+    return weights
+
+
+def _module(stem: str) -> str:
+    for prefix in _PREFIXES:
+        stem = stem.removeprefix(prefix)
+    return stem

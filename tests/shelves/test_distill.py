@@ -1,0 +1,279 @@
+"""Many teachers, one student: who teaches what, how states count, and who is on the device."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from burnish.adapters import Adapter, adapted, read_adapter
+from burnish.algorithms.base import Setting, stack
+from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, weights
+from burnish.config import ConfigError, located, parse
+from burnish.flow import KERNELS
+from burnish.objectives import velocity_matching
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import read_prompts
+from burnish.residency import Source, Teachers
+from burnish.rollout import RolloutConfig, sample
+from burnish.types import Group, Prompt, Signal
+
+STEPS = 3
+SCALE = 2.5
+
+
+@pytest.fixture(scope="module")
+def policy() -> QwenImage21Policy:
+    return QwenImage21Policy.tiny()
+
+
+@pytest.fixture(scope="module")
+def folders(policy: QwenImage21Policy, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Teachers of one base that differ in all weights."""
+    root = tmp_path_factory.mktemp("teachers")
+    for seed, name in enumerate(("one", "two", "three")):
+        teacher = policy.sibling()
+        with torch.no_grad():
+            for parameter in teacher.transformer.parameters():
+                draws = torch.Generator().manual_seed(seed)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
+        teacher.save(root / name)
+    return {name: root / name for name in ("one", "two", "three")}
+
+
+def prompts(task: str, category: str, count: int = 2) -> list[Prompt]:
+    every = read_prompts(located("embedded:prompts/train.jsonl"))
+    return [p for p in every if (p.task, p.category) == (task, category)][:count]
+
+
+def groups(policy: QwenImage21Policy, task: str = "t2i", category: str = "portrait") -> list[Group]:
+    config = RolloutConfig(num_steps=STEPS, group_size=2, window=0, keep="all", guidance_scale=1.0)
+    return sample(policy, prompts(task, category), config, seed=0, step=0)
+
+
+def build(policy: QwenImage21Policy, teachers: dict[str, Path], **settings: Any) -> Distill:
+    named = {n: TeacherConfig(path=str(f), guidance_scale=SCALE) for n, f in teachers.items()}
+    setting = Setting(
+        policy=policy, guidance_scale=1.0, sampler_steps=STEPS, num_steps=10, kernel="ode",
+        noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
+    )  # fmt: skip
+    return Distill(DistillConfig(teachers=named, **settings), setting)
+
+
+def targets(signals: list[Signal]) -> Tensor:
+    return torch.cat([signal.fields["target"] for signal in signals])
+
+
+# --- Who teaches what ------------------------------------------------------------------------
+
+
+def test_a_category_goes_before_its_task(
+    policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    one, two = folders["one"], folders["two"]
+    algorithm = build(policy, {"t2i": one, "t2i/portrait": two})
+    for category, folder in (("portrait", two), ("landscape", one)):
+        drawn = groups(policy, category=category)
+        found, told = algorithm.credit(drawn, 0)
+        wanted, _ = build(policy, {"t2i": folder}).credit(drawn, 0)
+        assert torch.equal(targets(found), targets(wanted))
+        assert told["teacher/is_t2i/portrait"] == float(category == "portrait")
+
+
+def test_two_labels_of_one_teacher_are_one_teacher(
+    policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    folder = folders["one"]
+    drawn = groups(policy)
+    alone, both = (
+        build(policy, teachers)
+        for teachers in ({"t2i": folder}, {"t2i": folder, "t2i/portrait": folder})
+    )
+    losses = [a.loss(policy, stack(a.credit(drawn, 0)[0])).loss for a in (alone, both)]
+    assert torch.equal(losses[0], losses[1])
+
+
+def test_a_prompt_without_a_teacher_is_an_error(
+    policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    algorithm = build(policy, {"t2i/portrait": folders["one"], "edit": folders["two"]})
+    with pytest.raises(ConfigError, match=r"need a teacher for t2i/landscape, the label of prompt"):
+        algorithm.credit(groups(policy, category="landscape"), 0)
+    with pytest.raises(ValueError, match=r"one teacher per step, got edit, t2i/portrait"):
+        algorithm.credit([*groups(policy), *groups(policy, "edit")], 0)
+
+
+@pytest.mark.parametrize("label", ["portrait", "t2i/", "video", "video/portrait"])
+def test_a_label_that_is_none_is_refused(label: str) -> None:
+    with pytest.raises(ConfigError, match="need labels of teachers like t2i, edit or t2i/portrait"):
+        parse(DistillConfig, {"kind": "distill", "teachers": {label: {"path": "x"}}})
+
+
+# --- How states count ------------------------------------------------------------------------
+
+
+def test_on_an_even_schedule_all_weights_are_the_plain_sum() -> None:
+    sigmas = torch.linspace(1, 0, 5)
+    for kind in ("one", "step", "kl"):
+        found = weights(kind, sigmas[:-1], sigmas[1:], 4)
+        torch.testing.assert_close(found, torch.ones(4))
+
+
+def test_kl_weighs_by_the_distance_of_the_next_states() -> None:
+    draws = torch.Generator().manual_seed(0)
+    latents, mine, theirs = (torch.randn(3, 4, 8, generator=draws) for _ in range(3))
+    sigmas, sigmas_next = torch.tensor([1.0, 0.7, 0.2]), torch.tensor([0.7, 0.2, 0.0])
+    ends = [
+        KERNELS["ode"](latents, v, sigma=sigmas, sigma_next=sigmas_next, noise_level=0.0).mean
+        for v in (mine, theirs)
+    ]
+    found = velocity_matching(mine, theirs, weight=weights("kl", sigmas, sigmas_next, 1))
+    torch.testing.assert_close(found, (ends[0] - ends[1]).pow(2).mean(dim=(1, 2)))
+
+
+def test_the_loss_follows_the_weights(policy: QwenImage21Policy, folders: dict[str, Path]) -> None:
+    drawn = groups(policy)
+    found = {}
+    for kind in ("one", "step"):
+        algorithm = build(policy, {"t2i": folders["one"]}, weight=kind)
+        batch = stack(algorithm.credit(drawn, 0)[0])
+        found[kind] = algorithm.loss(policy, batch)
+    gap = velocity_matching(batch.velocity(policy), batch.fields["target"])
+    expected = (gap * batch.fields["weight"]).mean()
+    torch.testing.assert_close(found["step"].loss, expected)
+    assert found["step"].metrics == found["one"].metrics
+
+
+def test_guidance_rises_over_its_share_of_the_stage(
+    policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    teachers = {"t2i": folders["one"]}
+    assert [build(policy, teachers).scale("t2i", step) for step in (0, 9)] == [SCALE, SCALE]
+    rising = build(policy, teachers, guidance_ramp=0.5)
+    assert [rising.scale("t2i", s) for s in range(6)] == pytest.approx(
+        [1.3, 1.6, 1.9, 2.2, 2.5, 2.5]
+    )
+
+
+def test_late_states_have_low_noise(policy: QwenImage21Policy) -> None:
+    config = RolloutConfig(num_steps=8, group_size=1, window=0, keep="late", guidance_scale=1.0)
+    sigmas = [
+        float(t.sigmas)
+        for step in range(30)
+        for group in sample(policy, prompts("t2i", "general"), config, seed=0, step=step)
+        for t in group.trajectories
+    ]
+    schedule = policy.schedule(8)
+    places = [int((schedule - sigma).abs().argmin()) for sigma in sigmas]
+    # The mean of Beta(5, 2) is 5/7; the place is the floor of eight times that.
+    assert sum(places) / len(places) == pytest.approx(8 * 5 / 7 - 0.5, abs=0.6)
+    assert len(set(places)) > 3
+
+
+# --- Who is on the device --------------------------------------------------------------------
+
+
+def state(policy: Any) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in policy.transformer.state_dict().items()}
+
+
+def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+
+
+@pytest.mark.parametrize("guess", [None, "two", "three"])
+def test_the_next_teacher_is_right_whatever_was_guessed(
+    guess: str | None, policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    teachers = Teachers(policy, {name: Source(folder) for name, folder in folders.items()})
+    teachers.activate("one")
+    if guess is not None:
+        teachers.prefetch(guess)
+    found = state(teachers.activate("two"))
+    assert equal(found, state(QwenImage21Policy.load(folders["two"], resolution=64)))
+
+
+def test_a_half_copied_teacher_never_passes_for_one(
+    policy: QwenImage21Policy, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers = Teachers(policy, {name: Source(folder) for name, folder in folders.items()})
+    resident = teachers.activate("one").transformer
+
+    def cut_off(weights: dict[str, Tensor]) -> None:
+        name, parameter = next(iter(resident.named_parameters()))
+        parameter.data.copy_(weights[name])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resident, "load_state_dict", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            teachers.activate("two")
+    again = state(teachers.activate("one"))
+    assert equal(again, state(QwenImage21Policy.load(folders["one"], resolution=64)))
+
+
+# --- Teachers that are LoRAs -----------------------------------------------------------------
+
+
+def write_lora(path: Path, policy: QwenImage21Policy, modules: list[str], layout: str) -> None:
+    prefix = {"diffusers": "transformer.", "peft": "base_model.model."}[layout]
+    shapes = {n: p.shape for n, p in policy.transformer.named_parameters()}
+    draws = torch.Generator().manual_seed(0)
+    tensors = {}
+    for module in modules:
+        out, inner = shapes.get(f"{module}.weight", (8, 8))
+        tensors[f"{prefix}{module}.lora_A.weight"] = torch.randn(4, inner, generator=draws)
+        tensors[f"{prefix}{module}.lora_B.weight"] = torch.randn(out, 4, generator=draws)
+    path.mkdir(exist_ok=True)
+    name = {"diffusers": "pytorch_lora_weights", "peft": "adapter_model"}[layout]
+    save_file(tensors, path / f"{name}.safetensors")
+    if layout == "peft":
+        (path / "adapter_config.json").write_text('{"lora_alpha": 2, "r": 4}')
+
+
+@pytest.mark.parametrize(("layout", "scale"), [("diffusers", 1.0), ("peft", 0.5)])
+def test_a_lora_on_a_base_is_the_teacher_with_its_weights_added(
+    layout: str, scale: float, policy: QwenImage21Policy, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    modules = [f"transformer_blocks.{n}.attn.to_q" for n in range(2)]
+    write_lora(tmp_path / "lora", policy, modules, layout)
+    adapters = read_adapter(tmp_path / "lora")
+    assert list(adapters) == modules and {a.scale for a in adapters.values()} == {scale}
+    teachers = Teachers(
+        policy, {"plain": Source(folders["one"]), "lora": Source(folders["one"], tmp_path / "lora")}
+    )
+    plain, found = (state(teachers.activate(name)) for name in ("plain", "lora"))
+    for name, before in plain.items():
+        adapter = adapters.get(name.removesuffix(".weight"))
+        learnt = 0 if adapter is None else scale * adapter.high @ adapter.low
+        torch.testing.assert_close(found[name], before + learnt)
+    assert equal(plain, state(teachers.activate("plain")))
+
+
+def test_modules_that_are_not_found_are_counted(
+    policy: QwenImage21Policy, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    known, other = "transformer_blocks.0.attn.to_q", "blocks.0.attn.query"
+    for modules, count in (([known, other], "1 of 2"), ([other], "0 of 1")):
+        write_lora(tmp_path / "lora", policy, modules, "diffusers")
+        with pytest.raises(ConfigError, match=rf"got {count} modules bound in .*{other}"):
+            Teachers(policy, {"t2i": Source(folders["one"], tmp_path / "lora")})
+
+
+def test_what_is_no_lora_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="need a LoRA as safetensors"):
+        read_adapter(tmp_path / "none")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "plain.safetensors")
+    with pytest.raises(ConfigError, match="got none among 1 tensors"):
+        read_adapter(tmp_path / "plain.safetensors")
+    save_file({"a.lora_A.weight": torch.zeros(1, 1)}, tmp_path / "half.safetensors")
+    with pytest.raises(ConfigError, match="need both factors of a"):
+        read_adapter(tmp_path / "half.safetensors")
+
+
+def test_an_adapter_of_nothing_changes_nothing() -> None:
+    base = {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2)}
+    found = adapted(base, {"a": Adapter(torch.ones(1, 2), torch.zeros(2, 1), 1.0)}, where="x")
+    assert all(torch.equal(found[name], base[name]) for name in base)
