@@ -139,7 +139,7 @@ def knowledge_ids(config: RunConfig) -> frozenset[str]:
 
 
 def teachers(config: RunConfig, student: str) -> dict[str, str]:
-    """Teacher of each label of a distilling stage; one from outside the run keeps its path."""
+    """Teacher of each label of a stage that distills; one from elsewhere keeps its path."""
     algorithm = config.stages[student].algorithm
     if not isinstance(algorithm, DistillConfig):
         return {}
@@ -230,8 +230,7 @@ def _distillation(config: RunConfig, cells: Cells) -> Iterator[dict[str, Any]]:
                 cells.means(p, task, category, own - {category}) for p in (student, teacher, BASE)
             )
             shared = sorted(mine.keys() & theirs.keys() & base.keys())
-            above, below = ([one[p] - base[p] for p in shared] for one in (mine, theirs))
-            found = ratio(above, below)
+            found = ratio(*([one[p] - base[p] for p in shared] for one in (mine, theirs)))
             reason = "" if found else "the teacher has no gain that is clear of zero"
             yield {
                 "student": student,
