@@ -230,7 +230,9 @@ def _distillation(config: RunConfig, cells: Cells) -> Iterator[dict[str, Any]]:
                 cells.means(p, task, category, own - {category}) for p in (student, teacher, BASE)
             )
             shared = sorted(mine.keys() & theirs.keys() & base.keys())
-            found = ratio(*([one[p] - base[p] for p in shared] for one in (mine, theirs)))
+            found = ratio(
+                [mine[p] - base[p] for p in shared], [theirs[p] - base[p] for p in shared]
+            )
             reason = "" if found else "the teacher has no gain that is clear of zero"
             yield {
                 "student": student,
