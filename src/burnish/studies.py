@@ -34,8 +34,8 @@ from burnish.summary import (
     Number,
     knowledge_ids,
     read_run,
-    shown,
 )
+from burnish.tables import shown
 from burnish.tracking import Run, write_atomic, write_json, writing
 
 

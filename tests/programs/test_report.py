@@ -17,7 +17,8 @@ from burnish.evaluation import Row, write_rows
 from burnish.prompts import write_prompts
 from burnish.report import MAX_BYTES, write_report
 from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig
-from burnish.summary import cost_table, ratio, table, write_summary
+from burnish.summary import ratio, write_summary
+from burnish.tables import cost_table, table
 from burnish.tracking import Run
 from burnish.types import Prompt
 

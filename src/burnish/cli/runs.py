@@ -121,14 +121,14 @@ def _finish(folder: Path, as_json: bool) -> None:
     """Write and show what a run found."""
     from rich.console import Console
 
-    from burnish import report, summary
+    from burnish import report, tables
 
     page = report.write_report(folder)
     found = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     # Where no terminal says how wide it is, eighty columns would break the tables' words.
     is_told = sys.stdout.isatty() or "COLUMNS" in os.environ
     console = Console(width=None if is_told else 120)
-    console.print(summary.table(found), summary.cost_table(found))
+    console.print(tables.table(found), tables.cost_table(found))
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
     if as_json:
         print(json.dumps({"folder": str(folder), "report": str(page), "summary": found}))
