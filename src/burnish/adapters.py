@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from burnish.config import ConfigError
+from burnish.tracking import writing
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names of an adapter's file in its folder."""
@@ -71,6 +72,20 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
             f"{file}; convert it with peft or diffusers"
         )
     return found
+
+
+def write_adapter(folder: Path, adapters: Mapping[str, Adapter]) -> Path:
+    """Write a LoRA that diffusers reads, its scale in the first factor; returns the file."""
+    tensors = {}
+    for module, adapter in adapters.items():
+        stem = _PREFIXES[0] + module
+        tensors[stem + _LOW] = (adapter.scale * adapter.low.float()).contiguous()
+        tensors[stem + _HIGH] = adapter.high.float().contiguous()
+    file = folder / FILES[0]
+    with writing(file):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file)
+    return file
 
 
 def adapted(

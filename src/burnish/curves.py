@@ -34,15 +34,13 @@ class Curve:
 
 
 def learning_curve(config: RunConfig, runs: Sequence[Path], arm: str) -> Curve | None:
-    """The curve of an arm over the looks and prompts that all runs have; None without a guard.
+    """The curve of an arm over the looks and prompts that all runs have; None without a look.
 
     Args:
         config: of the study.
         runs: run folders, one for each seed.
         arm: a stage.
     """
-    if config.stages[arm].guard is None:
-        return None
     looks = [
         {
             row["step"]: row["scores"]

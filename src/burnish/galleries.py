@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from burnish import images, page
 from burnish.config import located
 from burnish.evaluation import Row
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, RunConfig
+from burnish.stages import all_scores
 from burnish.summary import HEADLINE, KNOWLEDGE, knowledge_ids
 from burnish.types import Prompt
 
@@ -24,6 +27,34 @@ def in_words(label: str) -> str:
     """
     task, _, category = label.partition("/")
     return f"{TASKS[task]}, {category}" if category else TASKS[task]
+
+
+MAX_BYTES = 4_000_000
+"""Largest page; one with more shows fewer pictures."""
+
+
+def with_galleries(
+    template: Template,
+    context: Mapping[str, Any],
+    config: RunConfig,
+    folder: Path,
+    counts: Sequence[int],
+) -> str:
+    """A page with as many pictures as it may hold.
+
+    Args:
+        template: that shows `galleries`.
+        context: all else that it shows.
+        config: of the run whose pictures these are.
+        folder: of that run.
+        counts: prompts of each category, falling; the first whose page is small enough is taken.
+    """
+    rows, text = all_scores(config, folder), ""
+    for count in counts:
+        text = template.render(**context, galleries=galleries(config, folder, rows, count))
+        if len(text.encode()) <= MAX_BYTES:
+            break
+    return text
 
 
 def galleries(

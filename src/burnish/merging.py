@@ -18,8 +18,10 @@ from jaxtyping import Float, Shaped
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from burnish.adapters import Adapter
 from burnish.config import Config, ConfigError
 from burnish.policies.base import Policy
+from burnish.residency import Source, read_kin
 
 Weights = Mapping[str, Shaped[Tensor, "..."]]
 """Named tensors, as a `state_dict` has them."""
@@ -69,21 +71,38 @@ def merge_into(policy: Policy[Any, Any], folders: Sequence[Path], config: MergeC
     Raises:
         ConfigError: a pipeline with another architecture, encoder, VAE or scheduler.
     """
-    expected, weights = policy.fingerprint(), []
-    for folder in folders:
-        teacher = type(policy).load(folder, resolution=policy.resolution)
-        for part, digest in teacher.fingerprint().items():
-            if digest != expected[part]:
-                raise ConfigError(
-                    f"need models that share the base's {part}, got another in {folder}; merge "
-                    "what was trained from one base"
-                )
-        weights.append({name: t.cpu() for name, t in teacher.transformer.state_dict().items()})
+    weights = [read_kin(policy, Source(folder)) for folder in folders]
     base = {name: tensor.cpu() for name, tensor in policy.transformer.state_dict().items()}
     try:
         policy.transformer.load_state_dict(config.merge(base, weights))
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def merge_adapters(
+    adapters: Sequence[Mapping[str, Adapter]], scales: Sequence[float] | None = None
+) -> dict[str, Adapter]:
+    """LoRAs of one base as one, exactly: every module has the ranks of all that adapt it.
+
+    Args:
+        adapters: of each LoRA, by module.
+        scales: one for each LoRA; 1 if left out.
+
+    Raises:
+        ConfigError: not one scale for each.
+    """
+    scales = scales or [1.0] * len(adapters)
+    if len(scales) != len(adapters):
+        raise ConfigError(f"need {len(adapters)} scales, one for each LoRA, got {len(scales)}")
+    merged = {}
+    for module in dict.fromkeys(name for own in adapters for name in own):
+        pairs = [(s, own[module]) for s, own in zip(scales, adapters, strict=True) if module in own]
+        low, high = concatenate_lora(
+            [(adapter.low, adapter.high) for _, adapter in pairs],
+            [scale * adapter.scale for scale, adapter in pairs],
+        )
+        merged[module] = Adapter(low, high, 1.0)
+    return merged
 
 
 def average(base: Weights, teachers: Sequence[Weights]) -> dict[str, Tensor]:

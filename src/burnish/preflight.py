@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from burnish import __version__, images, rollout, runtime
+from burnish.adapters import read_adapter
 from burnish.config import EMBEDDED, ConfigError, located
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import RewardConfig, check_weights
@@ -53,6 +54,7 @@ def check_inputs(config: RunConfig) -> None:
             read_prompts(located(path))
     for name, stage in config.stages.items():
         _check_prompts(name, stage)
+        _check_adapters(stage)
     for key, reward in _rewards(config):
         try:
             reward.check()
@@ -70,6 +72,17 @@ def _rewards(config: RunConfig) -> Iterator[tuple[str, RewardConfig]]:
             yield f"stages.{name}.guard.judge", stage.guard.judge
 
 
+def _check_adapters(stage: StageConfig) -> None:
+    """Read the LoRAs of the teachers, which are small, before anything large."""
+    teachers: Mapping[str, Any] = getattr(stage.algorithm, "teachers", {})
+    for label, teacher in teachers.items():
+        try:
+            if teacher.lora is not None:
+                read_adapter(Path(teacher.lora))
+        except ConfigError as error:
+            raise ConfigError(f"algorithm.teachers.{label}.lora: {error}") from None
+
+
 def _models(config: RunConfig) -> dict[str, str]:
     """Every model of a run that the run does not make itself, by the key that names it."""
     found = {"policy.path": config.policy.path}
@@ -85,6 +98,8 @@ def _check_prompts(name: str, stage: StageConfig) -> None:
     weights."""
     try:
         chosen = stage.prompts.read()
+        for prompt in chosen:
+            stage.algorithm.pool(prompt)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts: {error}") from None
     try:

@@ -14,14 +14,10 @@ from typing import Any
 from burnish import page
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
-from burnish.galleries import TASKS, galleries, in_words
+from burnish.galleries import TASKS, in_words, with_galleries
 from burnish.run_config import BASE, UNGUIDED, RunConfig
-from burnish.stages import all_scores
 from burnish.summary import Number, read_run, teachers, write_summary
 from burnish.tracking import Run, read_rows, write_atomic, writing
-
-MAX_BYTES = 4_000_000
-"""Largest page; one with more shows fewer pictures."""
 
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
 _TAUGHT = ("student", "teacher", "merge", *(f"arm-{place}" for place in range(3, 10)))
@@ -38,7 +34,6 @@ _COLUMNS = {
 def write_report(folder: Path) -> Path:
     """Write `report.html` of the run in a folder, and its `summary.json`; returns the page."""
     config, summary = read_run(folder), write_summary(folder)
-    rows = all_scores(config, folder)
     template = page.template("report.html.j2")
     context = {
         "summary": summary,
@@ -53,11 +48,7 @@ def write_report(folder: Path) -> Path:
         "base": BASE,
         "columns": {policy["policy"]: _COLUMNS[policy["role"]] for policy in summary["policies"]},
     }
-    text = ""
-    for count in _PICTURES:
-        text = template.render(**context, galleries=galleries(config, folder, rows, count))
-        if len(text.encode()) <= MAX_BYTES:
-            break
+    text = with_galleries(template, context, config, folder, _PICTURES)
     path = folder / "report.html"
     with writing(path):
         write_atomic(path, text)

@@ -46,28 +46,8 @@ class Teachers:
         self._active: str | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
-        expected = student.fingerprint()
         for source in dict.fromkeys(self._sources.values()):
-            teacher = type(student).load(source.folder, resolution=student.resolution)
-            for part, digest in teacher.fingerprint().items():
-                if digest != expected[part]:
-                    raise ConfigError(
-                        f"need teachers that share the student's {part}, got another in "
-                        f"{source.folder}; train the teacher from the student's base"
-                    )
-            del teacher
-            self._check_shapes(_weights(source), source)
-
-    def _check_shapes(self, weights: Mapping[str, Tensor], source: Source) -> None:
-        mine = self._resident.transformer.state_dict()
-        wrong = [n for n in mine.keys() | weights.keys() if n not in mine or n not in weights]
-        wrong += [n for n in mine.keys() & weights.keys() if mine[n].shape != weights[n].shape]
-        if wrong:
-            raise ConfigError(
-                f"need teachers of the student's architecture, got {len(wrong)} other tensors in "
-                f"{source.folder}, first {sorted(wrong)[0]}; train the teacher from the student's "
-                "base"
-            )
+            read_kin(student, source)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -107,6 +87,35 @@ class Teachers:
             self._next = None
             return weights
         return _weights(self._sources[label])
+
+
+def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:
+    """The weights of a model that was trained from the base of another one.
+
+    Args:
+        policy: whose encoder, VAE, scheduler and architecture the model must share.
+        source: of the model.
+
+    Raises:
+        ConfigError: it does not share them.
+    """
+    expected = policy.fingerprint()
+    model = type(policy).load(source.folder, resolution=policy.resolution)
+    for part, digest in model.fingerprint().items():
+        if digest != expected[part]:
+            raise ConfigError(
+                f"need models of one base, got another {part} in {source.folder}; take models that "
+                "were trained from the same base"
+            )
+    weights, mine = _weights(source), policy.transformer.state_dict()
+    wrong = [n for n in mine.keys() | weights.keys() if n not in mine or n not in weights]
+    wrong += [n for n in mine.keys() & weights.keys() if mine[n].shape != weights[n].shape]
+    if wrong:
+        raise ConfigError(
+            f"need models of one architecture, got {len(wrong)} other tensors in {source.folder}, "
+            f"first {sorted(wrong)[0]}; take models that were trained from the same base"
+        )
+    return weights
 
 
 def _staged(source: Source, is_pinned: bool) -> dict[str, Tensor]:

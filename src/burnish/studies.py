@@ -150,7 +150,7 @@ def tabulate(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
     held_out = [row for row in rows if row["prompt"] not in known]
     remembered = [row for row in rows if row["prompt"] in known]
     return {
-        "arms": list(config.stages),
+        "arms": list(config.policies()),
         "results": list(_results(config, held_out)),
         "knowledge": [r for r in _results(config, remembered) if r["metric"] in KNOWLEDGE],
         "categories": [
@@ -164,8 +164,8 @@ def tabulate(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _results(config: RunConfig, rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     """One entry for each arm, task and metric, the headline first; it is there without scores."""
-    first = next(iter(config.stages))
-    for arm in config.stages:
+    first = config.policies()[0]
+    for arm in config.policies():
         for task in config.tasks(arm):
             own = [row for row in rows if row["task"] == task]
             found = [row["metric"] for row in own if row["policy"] == arm]
@@ -247,17 +247,9 @@ def markdown(found: Mapping[str, Any]) -> str:
         *([f"Claim: {found['claim']}", ""] if found["claim"] else []),
         f"Command: `{found['command']}`; seeds {seeds}. Brackets are 95 % intervals over prompts of"
         " the mean over seeds, differences paired by prompt; the gain of each seed is beside them.",
-        "",
-        "| arm | task | metric | score | gain over base | of each seed | over the first arm |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for row in found["results"]:
-        lines.append(_line(row, (row["arm"], row["task"], row["metric"])))
-    lines += _section(
-        f"By category, {HEADLINE}",
-        "| arm | task | category | score | gain over base | of each seed | over the first arm |",
-        [_line(row, (row["arm"], row["task"], row["category"])) for row in found["categories"]],
-    )
+    lines += _gains("Results", found["results"], "metric")
+    lines += _gains(f"By category, {HEADLINE}", found["categories"], "category")
     lines += _section(
         "Network evaluations until the first arm's held-out score is reached",
         "| arm | share of the first arm's | best look | last look |",
@@ -267,11 +259,7 @@ def markdown(found: Mapping[str, Any]) -> str:
             for arm, own in found["budgets"].items()
         ],
     )
-    lines += _section(
-        "What no reward asks for",
-        "| arm | task | metric | score | gain over base | of each seed | over the first arm |",
-        [_line(row, (row["arm"], row["task"], row["metric"])) for row in found["knowledge"]],
-    )
+    lines += _gains("What no reward asks for", found["knowledge"], "metric")
     lines += _section(
         "Cost, mean over seeds",
         "| arm | pictures | to choose prompts | network evaluations | minutes |",
@@ -282,6 +270,12 @@ def markdown(found: Mapping[str, Any]) -> str:
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _gains(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """Scores and gains; `key` is what tells rows of one arm and task apart."""
+    head = f"| arm | task | {key} | score | gain over base | of each seed | over the first arm |"
+    return _section(title, head, [_line(row, (row["arm"], row["task"], row[key])) for row in rows])
 
 
 def _section(title: str, head: str, lines: Sequence[str]) -> list[str]:

@@ -10,16 +10,13 @@ from burnish import page
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.curves import told
-from burnish.galleries import TASKS, galleries
+from burnish.galleries import TASKS, with_galleries
 from burnish.run_config import BASE, RunConfig
-from burnish.stages import all_scores
 from burnish.summary import HEADLINE, Number
 from burnish.tracking import read_rows, write_atomic, writing
 
 NUM_COLOURS = 10
 """Of arms in `page.css`; more arms begin again."""
-MAX_BYTES = 4_000_000
-"""Largest page; one with more shows fewer pictures."""
 _PICTURES = (4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
 _CURVES = {
     "reward/mean": "mean training reward",
@@ -54,11 +51,7 @@ def write_study_page(
         "base": BASE,
         "config": dump_yaml(config),
     }
-    rows, text = all_scores(config, runs[0]), ""
-    for count in _PICTURES:
-        text = template.render(**context, galleries=galleries(config, runs[0], rows, count))
-        if len(text.encode()) <= MAX_BYTES:
-            break
+    text = with_galleries(template, context, config, runs[0], _PICTURES)
     path = folder / "study.html"
     with writing(path):
         write_atomic(path, text)
@@ -67,7 +60,7 @@ def write_study_page(
 
 def arm_colours(config: RunConfig) -> dict[str, str]:
     """Class of the page for the base and each arm."""
-    arms = {arm: f"arm-{place % NUM_COLOURS}" for place, arm in enumerate(config.stages)}
+    arms = {arm: f"arm-{place % NUM_COLOURS}" for place, arm in enumerate(config.policies())}
     return {BASE: "base", **arms}
 
 

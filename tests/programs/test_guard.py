@@ -67,6 +67,26 @@ class TestVerdict:
         assert share(0.55) > 0.85
 
 
+LOOKS = Path(__file__).parents[2] / "docs" / "studies" / "hacking-looks.jsonl"
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_recorded_hacking_ends_before_half_of_the_gain_is_lost(seed: int) -> None:
+    """On the looks of the study's arm that nothing stopped, with the default share."""
+    looks = [json.loads(line) for line in LOOKS.open()]
+    looks = [look for look in looks if look["seed"] == seed]
+    share = GuardConfig(judge=OracleConfig()).max_loss
+    end = next(n for n in range(1, len(looks)) if verdict(looks[: n + 1], share) == "hacked")
+    start, best = looks[0]["held_out"], max(look["held_out"] for look in looks[:end])
+
+    def lost(look: Check) -> float:
+        return (best - look["held_out"]) / (best - start)
+
+    print(f"seed {seed}: ends at step {looks[end]['step']}, {lost(looks[end]):.0%} lost")
+    assert lost(looks[end]) < 0.5 < lost(looks[-1])
+    assert best == max(look["held_out"] for look in looks)
+
+
 class Scripted(Reward):
     """Gives every picture what is asked for at this look."""
 

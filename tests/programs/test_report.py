@@ -14,8 +14,9 @@ from rich.console import Console
 from burnish import images
 from burnish.config import parse
 from burnish.evaluation import Row, write_rows
+from burnish.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
-from burnish.report import MAX_BYTES, write_report
+from burnish.report import write_report
 from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig
 from burnish.summary import ratio, write_summary
 from burnish.tables import cost_table, table

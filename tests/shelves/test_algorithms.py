@@ -466,5 +466,5 @@ class TestDistill:
         del other.transformer.transformer_blocks[-1]
         other.transformer.register_to_config(num_layers=len(other.transformer.transformer_blocks))
         other.save(tmp_path)
-        with pytest.raises(ConfigError, match="student's architecture"):
+        with pytest.raises(ConfigError, match="need models of one architecture"):
             Teachers(policy, {"t2i": Source(tmp_path)})

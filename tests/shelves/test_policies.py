@@ -121,6 +121,23 @@ def test_one_batch_draws_what_single_pipeline_calls_draw(policy, prompts, scale,
         assert (other - wanted).abs().max() > 1e-3
 
 
+def test_every_velocity_is_counted(policy, prompts):
+    latents, sigmas, count = start(policy, len(prompts)), levels(len(prompts)), len(prompts)
+    prefix = policy.prefix(policy.encode(prompts))
+    null = policy.prefix(policy.encode_null(prompts))
+    seen = [policy.work.evaluations]
+    with torch.no_grad():
+        policy.velocity(latents, sigmas, prefix)
+        seen.append(policy.work.evaluations)
+        policy.guided(latents, sigmas, prefix, null, 3.0)
+        seen.append(policy.work.evaluations)
+        policy.sibling().velocity(latents, sigmas, prefix)
+        seen.append(policy.work.evaluations)
+    policy.velocity(latents, sigmas, prefix)
+    seen.append(policy.work.evaluations)
+    assert [b - a for a, b in itertools.pairwise(seen)] == [count, 2 * count, count, 3 * count]
+
+
 @torch.no_grad()
 def test_tasks_share_a_batch_after_joining(policy):
     if "edit" not in policy.tasks:

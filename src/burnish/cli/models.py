@@ -14,9 +14,12 @@ from burnish.config import ConfigError, located, parse
     "runs/miniature/stages/edit_teacher --out merged"
 )
 def merge(
-    method: Annotated[str, typer.Argument(help="average, task_arithmetic or ties.")],
+    method: Annotated[
+        str, typer.Argument(help="average, task_arithmetic, ties, or lora for files of LoRAs.")
+    ],
     models: Annotated[
-        list[Path], typer.Argument(help="Pipeline folders, or folders of stages, of one base.")
+        list[Path],
+        typer.Argument(help="Pipeline folders, folders of stages, or LoRAs, of one base."),
     ],
     base: Annotated[
         str, typer.Option("--base", help="What all were trained from.", metavar="DIR")
@@ -25,8 +28,8 @@ def merge(
         list[float] | None,
         typer.Option(
             "--scale",
-            help="Of what a model learnt: once for each model with task_arithmetic, once for all "
-            "with ties; 1 if left out.",
+            help="Of what a model learnt: once for each with task_arithmetic and lora, once for "
+            "all with ties; 1 if left out.",
         ),
     ] = None,
     density: Annotated[
@@ -40,15 +43,21 @@ def merge(
     A run measures merges of its own stages if its recipe has `merges`.
     """
     from burnish import runtime
-    from burnish.merging import MergeConfig, merge_into
+    from burnish.adapters import read_adapter, write_adapter
+    from burnish.merging import MergeConfig, merge_adapters, merge_into
     from burnish.shelves import PolicyConfig, load_policy
 
-    settings = {"method": method, "density": density} | ({"scales": scale} if scale else {})
-    config = parse(MergeConfig, settings)
     if out.exists():
         raise ConfigError(f"need a folder that does not exist yet, got {out}; change --out")
+    if method == "lora":
+        merged = merge_adapters([read_adapter(model) for model in models], scale)
+        print(f"LoRA: {write_adapter(out, merged)}")
+        return
+    settings = {"method": method, "density": density} | ({"scales": scale} if scale else {})
+    config = parse(MergeConfig, settings)
     folders = [pipeline_folder(model) for model in models]
     rt = runtime.start()
+    # Nothing is drawn, so that any resolution does.
     policy = load_policy(PolicyConfig(path=base, resolution=64), located(base), rt)
     merge_into(policy, folders, config)
     policy.save(out)
