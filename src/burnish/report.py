@@ -79,6 +79,8 @@ def _lede(config: RunConfig, summary: Mapping[str, Any]) -> str:
         is_cheap = config.deployed_scale(name) == 1
         cost = ", which draws without guidance, so with half the network evaluations" * is_cheap
         parts.append(f"On-policy distillation folds {_and(taught)} into {name}{cost}.")
+    for name, merge in config.merges.items():
+        parts.append(f"{name} merges the weights of {_and(merge.of)} ({merge.method}).")
     counts = [
         f"{result['score']['num_prompts']} prompts ({TASKS[result['task']].lower()})"
         for result in summary["results"]

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 
 from burnish import images
 from burnish.config import parse
-from burnish.evaluation import Row, write_rows
+from burnish.evaluation import Row, read_scores, write_rows
 from burnish.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
 from burnish.report import write_report
@@ -340,3 +341,24 @@ def test_too_many_failed_pictures_make_a_result_invalid(tmp_path: Path) -> None:
     assert found["student", "t2i"]["is_valid"] is False
     assert found["student", "t2i"]["num_failed"] == 5
     assert found["student", "edit"]["is_valid"] is True
+
+
+def test_a_merge_is_a_policy_like_the_others(tmp_path: Path) -> None:
+    """It has a row, a gain and pictures, no cost, and its own guidance."""
+    folder = make_run(tmp_path)
+    merges = {"soup": {"method": "average", "of": ["t2i-teacher", "edit-teacher"]}}
+    config = make_config(tmp_path)
+    merged = parse(RunConfig, config.model_dump(mode="json") | {"merges": merges})
+    Run.open(folder).rebind(merged)
+    place = folder / "evaluation"
+    shutil.copytree(place / "student", place / "soup")
+    rows = read_scores(place / "student" / "scores.jsonl")
+    write_rows(place / "soup" / "scores.jsonl", [row | {"policy": "soup"} for row in rows])
+    page, found = write_report(folder).read_text(), write_summary(folder)
+    own = next(row for row in found["policies"] if row["policy"] == "soup")
+    assert (own["role"], own["evaluations_per_step"]) == ("merge", 2)
+    gains = {(r["policy"], r["task"]): r["gain"] for r in found["results"]}
+    assert gains["soup", "edit"] == gains["student", "edit"]
+    assert "soup" not in [row["stage"] for row in found["cost"]]
+    assert "soup merges the weights of t2i-teacher and edit-teacher (average)." in page
+    assert page.count('alt="soup: ') == page.count('alt="student: ') > 0

@@ -261,3 +261,21 @@ def test_runs_of_other_settings_or_seeds_have_no_say(tmp_path: Path) -> None:
     other = make_config(tmp_path, judge={"kind": "oracle", "floor": 0.5})
     with pytest.raises(ConfigError, match=r"need runs of these settings, got others in .*seed-0"):
         studies.write_study(other, tmp_path / "study", "c")
+
+
+def test_a_merge_is_an_arm_without_a_cost(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = make_run(tmp_path, seed)
+        place = run / "evaluation" / "soup"
+        rows = [row | {"policy": "soup"} for row in score_rows("better", seed)]
+        write_rows(place / "scores.jsonl", rows)
+        write_atomic(place / "DONE", "")
+        (run / "stages" / "soup").mkdir()
+        write_atomic(run / "stages" / "soup" / "DONE", "")
+        merges = {"soup": {"method": "average", "of": ["plain", "better"]}}
+        Run.open(run).rebind(studies.of_seed(make_config(tmp_path, merges=merges), seed))
+    config = make_config(tmp_path, merges=merges)
+    found = studies.write_study(config, tmp_path / "study", "burnish study fake")
+    assert result(found, "soup")["gain"] == result(found, "better")["gain"]
+    assert list(found["cost"]) == ["plain", "better"] and found["arms"][-1] == "soup"
+    assert "arm-2" in (tmp_path / "study" / "study.html").read_text()
