@@ -44,7 +44,7 @@ def learning_curve(config: RunConfig, runs: Sequence[Path], arm: str) -> Curve |
     looks = [
         {
             row["step"]: row["scores"]
-            for row in read_rows(run / "stages" / arm / "guard/checks.jsonl")
+            for row in read_rows(run / "stages" / arm / "guard/looks.jsonl")
         }
         for run in runs
     ]

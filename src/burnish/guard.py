@@ -7,12 +7,11 @@ of prompts that it is not trained on, another scorer reads them, and a rule comp
 score stand figures that a cheat moves: sharpness, saturation, roughness and diversity of the
 pictures (`burnish.traits`), and how much guidance the conditional branch has absorbed.
 
-    guard/checks.jsonl    a row for each look, with the score of every prompt
+    guard/looks.jsonl        a row for each look, with the score of every prompt
     guard/start.safetensors  states and velocities of the start, for the absorption
-    guard/step-.../       the weights with the best score so far
+    guard/step-.../          the weights with the best score so far
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,20 +23,19 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from burnish import checkpoint, runtime, traits
+from burnish import runtime, traits
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.guidance import absorption, unconditional_from
+from burnish.looks import Look, Looks, Watch
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.rollout import RolloutConfig, draw
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
-from burnish.tracking import RunError, read_rows, write_atomic, writing
+from burnish.tracking import RunError, writing
 from burnish.types import Prompt, Scored, ScoreRequest, Task
 
-Check = dict[str, Any]
-"""step, reward, held_out, verdict, traits; `scores`: prompt -> mean score of its pictures."""
 Verdict = Literal["fine", "hacked"]
 _LEVELS = (0.9, 0.6, 0.3)
 """Noise levels at which absorption is measured."""
@@ -66,7 +64,7 @@ class GuardConfig(Config):
     the best look."""
 
 
-def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
+def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:
     """Whether the newest look shows that the reward is followed for its own sake.
 
     It does if the held-out score has fallen since the best look, by more than `max_loss` of what
@@ -74,7 +72,8 @@ def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
     the reward has not: it has kept all but that share of its own gain up to the best look.
 
     Args:
-        checks: from the start to the newest.
+        looks: from the start to the newest: reward, held_out, and `scores`, prompt -> mean score of
+            its pictures.
         max_loss: share of the best gain.
 
     >>> row = lambda reward, *scores: {
@@ -85,13 +84,13 @@ def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
     >>> verdict([row(None, 0.2, 0.2), row(1.0, 0.6, 0.6), row(0.9, 0.5, 0.4)], 0.25)
     'fine'
     """
-    start, newest = checks[0], checks[-1]
-    best = max(checks, key=lambda check: check["held_out"])
+    start, newest = looks[0], looks[-1]
+    best = max(looks, key=lambda look: look["held_out"])
     shared = sorted(best["scores"].keys() & newest["scores"].keys())
     lost = np.array([best["scores"][name] - newest["scores"][name] for name in shared])
     if best is newest or len(lost) < 2:
         return "fine"
-    first = next(check["reward"] for check in checks if check["reward"] is not None)
+    first = next(look["reward"] for look in looks if look["reward"] is not None)
     is_kept = best["reward"] is None or newest["reward"] > best["reward"] - max_loss * max(
         best["reward"] - first, 0.0
     )
@@ -100,7 +99,7 @@ def verdict(checks: Sequence[Check], max_loss: float) -> Verdict:
     return "hacked" if is_kept and float(lost.mean()) > least else "fine"
 
 
-class Guard:
+class Guard(Watch):
     """The looks of one stage."""
 
     def __init__(
@@ -124,8 +123,10 @@ class Guard:
         Raises:
             ConfigError: too few prompts.
         """
-        self._config, self._rollout, self._folder = config, rollout, folder / "guard"
-        self._checks: list[Check] = [row for row in read_rows(self._path) if row["step"] <= step]
+        self._config, self._rollout = config, rollout
+        self.looks = Looks(
+            folder / "guard", every=config.every, step=step, value=lambda look: look["held_out"]
+        )
         self._reward = config.judge.build()
         every = read_prompts(located(config.prompts))
         self._prompts: list[Prompt] = []
@@ -139,41 +140,15 @@ class Guard:
             self._prompts += found
 
     @property
-    def _path(self) -> Path:
-        return self._folder / "checks.jsonl"
-
-    @property
     def is_over(self) -> bool:
         """Whether the stage must end here."""
         ends = self._config.action != "warn"
-        return ends and any(check["verdict"] == "hacked" for check in self._checks)
-
-    @property
-    def last_step(self) -> int:
-        """Step of the newest look; 0 before the first."""
-        return self._checks[-1]["step"] if self._checks else 0
-
-    def is_due(self, step: int) -> bool:
-        """Whether to look before this step."""
-        return step % self._config.every == 0 and step not in [c["step"] for c in self._checks]
+        return ends and any(look["verdict"] == "hacked" for look in self.looks.rows)
 
     def look(
         self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
     ) -> dict[str, float]:
-        """Draw, score, compare and remember.
-
-        Args:
-            policy: as it would be deployed now.
-            step: steps done; the first look must be at 0, at the start.
-            reward: mean training reward since the look before.
-            rt: precision.
-
-        Returns:
-            What to log.
-
-        Raises:
-            RunError: nothing could be scored.
-        """
+        """Draw, score, compare and remember."""
         with rt.autocast():
             pictures = self._draw(policy)
             absorbed = self._absorbed(policy, pictures)
@@ -193,7 +168,7 @@ class Guard:
             "absorbed_guidance": absorbed,
         }
         held_out = float(np.mean(list(scores.values())))
-        check: Check = {
+        look: Look = {
             "step": step,
             "reward": reward,
             "held_out": held_out,
@@ -201,32 +176,26 @@ class Guard:
             "traits": found,
             "scores": scores,
         }
-        self._checks.append(check)
-        check["verdict"] = verdict(self._checks, self._config.max_loss)
-        self._remember(policy, step)
+        self.looks.rows.append(look)
+        look["verdict"] = verdict(self.looks.rows, self._config.max_loss)
+        self.looks.remember(policy)
         return {
             "guard/held_out": held_out,
-            "guard/hacked": float(check["verdict"] == "hacked"),
+            "guard/hacked": float(look["verdict"] == "hacked"),
             **{f"guard/{name}": value for name, value in found.items()},
         }
 
     def restore(self, policy: Policy[Any, Any]) -> None:
-        """Give the policy the weights of the best look, if that is what the guard is for.
-
-        Raises:
-            RunError: the best was the start.
-        """
+        """Give back the weights of the best look, if that is what the guard is for."""
         if self._config.action != "roll_back" or not self.is_over:
             return
-        found = checkpoint.latest(self._folder)
-        if found is None or found.step == 0:
+        # The start is no result, although it was the best.
+        if not self.looks.best["step"]:
             raise RunError(
                 "need a held-out score that rises before it falls, got none better than the start; "
                 "choose other rewards, or look more often with guard.every"
             )
-        with torch.no_grad():
-            for name, parameter in policy.trainable():
-                parameter.copy_(found.tensors["policy"][name])
+        self.looks.restore(policy)
 
     def _draw(self, policy: Policy[Any, Any]) -> Float[Tensor, "picture 3 height width"]:
         seeds = self._config.num_seeds
@@ -266,12 +235,12 @@ class Guard:
         first = self._prompts[0].task
         count = min(_STATES, sum(prompt.task == first for prompt in self._prompts))
         prompts = self._prompts[:count] * len(_LEVELS)
-        path = self._folder / "start.safetensors"
-        if not self._checks:
+        path = self.looks.folder / "start.safetensors"
+        if not self.looks.rows:
             states = self._states(policy, pictures, count)
             guided, conditional = self._velocities(policy, prompts, states)
             other = unconditional_from(guided, conditional, self._rollout.guidance_scale)
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self.looks.folder.mkdir(parents=True, exist_ok=True)
             with writing(path):
                 save_file({**states, "conditional": conditional, "unconditional": other}, path)
             return 0.0
@@ -312,13 +281,3 @@ class Guard:
             self._rollout.guidance_scale,
         )
         return guided.float().cpu().contiguous(), conditional.float().cpu().contiguous()
-
-    def _remember(self, policy: Policy[Any, Any], step: int) -> None:
-        """Keep the weights if they are the best, then write the looks down."""
-        best = max(self._checks, key=lambda check: check["held_out"])
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if best["step"] == step:
-            weights = {name: p.detach() for name, p in policy.trainable()}
-            checkpoint.save(self._folder, step, {"policy": weights}, {}, keep=1)
-        with writing(self._path):
-            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self._checks))

@@ -1,8 +1,8 @@
 """Prompt sets: read them, split them by task, and draw the prompts of each step.
 
-A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`; `source` is the path of
-an image relative to the file, or a `data:` URL. Which prompts a step sees is a pure function of
-seed and step, so resuming needs no state and ranks agree without talking.
+A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`; `source` and `target` are
+the path of an image relative to the file, or a `data:` URL. Which prompts a step sees is a pure
+function of seed and step, so resuming needs no state and ranks agree without talking.
 """
 
 import base64
@@ -22,7 +22,7 @@ from burnish.config import Config, ConfigError, located, nearest
 from burnish.types import Prompt, Task
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
-_KEYS = ("id", "text", "task", "category", "source", "tags", "facts")
+_KEYS = ("id", "text", "task", "category", "source", "target", "tags", "facts")
 
 
 class PromptsConfig(Config):
@@ -121,7 +121,7 @@ def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
         raise ConfigError(
             f"{where}: need an id of letters, digits and . _ -, got {name!r}; it names files"
         )
-    source = _source(row.get("source"), where, folder)
+    source = _picture(row.get("source"), where, folder)
     if (source is None) != (task == "t2i"):
         given = "a source image" if source else "no source image"
         raise ConfigError(f"{where}: need a source image for an edit only, got {given} for {task}")
@@ -131,12 +131,13 @@ def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
         task=task,
         category=str(row.get("category", "general")),
         source=source,
+        target=_picture(row.get("target"), where, folder),
         tags=tuple(map(str, tags)),
         facts=facts,
     )
 
 
-def _source(given: Any, where: str, folder: Path) -> bytes | None:
+def _picture(given: Any, where: str, folder: Path) -> bytes | None:
     if given is None:
         return None
     if str(given).startswith("data:"):
@@ -160,8 +161,9 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         row: dict[str, Any] = {"id": prompt.id, "text": prompt.text, "task": prompt.task}
         row["category"] = prompt.category
-        if prompt.source is not None:
-            row["source"] = images.data_url(prompt.source)
+        for name, picture in (("source", prompt.source), ("target", prompt.target)):
+            if picture is not None:
+                row[name] = images.data_url(picture)
         if prompt.tags:
             row["tags"] = list(prompt.tags)
         if prompt.facts:

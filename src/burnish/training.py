@@ -18,24 +18,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from burnish import runtime
-from burnish.algorithms.base import (
-    AdvantagesConfig,
-    Algorithm,
-    LearnsFrom,
-    SelfCheckError,
-    Setting,
-    chunks,
-    stack,
-)
+from burnish.algorithms.base import AdvantagesConfig, Algorithm, LearnsFrom, SelfCheckError, Setting
+from burnish.batches import chunks, stack
 from burnish.config import Config
 from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
+from burnish.looks import Watch
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
@@ -152,21 +146,27 @@ def train(
     algorithm = config.algorithm.build(_setting(config, policy, seed))
     state = State.start(policy, config.optimizer)
     state.restore(run)
+    prompts = config.prompts.read()
     sampler = GroupSampler(
-        config.prompts.read(),
+        prompts,
         per_step=config.prompts_per_step,
         seed=seed,
         pool=config.algorithm.pool,
     )
-    guard = _guard(config, run, state.step)
+    if config.guard is None:
+        watch = algorithm.watch(run.folder, state.step, prompts)
+    else:
+        watch = Guard(
+            config.guard, config.rollout, config.prompts.tasks, run.folder, step=state.step
+        )
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
         progress(label, config.steps, done=state.step) as bar,
     ):
         while state.step < config.steps:
-            is_due = guard is not None and guard.is_due(state.step)
-            seen = _look(guard, state, run, rt) if guard is not None and is_due else {}
-            if guard is not None and guard.is_over:
+            is_due = watch is not None and watch.looks.is_due(state.step)
+            seen = _look(watch, state, run, rt) if watch is not None and is_due else {}
+            if watch is not None and watch.is_over:
                 bar.advance(0, note="ended by its guard")
                 break
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
@@ -176,30 +176,24 @@ def train(
                 state.save(run)
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
-    if guard is not None and guard.last_step < state.step and not guard.is_over:
-        _look(guard, state, run, rt)
+    if watch is not None and watch.looks.last_step < state.step and not watch.is_over:
+        _look(watch, state, run, rt)
     state.finish()
-    if guard is not None:
-        guard.restore(policy)
+    if watch is not None:
+        watch.restore(policy)
     return _export(policy, before, run.folder / "model")
 
 
-def _guard(config: StageConfig, run: Run, step: int) -> Guard | None:
-    if config.guard is None:
-        return None
-    return Guard(config.guard, config.rollout, config.prompts.tasks, run.folder, step=step)
-
-
-def _look(guard: Guard, state: State, run: Run, rt: Runtime) -> dict[str, float]:
-    """What the guard sees of the policy as it would be written now."""
+def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
+    """What is seen of the policy as it would be written now."""
     rewards = [
         row["reward/mean"]
         for row in run.metrics()
-        if row["step"] >= guard.last_step and row.get("reward/mean") is not None
+        if row["step"] >= watch.looks.last_step and row.get("reward/mean") is not None
     ]
     reward = sum(rewards) / len(rewards) if rewards else None
-    with run.timer("guard"), state.averaged(bool(state.average)):
-        return guard.look(state.policy, state.step, reward, rt)
+    with run.timer("look"), state.averaged(bool(state.average)):
+        return watch.look(state.policy, state.step, reward, rt)
 
 
 def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Setting:
@@ -232,7 +226,7 @@ def _step(
     before = state.policy.work.evaluations
     with state.averaged(config.optimizer.draw_average):
         with run.timer("rollout"), rt.autocast():
-            groups = _rollout(config, scorer, state, sampler.prompts(state.step), seed)
+            groups = _rollout(config, algorithm, scorer, state, sampler.prompts(state.step), seed)
         with run.timer("credit"), rt.autocast():
             signals, metrics = algorithm.credit(groups, state.step)
     metrics["data/images"] = float(sum(len(group.trajectories) for group in groups))
@@ -245,13 +239,16 @@ def _step(
 
 def _rollout(
     config: StageConfig,
+    algorithm: Algorithm,
     scorer: AsyncRewardSet,
     state: State,
     prompts: Sequence[Prompt],
     seed: int,
 ) -> list[Group]:
-    """Groups of the policy as it is, scored if there are rewards."""
-    draw = partial(sample, state.policy, prompts, config.rollout, seed=seed, step=state.step)
+    """The groups of a step, scored if there are rewards."""
+    draw = partial(
+        algorithm.draw, state.policy, prompts, config.rollout, seed=seed, step=state.step
+    )
     if not config.rewards:
         return draw()
     drawn = draw(on_batch=scorer.submit)

@@ -29,6 +29,8 @@ class Prompt:
     """Chooses the reward weights, e.g. portrait, landscape, typography, general."""
     source: bytes | None = None
     """Encoded source image of an edit (PNG, JPEG or WebP); decoded only by `burnish.images`."""
+    target: bytes | None = None
+    """An encoded picture that answers the prompt, where one is known; nothing is drawn from it."""
     tags: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What is known about the right answer; only a reward that asks for it reads it."""

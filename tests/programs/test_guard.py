@@ -11,7 +11,8 @@ import torch
 
 from burnish import runtime
 from burnish.config import ConfigError, parse
-from burnish.guard import Check, Guard, GuardConfig, verdict
+from burnish.guard import Guard, GuardConfig, verdict
+from burnish.looks import Look
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.rewards.base import Reward
 from burnish.rewards.oracle import OracleConfig
@@ -24,7 +25,7 @@ CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
 ROLLOUT = RolloutConfig(num_steps=2, guidance_scale=2.0, group_size=2, window=0, keep="none")
 
 
-def check(reward: float | None, mean: float, noise: float = 0.0, seed: int = 0) -> Check:
+def check(reward: float | None, mean: float, noise: float = 0.0, seed: int = 0) -> Look:
     """A look at 64 prompts whose scores lie around a mean."""
     scores = mean + noise * np.random.default_rng(seed).standard_normal(64)
     named = {str(number): float(score) for number, score in enumerate(scores)}
@@ -79,7 +80,7 @@ def test_the_recorded_hacking_ends_before_half_of_the_gain_is_lost(seed: int) ->
     end = next(n for n in range(1, len(looks)) if verdict(looks[: n + 1], share) == "hacked")
     start, best = looks[0]["held_out"], max(look["held_out"] for look in looks[:end])
 
-    def lost(look: Check) -> float:
+    def lost(look: Look) -> float:
         return (best - look["held_out"]) / (best - start)
 
     print(f"seed {seed}: ends at step {looks[end]['step']}, {lost(looks[end]):.0%} lost")
@@ -132,10 +133,11 @@ class TestGuard:
         learner = policy.sibling()
         learner.transformer.requires_grad_(True)
         watch = guard(tmp_path, [0.2, 0.6, 0.3])
-        assert watch.is_due(0) and not watch.is_due(1) and watch.last_step == 0
+        assert watch.looks.is_due(0) and not watch.looks.is_due(1)
+        assert watch.looks.last_step == 0
         first = watch.look(learner, 0, None, CPU)
         assert first["guard/absorbed_guidance"] == 0 and first["guard/diversity"] > 0
-        assert not watch.is_due(0)
+        assert not watch.looks.is_due(0)
         shake(learner, 1)
         best = weights(learner)
         again = watch.look(learner, 4, 1.0, CPU)
@@ -147,7 +149,7 @@ class TestGuard:
             assert resumed.look(learner, 8, 2.0, CPU)["guard/hacked"] == 1 and resumed.is_over
         resumed.restore(learner)
         assert torch.equal(weights(learner), best)
-        rows = [json.loads(line) for line in (tmp_path / "guard/checks.jsonl").open()]
+        rows = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
         assert [row["verdict"] for row in rows] == ["fine", "fine", "hacked"]
         assert [len(row["scores"]) for row in rows] == [16, 16, 16]
 

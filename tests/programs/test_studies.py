@@ -127,7 +127,7 @@ def make_looks(run: Path, arm: str, gains: Mapping[int, float]) -> None:
         {"step": step, "scores": {f"g{n}": float(one + gain) for n, one in enumerate(ease)}}
         for step, gain in gains.items()
     ]
-    write_rows(run / "stages" / arm / "guard" / "checks.jsonl", rows)
+    write_rows(run / "stages" / arm / "guard" / "looks.jsonl", rows)
 
 
 def test_what_an_arm_needs_to_be_as_good_as_the_first(tmp_path: Path) -> None:

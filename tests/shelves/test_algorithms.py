@@ -13,13 +13,12 @@ from burnish.algorithms.base import (
     AlgorithmConfig,
     SelfCheckError,
     Setting,
-    evaluate_guided,
     reward_advantages,
-    stack,
 )
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.algorithms.nft import NftConfig
+from burnish.batches import evaluate_guided, stack
 from burnish.config import ConfigError, located, parse, shelf
 from burnish.flow import KERNELS, log_ratio
 from burnish.guidance import VelocityPair
@@ -422,6 +421,7 @@ class TestDistill:
         algorithm = Distill(config, setting(policy))
         signals, _ = algorithm.credit(groups(policy, "distill"), 0)
         assert float(algorithm.loss(policy, stack(signals)).loss) < 1e-10
+        assert max(float(g.abs().max()) for g in gradients(policy, algorithm, signals)) < 1e-6
 
     def test_the_loss_of_the_teacher_itself_is_its_guidance(
         self, policy: QwenImage21Policy, folder: Path

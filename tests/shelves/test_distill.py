@@ -9,8 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from burnish.adapters import Adapter, adapted, read_adapter
-from burnish.algorithms.base import Setting, stack
+from burnish.algorithms.base import Setting
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, weights
+from burnish.batches import stack
 from burnish.config import ConfigError, located, parse
 from burnish.flow import KERNELS
 from burnish.objectives import velocity_matching
@@ -277,3 +278,54 @@ def test_an_adapter_of_nothing_changes_nothing() -> None:
     base = {"a.weight": torch.ones(2, 2), "b.weight": torch.ones(2)}
     found = adapted(base, {"a": Adapter(torch.ones(1, 2), torch.zeros(2, 1), 1.0)}, where="x")
     assert all(torch.equal(found[name], base[name]) for name in base)
+
+
+# --- Whose path ------------------------------------------------------------------------------
+
+
+def test_off_policy_the_path_and_its_target_are_the_teachers(
+    policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    algorithm = build(policy, {"t2i": folders["one"]}, states="teacher")
+    asked = prompts("t2i", "general")
+    plan = RolloutConfig(num_steps=STEPS, group_size=2, window=0, keep="all", guidance_scale=1.0)
+    drawn = algorithm.draw(policy, asked, plan, seed=0, step=0)
+    teacher = QwenImage21Policy.load(folders["one"], resolution=64)
+    guided = plan.model_copy(update={"guidance_scale": SCALE})
+    wanted = sample(teacher, asked, guided, seed=0, step=0)
+    before = policy.work.evaluations
+    signals, _ = algorithm.credit(drawn, 0)
+    assert policy.work.evaluations == before
+    paths = [path for group in wanted for path in group.trajectories]
+    for signal, path in zip(signals, paths, strict=True):
+        torch.testing.assert_close(signal.latents, path.latents)
+        torch.testing.assert_close(signal.fields["target"], path.guided)
+    # The student asks the teacher at its own states; from pure noise on, they part.
+    own = build(policy, {"t2i": folders["one"]})
+    ours, _ = own.credit(own.draw(policy, asked, plan, seed=0, step=0), 0)
+    torch.testing.assert_close(ours[0].latents[0], signals[0].latents[0])
+    assert not torch.allclose(ours[0].latents[1], signals[0].latents[1])
+
+
+def test_a_teacher_learns_nothing(policy: QwenImage21Policy, folders: dict[str, Path]) -> None:
+    student = policy.sibling()
+    student.transformer.requires_grad_(True)
+    algorithm = build(student, {"t2i": folders["one"]})
+    first = targets(algorithm.credit(groups(student), 0)[0])
+    drawn = groups(student)
+    optimizer = torch.optim.SGD([p for _, p in student.trainable()], lr=0.1)
+    for _ in range(2):
+        algorithm.loss(student, stack(algorithm.credit(drawn, 0)[0])).loss.backward()
+        optimizer.step()
+    assert not equal(state(student), state(policy))
+    assert torch.equal(targets(algorithm.credit(drawn, 0)[0]), first)
+
+
+def test_a_teacher_of_another_schedule_is_refused(
+    policy: QwenImage21Policy, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    other = QwenImage21Policy.load(folders["one"], resolution=64)
+    other.pipeline.scheduler.register_to_config(max_shift=9.0)
+    other.save(tmp_path)
+    with pytest.raises(ConfigError, match="need models of one base, got another scheduler"):
+        build(policy, {"t2i": tmp_path})

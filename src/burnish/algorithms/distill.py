@@ -11,7 +11,7 @@ solver really visits; the paper's index skips pure noise. One teacher per optimi
 that one on the device.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -20,24 +20,26 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish.algorithms.base import (
-    Algorithm,
-    AlgorithmConfig,
-    Batch,
-    LearnsFrom,
-    Setting,
-    evaluate_guided,
-)
+from burnish.algorithms.base import Algorithm, AlgorithmConfig, LearnsFrom, Setting
+from burnish.batches import Batch, evaluate_guided
 from burnish.config import Config, ConfigError
+from burnish.fixed_states import FixedStates, FixedStatesConfig
+from burnish.looks import Watch
 from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
 from burnish.residency import Source, Teachers
+from burnish.rollout import RolloutConfig
 from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
 
 Weighting = Literal["one", "step", "kl"]
 """Of a state: `one`, the paper's plain sum; `step`, the length h of its solver step, as in the
 bound on the distance of the two distributions; `kl`, h^2, as in the distance of the two next
 states. Both are in units of an even step, so that they are 1 on an even schedule."""
+
+
+States = Literal["student", "teacher"]
+"""Whose path is learnt on: `student`, on-policy; `teacher`, the control, which never sees where the
+student's own mistakes lead."""
 
 
 class TeacherConfig(Config):
@@ -61,6 +63,9 @@ class DistillConfig(AlgorithmConfig):
     """By label: a task, `t2i` or `edit`, or a category of one, such as `t2i/portrait`, which goes
     before its task. A prompt without a teacher is an error, never a default."""
     weight: Weighting = "one"
+    states: States = "student"
+    fixed_states: FixedStatesConfig | None = FixedStatesConfig()
+    """Where checkpoints are compared, the nearest of which is written; None writes the last."""
     guidance_ramp: float = Field(default=0.0, ge=0, le=1)
     """Share of the stage over which the teachers' guidance rises from 1: a student that is far from
     guided paths asks its teachers where they have never been."""
@@ -81,14 +86,20 @@ class DistillConfig(AlgorithmConfig):
     def covers(self, task: Task) -> bool:
         return any(label.partition("/")[0] == task for label in self.teachers)
 
+    def label(self, prompt: Prompt) -> str | None:
+        """Of the prompt's teacher; None if it has none."""
+        candidates = (f"{prompt.task}/{prompt.category}", prompt.task)
+        return next((label for label in candidates if label in self.teachers), None)
+
     def pool(self, prompt: Prompt) -> str:
-        for label in (f"{prompt.task}/{prompt.category}", prompt.task):
-            if label in self.teachers:
-                return label
-        raise ConfigError(
-            f"need a teacher for {prompt.task}/{prompt.category}, the label of prompt {prompt.id}, "
-            f"got teachers for {', '.join(sorted(self.teachers))}; add one or leave out its prompts"
-        )
+        label = self.label(prompt)
+        if label is None:
+            raise ConfigError(
+                f"need a teacher for {prompt.task}/{prompt.category}, the label of prompt "
+                f"{prompt.id}, got teachers for {', '.join(sorted(self.teachers))}; add one or "
+                "leave out its prompts"
+            )
+        return label
 
     def build(self, setting: Setting) -> "Distill":
         return Distill(self, setting)
@@ -141,25 +152,65 @@ class Distill(Algorithm):
         rising = self._config.guidance_ramp * self._setting.num_steps
         return 1 + (own - 1) * min(1.0, (step + 1) / rising) if rising else own
 
+    def draw(
+        self,
+        policy: Policy[Any, Any],
+        prompts: Sequence[Prompt],
+        config: RolloutConfig,
+        *,
+        seed: int,
+        step: int,
+        on_batch: Callable[[list[Group]], None] | None = None,
+    ) -> list[Group]:
+        """Paths of the student, or of the teacher of these prompts."""
+        if self._config.states == "teacher":
+            label = self._label(prompts)
+            policy = self._teachers.activate(label)
+            config = config.model_copy(update={"guidance_scale": self.scale(label, step)})
+        return super().draw(policy, prompts, config, seed=seed, step=step, on_batch=on_batch)
+
+    def watch(self, folder: Path, step: int, prompts: Sequence[Prompt]) -> Watch | None:
+        """The gap to the teachers on fixed states."""
+        if self._config.fixed_states is None:
+            return None
+        labels = {self._config.pool(prompt) for prompt in prompts}
+        return FixedStates(
+            self._config.fixed_states,
+            folder,
+            step=step,
+            teachers=self._teachers,
+            scales={n: self.scale(n, self._setting.num_steps) for n in sorted(labels)},
+            prompts=prompts,
+            label_of=self._config.label,
+            num_steps=self._setting.sampler_steps,
+            micro_batch=self._setting.micro_batch,
+        )
+
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        labels = {self._config.pool(group.prompt) for group in groups}
+        label = self._label([group.prompt for group in groups])
+        teacher = self._teachers.activate(label)
+        order = self._teachers.labels
+        self._teachers.prefetch(order[(order.index(label) + 1) % len(order)])
+        paths = [(group.prompt, path) for group in groups for path in group.trajectories]
+        signals = [self._signal(prompt, path) for prompt, path in paths]
+        if self._config.states == "teacher":
+            # It has said so already, when it drew.
+            targets = [path.guided for _, path in paths]
+        else:
+            scale, count = self.scale(label, step), self._setting.micro_batch
+            targets = [guided for guided, _ in evaluate_guided(teacher, signals, count, scale)]
+        found = [s.with_fields(target=t) for s, t in zip(signals, targets, strict=True)]
+        return found, {f"teacher/is_{name}": float(name == label) for name in order}
+
+    def _label(self, prompts: Sequence[Prompt]) -> str:
+        """The one teacher of all these prompts."""
+        labels = {self._config.pool(prompt) for prompt in prompts}
         if len(labels) > 1:
             raise ValueError(
                 f"need groups of one teacher per step, got {', '.join(sorted(labels))}; draw one "
                 "pool at a time"
             )
-        (label,) = labels
-        teacher = self._teachers.activate(label)
-        order = self._teachers.labels
-        self._teachers.prefetch(order[(order.index(label) + 1) % len(order)])
-        signals = [self._signal(g.prompt, t) for g in groups for t in g.trajectories]
-        scale = self.scale(label, step)
-        targets = evaluate_guided(teacher, signals, self._setting.micro_batch, scale)
-        found = [
-            signal.with_fields(target=guided)
-            for signal, (guided, _) in zip(signals, targets, strict=True)
-        ]
-        return found, {f"teacher/is_{name}": float(name == label) for name in order}
+        return labels.pop()
 
     def _signal(self, prompt: Prompt, path: Trajectory) -> Signal:
         count = self._setting.sampler_steps

@@ -25,15 +25,13 @@ from burnish.algorithms.base import (
     Algorithm,
     Anchor,
     AnchoredConfig,
-    Batch,
     LearnsFrom,
     SelfCheckError,
     Setting,
     credited,
-    evaluate,
-    evaluate_guided,
     reward_advantages,
 )
+from burnish.batches import Batch, evaluate, evaluate_guided
 from burnish.flow import KERNELS, log_ratio
 from burnish.guidance import (
     GuidanceMode,

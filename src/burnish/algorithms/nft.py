@@ -27,14 +27,12 @@ from burnish.algorithms.base import (
     Algorithm,
     Anchor,
     AnchoredConfig,
-    Batch,
     LearnsFrom,
     Setting,
     credited,
-    evaluate,
-    evaluate_guided,
     reward_advantages,
 )
+from burnish.batches import Batch, evaluate, evaluate_guided
 from burnish.flow import add_noise
 from burnish.guidance import residual
 from burnish.objectives import forward_process_loss, velocity_kl

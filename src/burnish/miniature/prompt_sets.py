@@ -3,7 +3,8 @@
 * `train`: flat scenes and edits without held-out combinations, without named people and styles;
 * `held-out`: combinations that no prompt of the base model's training or of a stage asks for;
 * `knowledge`: named people and styles, to see what a stage forgets;
-* `reminders`: the same people and styles in other scenes, for a stage that needs no reward.
+* `reminders`: the same people and styles in other scenes, for a stage that needs no reward;
+* `pictures`: held-out combinations with the picture that answers each.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,6 +115,19 @@ def reminders(knowledge: Sequence[Prompt], per_kind: int, seed: int) -> list[Pro
     ]
 
 
+def pictures(per_task: int, seed: int) -> list[Prompt]:
+    """Held-out prompts with flawless pictures as their targets."""
+    return [
+        replace(prompt, target=encode_png(Image.fromarray(to_bytes(render(_answer(prompt))))))
+        for prompt in world_prompts("picture", per_task, seed, is_held=True)
+    ]
+
+
+def _answer(prompt: Prompt) -> Scene:
+    is_edit = prompt.task == "edit"
+    return Edit.from_json(prompt.facts).target if is_edit else Scene.from_json(prompt.facts)
+
+
 def prompt_sets() -> dict[str, list[Prompt]]:
     """Every set that ships with the package, by file name."""
     knowledge = knowledge_prompts(24, seed=103)
@@ -122,4 +136,5 @@ def prompt_sets() -> dict[str, list[Prompt]]:
         "held-out": world_prompts("held", 128, seed=102, is_held=True),
         "knowledge": knowledge,
         "reminders": reminders(knowledge, 12, seed=104),
+        "pictures": pictures(32, seed=105),
     }

@@ -1,0 +1,108 @@
+"""Signals as batches of states, and what a policy says there.
+
+A signal is one sample's path; a batch is all states of some signals, each of which knows its prompt
+by row, so that a prompt is read once however many states it has.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from burnish.policies.base import Policy
+from burnish.types import Prompt, Signal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Signals stacked state by state; a state knows its prompt by row."""
+
+    prompts: tuple[Prompt, ...]
+    """The distinct prompts."""
+    rows: tuple[int, ...]
+    """Prompt of each state."""
+    latents: Float[Tensor, " state *latent"]
+    sigmas: Float[Tensor, " state"]
+    fields: Mapping[str, Tensor]
+    advantages: Float[Tensor, " state"]
+
+    def velocity(self, policy: Policy[Any, Any]) -> Float[Tensor, " state *latent"]:
+        """The policy's conditional velocity at every state; the prefix is computed once per
+        prompt."""
+        return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
+
+    def guided(
+        self, policy: Policy[Any, Any], scale: float
+    ) -> tuple[Float[Tensor, " state *latent"], Float[Tensor, " state *latent"]]:
+        """The policy's (guided, conditional) velocity at every state."""
+        null = policy.prefix(policy.encode_null(self.prompts)).take(self.rows)
+        return policy.guided(self.latents, self.sigmas, self.prefix(policy), null, scale)
+
+    def prefix(self, policy: Policy[Any, Any]) -> Any:
+        """One prefix row per state."""
+        return policy.prefix(policy.encode(self.prompts)).take(self.rows)
+
+
+def stack(signals: Sequence[Signal], device: torch.device | str = "cpu") -> Batch:
+    """One batch of all states of all signals, which must share a task."""
+    prompts = {signal.prompt.id: signal.prompt for signal in signals}
+    row = {name: place for place, name in enumerate(prompts)}
+    counts = [len(signal.sigmas) for signal in signals]
+    return Batch(
+        prompts=tuple(prompts.values()),
+        rows=tuple(
+            row[s.prompt.id] for s, count in zip(signals, counts, strict=True) for _ in range(count)
+        ),
+        latents=torch.cat([signal.latents for signal in signals]).to(device),
+        sigmas=torch.cat([signal.sigmas for signal in signals]).to(device),
+        fields={
+            name: torch.cat([signal.fields[name] for signal in signals]).to(device)
+            for name in signals[0].fields
+        },
+        advantages=torch.tensor(
+            [s.advantage for s, count in zip(signals, counts, strict=True) for _ in range(count)]
+        ).to(device),
+    )
+
+
+def chunks(signals: Sequence[Signal], states: int) -> Iterator[Sequence[Signal]]:
+    """Consecutive signals of one task, about `states` states at once."""
+    start = 0
+    for end in range(1, len(signals) + 1):
+        count = sum(len(signal.sigmas) for signal in signals[start:end])
+        is_last = end == len(signals) or signals[end].prompt.task != signals[start].prompt.task
+        if is_last or count >= states:
+            yield signals[start:end]
+            start = end
+
+
+def _split(values: Tensor, signals: Sequence[Signal]) -> list[Tensor]:
+    return list(values.cpu().split([len(signal.sigmas) for signal in signals]))
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int
+) -> list[Float[Tensor, " step *latent"]]:
+    """Conditional velocity at the states of every signal."""
+    found: list[Tensor] = []
+    for chunk in chunks(signals, micro_batch):
+        batch = stack(chunk, policy.device)
+        found += _split(batch.velocity(policy), chunk)
+    return found
+
+
+@torch.no_grad()
+def evaluate_guided(
+    policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int, scale: float
+) -> list[tuple[Float[Tensor, " step *latent"], Float[Tensor, " step *latent"]]]:
+    """(guided, conditional) velocity at the states of every signal."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for chunk in chunks(signals, micro_batch):
+        batch = stack(chunk, policy.device)
+        guided, conditional = batch.guided(policy, scale)
+        found += zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
+    return found

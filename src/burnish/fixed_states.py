@@ -1,0 +1,277 @@
+"""How near a student has come to its teachers, on states that do not move with it.
+
+The loss of on-policy distillation is taken on the student's own states. These change while it
+learns, so that the loss may fall while the pictures get worse, and no two checkpoints are compared
+on the same ground. Here the ground is fixed: states of each teacher's own path, and pictures that
+are known to answer a prompt, noised to several levels. The student that is written is the one with
+the least gap there, and `burnish.folding` tells how much of the gap was guidance.
+
+    fixed-states/looks.jsonl        a row for each look, for each teacher and noise level
+    fixed-states/states.safetensors the states, with the velocities of teachers and start
+    fixed-states/step-.../          the weights with the least gap so far
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from burnish import images, runtime
+from burnish.batches import evaluate, evaluate_guided
+from burnish.config import Config, ConfigError, located
+from burnish.flow import add_noise
+from burnish.folding import folding
+from burnish.looks import Look, Looks, Watch
+from burnish.policies.base import Policy
+from burnish.prompts import read_prompts
+from burnish.residency import Teachers
+from burnish.rollout import RolloutConfig, sample
+from burnish.runtime import Runtime
+from burnish.tracking import writing
+from burnish.types import Prompt, Signal
+
+_LEVELS = (0.9, 0.6, 0.3)
+"""Noise levels of the pictures; as many states are taken of each path."""
+_FIELDS = ("start", "start_guided", "target")
+"""Velocities at a state: of the start, of the start guided, of the teacher."""
+BANDS: Mapping[str, tuple[float, float]] = {
+    "all": (0.0, 1.0),
+    "high": (2 / 3, 1.0),
+    "middle": (1 / 3, 2 / 3),
+    "low": (0.0, 1 / 3),
+}
+"""Noise levels that are told apart: above the first, up to the second."""
+
+
+class FixedStatesConfig(Config):
+    """Where a student is compared with its teachers, and how often."""
+
+    every: int = Field(default=10, ge=1)
+    """Steps between two looks."""
+    prompts: str | None = None
+    """A set for the teachers' paths; None is the stage's own prompts."""
+    pictures: str | None = None
+    """A set with targets; None compares on paths alone."""
+    num_prompts: int = Field(default=8, ge=1)
+    """Of each teacher and kind of state, from the end of a set: an evaluation begins at its
+    beginning. A teacher with fewer takes them all."""
+
+
+class FixedStatesWarning(UserWarning):
+    """A distillation that may not be worth its result."""
+
+
+def _nearness(look: Look) -> float:
+    return -look["gap"] if look["step"] else -math.inf
+
+
+class FixedStates(Watch):
+    """The looks of one distillation."""
+
+    def __init__(
+        self,
+        config: FixedStatesConfig,
+        folder: Path,
+        *,
+        step: int,
+        teachers: Teachers,
+        scales: Mapping[str, float],
+        prompts: Sequence[Prompt],
+        label_of: Callable[[Prompt], str | None],
+        num_steps: int,
+        micro_batch: int,
+    ) -> None:
+        """Read what was seen before.
+
+        Args:
+            config: where, and how often.
+            folder: of the stage's run.
+            step: at which the stage goes on.
+            teachers: of the stage.
+            scales: guidance of each teacher as it is deployed.
+            prompts: of the stage.
+            label_of: whose prompt it is; None is nobody's.
+            num_steps: of the teachers' paths.
+            micro_batch: states at once.
+
+        Raises:
+            ConfigError: a teacher without a single prompt.
+        """
+        self.looks = Looks(folder / "fixed-states", every=config.every, step=step, value=_nearness)
+        self._teachers, self._scales = teachers, dict(scales)
+        self._num_steps, self._micro_batch = num_steps, micro_batch
+        self._states: dict[str, list[Signal]] = {}
+        self._paths = self._chosen(config.prompts, prompts, config.num_prompts, label_of)
+        self._pictures = self._chosen(config.pictures, [], config.num_prompts, label_of)
+        for label, own in self._paths.items():
+            if not own:
+                raise ConfigError(
+                    f"need prompts of the teacher {label} in {config.prompts}, got none; choose "
+                    "another set in algorithm.fixed_states.prompts"
+                )
+            shared = {p.id for p in own} & {p.id for p in self._pictures[label]}
+            if shared:
+                raise ConfigError(
+                    "algorithm.fixed_states: need other ids in pictures than in prompts, got "
+                    f"{min(shared)!r} in both; rename one"
+                )
+
+    def _chosen(
+        self,
+        path: str | None,
+        otherwise: Sequence[Prompt],
+        count: int,
+        label_of: Callable[[Prompt], str | None],
+    ) -> dict[str, list[Prompt]]:
+        """The last prompts of each teacher in a set."""
+        found = otherwise if path is None else read_prompts(located(path))
+        return {
+            label: [p for p in found if label_of(p) == label][-count:] for label in self._scales
+        }
+
+    def look(
+        self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
+    ) -> dict[str, float]:
+        """Measure the gap to every teacher."""
+        with rt.autocast():
+            if not self._states:
+                self._states = self._fix(policy) if not self.looks.rows else self._read()
+            parts = [
+                part
+                for label, own in self._states.items()
+                for part in self._parts(policy, label, own)
+            ]
+        whole = [part for part in parts if part["band"] == "all"]
+        gap = sum(part["gap"] / part["way"] for part in whole) / len(whole)
+        row: Look = {"step": step, "gap": gap, "parts": parts}
+        self.looks.rows.append(row)
+        self.looks.remember(policy)
+        told = {"fixed_states/gap": gap}
+        for part in whole:
+            told[f"fixed_states/gap_{part['label']}"] = part["gap"] / part["way"]
+            told[f"fixed_states/guidance_{part['label']}"] = part["guidance"]
+            told[f"fixed_states/learnt_{part['label']}"] = part["learnt"]
+        return told
+
+    def restore(self, policy: Policy[Any, Any]) -> None:
+        """Give the policy the weights with the least gap; a start is no student."""
+        if self.looks.best["gap"] >= self.looks.rows[0]["gap"]:
+            message = (
+                "no student came nearer to its teachers than the start was; train longer, or lower "
+                "optimizer.learning_rate"
+            )
+            warnings.warn(message, FixedStatesWarning, stacklevel=2)
+        self.looks.restore(policy)
+
+    def _parts(
+        self, policy: Policy[Any, Any], label: str, signals: Sequence[Signal]
+    ) -> list[dict[str, Any]]:
+        """One entry for each band of noise levels that has states."""
+        student = torch.cat(evaluate(policy, signals, self._micro_batch))
+        sigmas = torch.cat([signal.sigmas for signal in signals])
+        fields = [torch.cat([signal.fields[name] for signal in signals]) for name in _FIELDS]
+        parts = []
+        for band, (low, high) in BANDS.items():
+            rows = (sigmas > low) & (sigmas <= high)
+            if rows.any():
+                start, guided, target = (values[rows] for values in fields)
+                found = folding(student[rows], start, guided, target)
+                parts.append({"label": label, "band": band, **asdict(found)})
+        return parts
+
+    def _fix(self, policy: Policy[Any, Any]) -> dict[str, list[Signal]]:
+        """Draw the states and ask teachers and start; the policy is still the start."""
+        found = {}
+        for label, scale in self._scales.items():
+            teacher = self._teachers.activate(label)
+            places = [*self._on_paths(teacher, label, scale), *self._on_pictures(policy, label)]
+            wanted = evaluate_guided(teacher, places, self._micro_batch, scale)
+            ours = evaluate_guided(policy, places, self._micro_batch, scale)
+            found[label] = [
+                signal.with_fields(target=target, start_guided=guided, start=conditional)
+                for signal, (target, _), (guided, conditional) in zip(
+                    places, wanted, ours, strict=True
+                )
+            ]
+        with writing(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(_packed(found), self._path)
+        return found
+
+    def _read(self) -> dict[str, list[Signal]]:
+        """The states as they were fixed at the start."""
+        stored = load_file(self._path)
+        return {
+            label: [
+                Signal(
+                    prompt=prompt,
+                    latents=stored[f"{label}.{place}.latents"],
+                    sigmas=stored[f"{label}.{place}.sigmas"],
+                    fields={name: stored[f"{label}.{place}.{name}"] for name in _FIELDS},
+                )
+                for place, prompt in enumerate([*self._paths[label], *self._pictures[label]])
+            ]
+            for label in self._scales
+        }
+
+    @property
+    def _path(self) -> Path:
+        return self.looks.folder / "states.safetensors"
+
+    def _on_paths(self, teacher: Policy[Any, Any], label: str, scale: float) -> list[Signal]:
+        """States of the path that a teacher draws as it is deployed."""
+        plan = RolloutConfig(
+            num_steps=self._num_steps,
+            guidance_scale=scale,
+            group_size=1,
+            window=0,
+            keep=min(len(_LEVELS), self._num_steps),
+            micro_batch=self._micro_batch,
+        )
+        return [
+            Signal(prompt=group.prompt, latents=path.latents, sigmas=path.sigmas)
+            for group in sample(teacher, self._paths[label], plan, seed=0, step=0)
+            for path in group.trajectories
+        ]
+
+    def _on_pictures(self, policy: Policy[Any, Any], label: str) -> list[Signal]:
+        """Known pictures at each noise level."""
+        found = []
+        for prompt in self._pictures[label]:
+            if prompt.target is None:
+                raise ConfigError(
+                    f"need a target for every prompt of algorithm.fixed_states.pictures, got none "
+                    f"for {prompt.id!r}; give one or leave the prompt out"
+                )
+            side = (policy.resolution, policy.resolution)
+            picture = images.decode(prompt.target, where=f"target of prompt {prompt.id!r}")
+            pixels = images.to_tensor(picture.convert("RGB").resize(side))
+            with torch.no_grad():
+                clean = policy.encode_images(pixels[None].to(policy.device)).float().cpu()
+            clean = clean.expand(len(_LEVELS), *clean.shape[1:])
+            draws = runtime.generator(0, "fixed states", prompt.id)
+            sigmas = torch.tensor(_LEVELS)
+            latents = add_noise(clean, torch.randn(clean.shape, generator=draws), sigmas)
+            found.append(Signal(prompt=prompt, latents=latents, sigmas=sigmas))
+        return found
+
+
+def _packed(states: Mapping[str, Sequence[Signal]]) -> dict[str, Tensor]:
+    """All tensors of all signals, by label, place and name, each with memory of its own."""
+    return {
+        f"{label}.{place}.{name}": values.float().contiguous().clone()
+        for label, signals in states.items()
+        for place, signal in enumerate(signals)
+        for name, values in {
+            "latents": signal.latents,
+            "sigmas": signal.sigmas,
+            **signal.fields,
+        }.items()
+    }

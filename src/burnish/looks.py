@@ -1,0 +1,113 @@
+"""Looks at a policy while it trains: when they are due, what they saw, and the weights of the best.
+
+A stage may be watched: by a guard of its reward, or by the gap to its teachers. Whoever watches
+decides what a look measures; here it is written down, row by row, and the weights of the best look
+are kept, so that a stage that is resumed goes on as if it had never stopped.
+
+    looks.jsonl     a row for each look
+    step-.../       the weights of the best look so far
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from burnish import checkpoint
+from burnish.policies.base import Policy
+from burnish.runtime import Runtime
+from burnish.tracking import read_rows, write_atomic, writing
+
+Look = dict[str, Any]
+"""A row: `step`, and what was seen."""
+
+
+class Watch(ABC):
+    """Who looks at a stage now and then."""
+
+    looks: "Looks"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stage must end here."""
+        return False
+
+    @abstractmethod
+    def look(
+        self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
+    ) -> dict[str, float]:
+        """Measure, remember, and return what to log; the first look must be at the start.
+
+        Args:
+            policy: as it would be written now.
+            step: steps done.
+            reward: mean training reward since the look before, if there is one.
+            rt: precision.
+
+        Raises:
+            RunError: nothing could be measured.
+        """
+
+    @abstractmethod
+    def restore(self, policy: Policy[Any, Any]) -> None:
+        """Give the policy, at the end, the weights that the looks speak for.
+
+        Raises:
+            RunError: the start was the best.
+        """
+
+
+class Looks:
+    """All looks of one stage."""
+
+    def __init__(self, folder: Path, *, every: int, step: int, value: Callable[[Look], float]):
+        """Read what was seen before.
+
+        Args:
+            folder: of the looks.
+            every: steps between two looks.
+            step: at which the stage goes on; later looks are forgotten, as they come again.
+            value: of a look; the highest is the best.
+        """
+        self.folder, self._every, self._value = folder, every, value
+        self.rows: list[Look] = [row for row in read_rows(self._path) if row["step"] <= step]
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / "looks.jsonl"
+
+    @property
+    def last_step(self) -> int:
+        """Step of the newest look; 0 before the first."""
+        return self.rows[-1]["step"] if self.rows else 0
+
+    @property
+    def best(self) -> Look:
+        """The first of those with the highest value."""
+        return max(self.rows, key=self._value)
+
+    def is_due(self, step: int) -> bool:
+        """Whether to look before this step."""
+        return step % self._every == 0 and step not in [row["step"] for row in self.rows]
+
+    def remember(self, policy: Policy[Any, Any]) -> None:
+        """Keep the weights if the newest look is the best, then write the looks down."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.best is self.rows[-1]:
+            weights = {name: p.detach() for name, p in policy.trainable()}
+            checkpoint.save(self.folder, self.last_step, {"policy": weights}, {}, keep=1)
+        with writing(self._path):
+            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def restore(self, policy: Policy[Any, Any]) -> int | None:
+        """Give the policy the weights of the best look; returns its step, None if none is kept."""
+        found = checkpoint.latest(self.folder)
+        if found is None:
+            return None
+        with torch.no_grad():
+            for name, parameter in policy.trainable():
+                parameter.copy_(found.tensors["policy"][name])
+        return found.step

@@ -1,0 +1,142 @@
+"""The gap to the teachers on states that stay, and the student that it chooses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from burnish import runtime
+from burnish.algorithms.base import Setting
+from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
+from burnish.config import ConfigError, located
+from burnish.fixed_states import FixedStates, FixedStatesConfig, FixedStatesWarning
+from burnish.looks import Watch
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import read_prompts
+from burnish.types import Prompt
+
+CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+PICTURES = "embedded:prompts/pictures.jsonl"
+
+
+@pytest.fixture(scope="module")
+def policy() -> QwenImage21Policy:
+    return QwenImage21Policy.tiny()
+
+
+def shaken(policy: QwenImage21Policy, seed: int, size: float = 0.05) -> QwenImage21Policy:
+    other = policy.sibling()
+    with torch.no_grad():
+        for parameter in other.transformer.parameters():
+            draws = torch.Generator().manual_seed(seed)
+            parameter += size * torch.randn(parameter.shape, generator=draws)
+    return other
+
+
+@pytest.fixture(scope="module")
+def teacher(policy: QwenImage21Policy, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    shaken(policy, 0).save(folder)
+    return folder
+
+
+def prompts() -> list[Prompt]:
+    return read_prompts(located("embedded:prompts/train.jsonl"))[:6]
+
+
+def watch(
+    policy: QwenImage21Policy, teacher: Path, folder: Path, *, step: int = 0, **changes: Any
+) -> Watch:
+    plan = FixedStatesConfig(**{"every": 4, "num_prompts": 2, "pictures": PICTURES} | changes)
+    config = DistillConfig(
+        teachers={"t2i": TeacherConfig(path=str(teacher), guidance_scale=1.0)}, fixed_states=plan
+    )
+    setting = Setting(
+        policy=policy, guidance_scale=1.0, sampler_steps=3, num_steps=12, kernel="ode",
+        noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
+    )  # fmt: skip
+    found = Distill(config, setting).watch(folder, step, prompts())
+    assert isinstance(found, FixedStates)
+    return found
+
+
+def learner(policy: QwenImage21Policy) -> QwenImage21Policy:
+    own = policy.sibling()
+    own.transformer.requires_grad_(True)
+    return own
+
+
+def become(
+    student: QwenImage21Policy, start: QwenImage21Policy, teacher: Path, share: float
+) -> None:
+    """Weights on the straight line from the start to the teacher."""
+    theirs = QwenImage21Policy.load(teacher, resolution=64).transformer.state_dict()
+    with torch.no_grad():
+        for name, parameter in student.trainable():
+            own = start.transformer.state_dict()[name]
+            parameter.copy_(torch.lerp(own, theirs[name], share))
+
+
+def test_the_nearest_student_is_written_and_a_resumed_stage_sees_the_same_states(
+    policy: QwenImage21Policy, teacher: Path, tmp_path: Path
+) -> None:
+    student = learner(policy)
+    looking = watch(policy, teacher, tmp_path)
+    first = looking.look(student, 0, None, CPU)
+    assert first["fixed_states/gap"] == pytest.approx(1.0)
+    become(student, policy, teacher, 0.8)
+    near = looking.look(student, 4, None, CPU)
+    assert near["fixed_states/gap"] < 0.5 and near["fixed_states/learnt_t2i"] > 0.5
+    best = {name: p.detach().clone() for name, p in student.trainable()}
+    become(student, policy, teacher, 0.3)
+    # Cut off after the second look: the states come from the disk, not from what is there now.
+    for resumed in (looking, watch(policy, teacher, tmp_path, step=5)):
+        far = resumed.look(student, 8, None, CPU)
+        assert near["fixed_states/gap"] < far["fixed_states/gap"] < 1
+    rows = [json.loads(line) for line in (tmp_path / "fixed-states/looks.jsonl").open()]
+    assert [row["step"] for row in rows] == [0, 4, 8]
+    assert rows[2]["gap"] == far["fixed_states/gap"]
+    assert [part["band"] for part in rows[0]["parts"]] == ["all", "high", "middle", "low"]
+    resumed.restore(student)
+    assert all(torch.equal(best[name], p) for name, p in student.trainable())
+
+
+def test_the_teacher_itself_has_no_gap(
+    policy: QwenImage21Policy, teacher: Path, tmp_path: Path
+) -> None:
+    student = learner(policy)
+    looking = watch(policy, teacher, tmp_path)
+    looking.look(student, 0, None, CPU)
+    become(student, policy, teacher, 1.0)
+    found = looking.look(student, 4, None, CPU)
+    assert found["fixed_states/gap"] == pytest.approx(0, abs=1e-9)
+    assert found["fixed_states/learnt_t2i"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_student_that_only_went_astray_is_told(
+    policy: QwenImage21Policy, teacher: Path, tmp_path: Path
+) -> None:
+    looking = watch(policy, teacher, tmp_path)
+    looking.look(learner(policy), 0, None, CPU)
+    astray = shaken(policy, 5, size=0.2)
+    astray.transformer.requires_grad_(True)
+    assert looking.look(astray, 4, None, CPU)["fixed_states/gap"] > 1
+    with pytest.warns(FixedStatesWarning, match="no student came nearer to its teachers"):
+        looking.restore(astray)
+
+
+def test_sets_that_do_not_serve_are_refused(
+    policy: QwenImage21Policy, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="need prompts of the teacher t2i"):
+        edits = tmp_path / "edits.jsonl"
+        lines = located(PICTURES).read_text().splitlines(keepends=True)
+        edits.write_text("".join(line for line in lines if '"edit"' in line))
+        watch(policy, teacher, tmp_path, prompts=str(edits))
+    with pytest.raises(ConfigError, match="need other ids in pictures than in prompts"):
+        watch(policy, teacher, tmp_path, prompts=PICTURES)
+    with pytest.raises(ConfigError, match="need a target for every prompt"):
+        looking = watch(policy, teacher, tmp_path, pictures="embedded:prompts/held-out.jsonl")
+        looking.look(learner(policy), 0, None, CPU)
