@@ -31,6 +31,8 @@ class PromptsConfig(Config):
     path: str | tuple[str, ...]
     """A set, or several that are drawn from as one."""
     tasks: tuple[Task, ...] = Field(default=("t2i", "edit"), min_length=1)
+    categories: tuple[str, ...] | None = None
+    """Of the prompts; None is all."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first so many of each task."""
 
@@ -52,13 +54,15 @@ class PromptsConfig(Config):
             )
         chosen: list[Prompt] = []
         for task in self.tasks:
-            of_task = [prompt for prompt in every if prompt.task == task][: self.limit]
-            if not of_task:
+            own = [prompt for prompt in every if prompt.task == task]
+            kept = [p for p in own if self.categories is None or p.category in self.categories]
+            if not kept:
+                there = ", ".join(sorted({prompt.category for prompt in own})) or "none of it"
                 raise ConfigError(
-                    f"need prompts for the task {task!r}, got none in {', '.join(paths)}; "
-                    "change tasks"
+                    f"need prompts for the task {task!r}, got none in {', '.join(paths)} "
+                    f"(categories there: {there}); change tasks or categories"
                 )
-            chosen += of_task
+            chosen += kept[: self.limit]
         return chosen
 
 

@@ -27,6 +27,15 @@ STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
 
 
+class ComparisonConfig(Config):
+    """Two arms that a study compares, beside all of them with the base and the first."""
+
+    arm: str
+    over: str
+    categories: tuple[str, ...] | None = None
+    """Of the prompts; None is all."""
+
+
 class StudyConfig(Config):
     """What makes a recipe a study: its stages are arms that answer a question."""
 
@@ -37,6 +46,7 @@ class StudyConfig(Config):
         default=(0, 1, 2), min_length=1
     )
     """Of the runs; the pictures that are measured have the same seeds in all of them."""
+    compare: tuple[ComparisonConfig, ...] = ()
 
 
 class RunMergeConfig(MergeConfig):
@@ -112,6 +122,18 @@ class RunConfig(Config):
                     f"merges.{name}.scales: need {len(merge.of)}, one for each stage, got "
                     f"{len(merge.scales or ())}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _compares_its_arms(self) -> "RunConfig":
+        for pair in self.study.compare if self.study else ():
+            for wanted in (pair.arm, pair.over):
+                if wanted not in self.policies():
+                    near = nearest(wanted, self.policies()) or self.policies()[0]
+                    raise ValueError(
+                        f"study.compare: need stages or merges, got {wanted!r}; did you mean "
+                        f"{near!r}?"
+                    )
         return self
 
     def policies(self) -> tuple[str, ...]:

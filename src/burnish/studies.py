@@ -24,7 +24,7 @@ from burnish.config import ConfigError
 from burnish.curves import budgets, told
 from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.page import plain
-from burnish.run_config import BASE, BASES, RunConfig
+from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
 from burnish.stages import all_scores, is_complete, job_folder, spent
 from burnish.study_page import write_study_page
 from burnish.summary import (
@@ -33,6 +33,7 @@ from burnish.summary import (
     MIN_COVERAGE,
     Number,
     knowledge_ids,
+    ratio,
     read_run,
 )
 from burnish.tables import shown
@@ -153,6 +154,13 @@ def tabulate(config: RunConfig, rows: Sequence[Row]) -> dict[str, Any]:
         "arms": list(config.policies()),
         "results": list(_results(config, held_out)),
         "knowledge": [r for r in _results(config, remembered) if r["metric"] in KNOWLEDGE],
+        "comparisons": [
+            row
+            for pair in config.study.compare
+            for row in _compared(config, pair, held_out, remembered)
+        ]
+        if config.study
+        else [],
         "categories": [
             {**row, "category": category}
             for category in sorted({row["category"] for row in held_out})
@@ -185,7 +193,7 @@ def _results(config: RunConfig, rows: Sequence[Row]) -> Iterator[dict[str, Any]]
 
 def _effect(rows: Sequence[Row], arm: str, control: str | None, metric: str) -> dict[str, Any]:
     """Score of an arm, its difference to the base, and to the first arm if that is another one."""
-    runs = sorted({row["run"] for row in rows})
+    runs = _runs(rows)
     own = {n: [row for row in rows if row["run"] == n and row["metric"] == metric] for n in runs}
     gains = [differences(own[n], arm, BASE) for n in runs]
     return {
@@ -197,6 +205,47 @@ def _effect(rows: Sequence[Row], arm: str, control: str | None, metric: str) -> 
         ],
         "over_first_arm": control and _number([differences(own[n], arm, control) for n in runs]),
     }
+
+
+def _compared(
+    config: RunConfig, pair: ComparisonConfig, held_out: Sequence[Row], remembered: Sequence[Row]
+) -> Iterator[dict[str, Any]]:
+    """Two arms on every task that both have: the headline with its share, then what no reward asks
+    for, on all prompts of that."""
+    wanted = pair.categories
+    asked = [row for row in held_out if wanted is None or row["category"] in wanted]
+    for task in config.tasks(pair.arm):
+        for rows, metric in ((asked, HEADLINE), *((remembered, name) for name in KNOWLEDGE)):
+            own = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+            runs = [[row for row in own if row["run"] == n] for n in _runs(own)]
+            found = _number([differences(run, pair.arm, pair.over) for run in runs])
+            if found is not None:
+                gains = [_means(runs, arm) for arm in (pair.arm, pair.over)]
+                shared = sorted(gains[0].keys() & gains[1].keys())
+                share = ratio(*([gain[p] for p in shared] for gain in gains))
+                is_share = metric == HEADLINE and share is not None
+                yield {
+                    "arm": pair.arm,
+                    "over": pair.over,
+                    "task": task,
+                    "categories": list(wanted) if wanted and metric == HEADLINE else None,
+                    "metric": metric,
+                    "difference": found,
+                    "share": asdict(share) if is_share else None,
+                }
+
+
+def _runs(rows: Sequence[Row]) -> list[int]:
+    return sorted({row["run"] for row in rows})
+
+
+def _means(runs: Sequence[Sequence[Row]], arm: str) -> dict[str, float]:
+    """Gain of every prompt over the base, mean over runs."""
+    found: dict[str, list[float]] = {}
+    for run in runs:
+        for prompt, values in differences(run, arm, BASE).items():
+            found.setdefault(prompt, []).extend(values)
+    return {prompt: statistics.fmean(values) for prompt, values in found.items()}
 
 
 def _number(runs: Sequence[Mapping[str, Sequence[float]]]) -> Number:
@@ -251,6 +300,11 @@ def markdown(found: Mapping[str, Any]) -> str:
     lines += _gains("Results", found["results"], "metric")
     lines += _gains(f"By category, {HEADLINE}", found["categories"], "category")
     lines += _section(
+        "Compared",
+        "| arm | over | task | metric | difference | share of its gain |",
+        [_comparison(row) for row in found["comparisons"]],
+    )
+    lines += _section(
         "Network evaluations until the first arm's held-out score is reached",
         "| arm | share of the first arm's | best look | last look |",
         [
@@ -270,6 +324,20 @@ def markdown(found: Mapping[str, Any]) -> str:
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _comparison(row: Mapping[str, Any]) -> str:
+    of = f"{row['task']} {', '.join(row['categories'])}" if row["categories"] else row["task"]
+    share = "" if row["share"] is None else f"{shown(row['share'], digits=0, scale=100.0)} %"
+    cells = (
+        row["arm"],
+        row["over"],
+        of,
+        row["metric"],
+        shown(row["difference"], signed=True),
+        share,
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _gains(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:

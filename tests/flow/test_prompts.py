@@ -78,6 +78,14 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
         PromptsConfig(path=first).read()
     with pytest.raises(ConfigError, match="need at least one set of prompts"):
         PromptsConfig(path=()).read()
+    portraits = PromptsConfig(
+        path="embedded:prompts/train.jsonl", categories=("portrait",), limit=5
+    )
+    assert [(p.task, p.category) for p in portraits.read()] == [
+        *[("t2i", "portrait")] * 5, *[("edit", "portrait")] * 5,
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"categories there: general, landscape, portrait, typo"):
+        PromptsConfig(path="embedded:prompts/train.jsonl", categories=("portraits",)).read()
     with pytest.raises(ConfigError, match="need distinct ids in all sets"):
         PromptsConfig(path=(first, first), tasks=("t2i",)).read()
 

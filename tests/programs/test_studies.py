@@ -279,3 +279,28 @@ def test_a_merge_is_an_arm_without_a_cost(tmp_path: Path) -> None:
     assert result(found, "soup")["gain"] == result(found, "better")["gain"]
     assert list(found["cost"]) == ["plain", "better"] and found["arms"][-1] == "soup"
     assert "arm-2" in (tmp_path / "study" / "study.html").read_text()
+
+
+def test_planted_differences_and_shares_come_back(tmp_path: Path) -> None:
+    """`better` gains 0.15 where `plain` gains 0.05, so `plain` has a third of its gain."""
+    for seed in (0, 1):
+        make_run(tmp_path, seed)
+    study = {"question": "Which?", "seeds": [0, 1], "compare": [{"arm": "plain", "over": "better"}]}
+    config = make_config(tmp_path, study=study)
+    found = studies.write_study(config, tmp_path / "study", "burnish study fake")
+    (row,) = found["comparisons"]
+    planted = GAINS["plain"] - GAINS["better"]
+    assert row["difference"]["low"] < planted < row["difference"]["high"]
+    share = (GAINS["plain"] + 0.005) / (GAINS["better"] + 0.005)
+    assert row["share"]["low"] < share < row["share"]["high"]
+    # The same prompts, whatever the order: the difference the other way round.
+    study["compare"] = [{"arm": "better", "over": "plain", "categories": ["general"]}]
+    (turned,) = studies.write_study(
+        make_config(tmp_path, study=study), tmp_path / "study", "burnish study fake"
+    )["comparisons"]
+    assert turned["difference"]["mean"] == pytest.approx(-row["difference"]["mean"])
+    page = (tmp_path / "study" / "study.html").read_text()
+    assert 'href="#compared"' in page and "text to image: general" in page.lower()
+    study["compare"] = [{"arm": "beter", "over": "plain"}]
+    with pytest.raises(ConfigError, match="did you mean 'better'"):
+        make_config(tmp_path, study=study)
