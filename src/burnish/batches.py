@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from burnish.policies.base import Policy
-from burnish.types import Prompt, Signal
+from burnish.types import Guidance, Prompt, Signal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,14 @@ class Batch:
         return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
 
     def guided(
-        self, policy: Policy[Any, Any], scale: float
+        self, policy: Policy[Any, Any], guidance: Guidance
     ) -> tuple[Float[Tensor, " state *latent"], Float[Tensor, " state *latent"]]:
         """The policy's (guided, conditional) velocity at every state."""
-        null = policy.prefix(policy.encode_null(self.prompts)).take(self.rows)
-        return policy.guided(self.latents, self.sigmas, self.prefix(policy), null, scale)
+        null = policy.prefix(policy.encode_null(self.prompts, guidance.negative_prompt)).take(
+            self.rows
+        )
+        prefix = self.prefix(policy)
+        return policy.guided(self.latents, self.sigmas, prefix, null, guidance.scale)
 
     def prefix(self, policy: Policy[Any, Any]) -> Any:
         """One prefix row per state."""
@@ -97,12 +100,15 @@ def evaluate(
 
 @torch.no_grad()
 def evaluate_guided(
-    policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int, scale: float
+    policy: Policy[Any, Any],
+    signals: Sequence[Signal],
+    micro_batch: int,
+    guidance: Guidance,
 ) -> list[tuple[Float[Tensor, " step *latent"], Float[Tensor, " step *latent"]]]:
     """(guided, conditional) velocity at the states of every signal."""
     found: list[tuple[Tensor, Tensor]] = []
     for chunk in chunks(signals, micro_batch):
         batch = stack(chunk, policy.device)
-        guided, conditional = batch.guided(policy, scale)
+        guided, conditional = batch.guided(policy, guidance)
         found += zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
     return found

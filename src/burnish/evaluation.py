@@ -24,7 +24,7 @@ from burnish.rewards.base import Reward
 from burnish.rollout import draw
 from burnish.runtime import Runtime
 from burnish.tracking import write_atomic, writing
-from burnish.types import Failed, NotApplicable, Prompt, Scored, ScoreRequest
+from burnish.types import Failed, Guidance, NotApplicable, Prompt, Scored, ScoreRequest
 
 Row = dict[str, Any]
 """policy, prompt, task, category, seed, metric, value."""
@@ -50,6 +50,8 @@ class EvaluationConfig(Config):
     num_steps: int = Field(default=10, ge=1)
     guidance_scale: float = Field(default=3.0, ge=1)
     """Of the base; a stage is measured at the scale of its own rollouts, a student at 1."""
+    negative_prompt: str = ""
+    """Of the base, likewise."""
     seed: int = 10_000
     """Seeds of the pictures; far from those of training."""
 
@@ -75,7 +77,7 @@ def measure(
     *,
     name: str,
     config: EvaluationConfig,
-    guidance_scale: float,
+    guidance: Guidance,
     num_seeds: int,
     pictures: Path | None = None,
 ) -> list[Row]:
@@ -89,7 +91,7 @@ def measure(
         rt: device and precision.
         name: of the policy, in the rows.
         config: steps and seeds.
-        guidance_scale: 1 draws without guidance.
+        guidance: scale 1 draws without.
         num_seeds: pictures per prompt; seed k is the same noise for every policy.
         pictures: folder for the first picture of every prompt, as WebP.
     """
@@ -108,7 +110,7 @@ def measure(
                     policy,
                     block,
                     num_steps=config.num_steps,
-                    guidance_scale=guidance_scale,
+                    guidance=guidance,
                     seeds=noises,
                 )
             requests = [

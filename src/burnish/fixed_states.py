@@ -35,7 +35,7 @@ from burnish.residency import Teachers
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.tracking import writing
-from burnish.types import Prompt, Signal
+from burnish.types import Guidance, Prompt, Signal
 
 _LEVELS = (0.9, 0.6, 0.3)
 """Noise levels of the pictures; as many states are taken of each path."""
@@ -82,7 +82,7 @@ class FixedStates(Watch):
         *,
         step: int,
         teachers: Teachers,
-        scales: Mapping[str, float],
+        guidance: Mapping[str, Guidance],
         prompts: Sequence[Prompt],
         label_of: Callable[[Prompt], str | None],
         num_steps: int,
@@ -95,7 +95,7 @@ class FixedStates(Watch):
             folder: of the stage's run.
             step: at which the stage goes on.
             teachers: of the stage.
-            scales: guidance of each teacher as it is deployed.
+            guidance: of each teacher as it is deployed.
             prompts: of the stage.
             label_of: whose prompt it is; None is nobody's.
             num_steps: of the teachers' paths.
@@ -105,7 +105,7 @@ class FixedStates(Watch):
             ConfigError: a teacher without a single prompt.
         """
         self.looks = Looks(folder / "fixed-states", every=config.every, step=step, value=_nearness)
-        self._teachers, self._scales = teachers, dict(scales)
+        self._teachers, self._guidance = teachers, dict(guidance)
         self._num_steps, self._micro_batch = num_steps, micro_batch
         self._states: dict[str, list[Signal]] = {}
         self._paths = self._chosen(config.prompts, prompts, config.num_prompts, label_of)
@@ -133,7 +133,7 @@ class FixedStates(Watch):
         """The last prompts of each teacher in a set."""
         found = otherwise if path is None else read_prompts(located(path))
         return {
-            label: [p for p in found if label_of(p) == label][-count:] for label in self._scales
+            label: [p for p in found if label_of(p) == label][-count:] for label in self._guidance
         }
 
     def look(
@@ -189,11 +189,11 @@ class FixedStates(Watch):
     def _fix(self, policy: Policy[Any, Any]) -> dict[str, list[Signal]]:
         """Draw the states and ask teachers and start; the policy is still the start."""
         found = {}
-        for label, scale in self._scales.items():
+        for label, guidance in self._guidance.items():
             teacher = self._teachers.activate(label)
-            places = [*self._on_paths(teacher, label, scale), *self._on_pictures(policy, label)]
-            wanted = evaluate_guided(teacher, places, self._micro_batch, scale)
-            ours = evaluate_guided(policy, places, self._micro_batch, scale)
+            places = [*self._on_paths(teacher, label), *self._on_pictures(policy, label)]
+            wanted = evaluate_guided(teacher, places, self._micro_batch, guidance)
+            ours = evaluate_guided(policy, places, self._micro_batch, guidance)
             found[label] = [
                 signal.with_fields(target=target, start_guided=guided, start=conditional)
                 for signal, (target, _), (guided, conditional) in zip(
@@ -218,18 +218,18 @@ class FixedStates(Watch):
                 )
                 for place, prompt in enumerate([*self._paths[label], *self._pictures[label]])
             ]
-            for label in self._scales
+            for label in self._guidance
         }
 
     @property
     def _path(self) -> Path:
         return self.looks.folder / "states.safetensors"
 
-    def _on_paths(self, teacher: Policy[Any, Any], label: str, scale: float) -> list[Signal]:
+    def _on_paths(self, teacher: Policy[Any, Any], label: str) -> list[Signal]:
         """States of the path that a teacher draws as it is deployed."""
         plan = RolloutConfig(
             num_steps=self._num_steps,
-            guidance_scale=scale,
+            **self._guidance[label].settings(),
             group_size=1,
             window=0,
             keep=min(len(_LEVELS), self._num_steps),

@@ -208,7 +208,7 @@ class Guard(Watch):
             policy,
             prompts,
             num_steps=self._config.num_steps or self._rollout.num_steps,
-            guidance_scale=self._rollout.guidance_scale,
+            guidance=self._rollout.guidance,
             seeds=noises,
             micro_batch=self._rollout.micro_batch,
         )
@@ -269,9 +269,8 @@ class Guard(Watch):
         self, policy: Policy[Any, Any], prompts: Sequence[Prompt], states: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """(guided, conditional) at the states."""
-        both = policy.join(
-            [policy.prefix(policy.encode(prompts)), policy.prefix(policy.encode_null(prompts))]
-        )
+        null = policy.encode_null(prompts, self._rollout.negative_prompt)
+        both = policy.join([policy.prefix(policy.encode(prompts)), policy.prefix(null)])
         rows = range(len(prompts))
         guided, conditional = policy.guided(
             states["latents"].to(policy.device),

@@ -25,7 +25,7 @@ from burnish.rewards.base import RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.shelves import PolicyConfig, load_policy
 from burnish.training import StageConfig
-from burnish.types import Prompt
+from burnish.types import Guidance, Prompt
 
 _GIBIBYTE = 1 << 30
 _LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
@@ -194,7 +194,7 @@ def _drawing(model: str) -> Finding:
         policy = load_policy(PolicyConfig(resolution=64), located(model), rt)
         prompt = Prompt(id="doctor", text="a large red circle")
         with rt.autocast():
-            drawn = rollout.draw(policy, [prompt], num_steps=2, guidance_scale=3.0, seeds=[0])
+            drawn = rollout.draw(policy, [prompt], num_steps=2, guidance=Guidance(3.0), seeds=[0])
         images.to_pil(drawn[0])
     except Exception as error:
         # Whatever a library stumbles on is what the user wants to know here.

@@ -23,7 +23,7 @@ from burnish import runtime
 from burnish.config import Config
 from burnish.flow import KERNELS
 from burnish.policies.base import Policy, Prefix
-from burnish.types import Group, Prompt, Trajectory
+from burnish.types import Group, Guidance, Prompt, Trajectory
 
 
 class RolloutConfig(Config):
@@ -32,6 +32,8 @@ class RolloutConfig(Config):
     num_steps: int = Field(default=10, ge=1)
     guidance_scale: float = Field(default=3.0, ge=0)
     """1 draws without guidance, and the unconditional branch is not run."""
+    negative_prompt: str = ""
+    """What guidance leads away from; empty is the empty prompt of the pipeline."""
     group_size: int = Field(default=16, ge=1)
     """Samples of each prompt."""
     kernel: Literal["ode", "flow_sde", "dance", "cps", "precise"] = "precise"
@@ -55,6 +57,11 @@ class RolloutConfig(Config):
     """All members start at the same noise, so that only the window tells them apart."""
     micro_batch: int = Field(default=64, ge=1)
     """Samples at once; changes no sample."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """Scale and negative prompt."""
+        return Guidance(self.guidance_scale, self.negative_prompt)
 
     @property
     def window_steps(self) -> tuple[int, int]:
@@ -150,7 +157,7 @@ def draw(
     prompts: Sequence[Prompt],
     *,
     num_steps: int,
-    guidance_scale: float,
+    guidance: Guidance,
     seeds: Sequence[int],
     micro_batch: int = 64,
 ) -> Float[Tensor, "prompt 3 height width"]:
@@ -160,7 +167,7 @@ def draw(
         policy: whose images these are.
         prompts: of any mix of tasks; a prompt may stand there several times.
         num_steps: sampler steps.
-        guidance_scale: 1 draws without guidance.
+        guidance: scale 1 draws without.
         seeds: one for each prompt, of the initial noise, as the pipeline's generator would have it.
         micro_batch: images at once; changes no image.
 
@@ -174,7 +181,7 @@ def draw(
         )
     config = RolloutConfig(
         num_steps=num_steps,
-        guidance_scale=guidance_scale,
+        **guidance.settings(),
         group_size=1,
         window=0,
         keep="none",
@@ -266,7 +273,9 @@ def _trajectories(
     """Paths of all samples, for prompts of one task."""
     prefix, null = policy.prefix(policy.encode(prompts)), None
     if config.guidance_scale != 1:
-        both = policy.join([prefix, policy.prefix(policy.encode_null(prompts))])
+        both = policy.join(
+            [prefix, policy.prefix(policy.encode_null(prompts, config.negative_prompt))]
+        )
         prefix = both.take(range(len(prompts)))
         null = both.take(range(len(prompts), 2 * len(prompts)))
     flat = [(row, member) for row, group in enumerate(groups) for member in group]

@@ -8,13 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from burnish.algorithms.distill import DistillConfig, TeacherConfig
-from burnish.config import Config, nearest
+from burnish.config import Config, ConfigError, nearest
 from burnish.curation import CurationConfig
 from burnish.evaluation import EvaluationConfig
 from burnish.merging import MergeConfig
 from burnish.runtime import RuntimeConfig
 from burnish.shelves import AnyReward, PolicyConfig
 from burnish.training import StageConfig
+from burnish.types import Guidance
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
 
@@ -91,17 +92,7 @@ class RunConfig(Config):
                         f"{nearest(wanted, known) or known[-1]!r}?"
                     )
             for teacher in _teachers(stage):
-                deployed = self.teacher_scale(teacher)
-                if deployed is None:
-                    raise ValueError(
-                        f"need the guidance scale that the teacher in {teacher.path} is deployed "
-                        f"with, got none; set stages.{name}.algorithm.teachers.*.guidance_scale"
-                    )
-                if teacher.guidance_scale not in (None, deployed):
-                    raise ValueError(
-                        f"need the scale {deployed:g} that {teacher.path} draws with, got "
-                        f"{teacher.guidance_scale:g}; leave the teacher's guidance_scale out"
-                    )
+                self.deployed_teacher(teacher)
         return self
 
     @model_validator(mode="after")
@@ -140,20 +131,35 @@ class RunConfig(Config):
         """All that the run makes: results of stages, and merges."""
         return (*self.stages, *self.merges)
 
-    def deployed_scale(self, policy: str) -> float:
+    def deployed(self, policy: str) -> Guidance:
         """Guidance at which a policy of the run is deployed and measured."""
         if policy in self.stages:
-            return self.stages[policy].rollout.guidance_scale
+            return self.stages[policy].rollout.guidance
         if policy in self.merges:
             merge = self.merges[policy]
-            return merge.guidance_scale or self.deployed_scale(merge.of[0])
-        return 1.0 if policy == UNGUIDED else self.evaluation.guidance_scale
+            own = self.deployed(merge.of[0])
+            return own._replace(scale=merge.guidance_scale or own.scale)
+        if policy == UNGUIDED:
+            return Guidance()
+        return Guidance(self.evaluation.guidance_scale, self.evaluation.negative_prompt)
 
-    def teacher_scale(self, teacher: TeacherConfig) -> float | None:
-        """Guidance of a teacher as it is deployed: a stage of this run has only one."""
-        if teacher.path.startswith(STAGE):
-            return self.deployed_scale(teacher.path.removeprefix(STAGE))
-        return teacher.guidance_scale
+    def deployed_teacher(self, teacher: TeacherConfig) -> TeacherConfig:
+        """A teacher with its guidance: a stage of this run has only one.
+
+        Raises:
+            ConfigError: a teacher from elsewhere without a scale, or one with another than its own.
+        """
+        if not teacher.path.startswith(STAGE):
+            return teacher.model_copy(update=teacher.guidance.settings())
+        own = self.deployed(teacher.path.removeprefix(STAGE)).settings()
+        for name, value in own.items():
+            given = getattr(teacher, name)
+            if given not in (None, value):
+                raise ConfigError(
+                    f"need the {name} {value!r} that {teacher.path} draws with, got {given!r}; "
+                    f"leave the teacher's {name} out"
+                )
+        return teacher.model_copy(update=own)
 
     def tasks(self, policy: str) -> tuple[str, ...]:
         """What a policy is measured on: a stage's own tasks, those of all stages of a merge,

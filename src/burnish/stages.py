@@ -43,13 +43,10 @@ def with_folders(config: RunConfig, stage: StageConfig, folder: Path) -> StageCo
     if not isinstance(stage.algorithm, DistillConfig):
         return stage
     teachers = {
-        task: teacher.model_copy(
-            update={
-                "path": str(model_folder(folder, teacher.path)),
-                "guidance_scale": config.teacher_scale(teacher),
-            }
+        label: config.deployed_teacher(teacher).model_copy(
+            update={"path": str(model_folder(folder, teacher.path))}
         )
-        for task, teacher in stage.algorithm.teachers.items()
+        for label, teacher in stage.algorithm.teachers.items()
     }
     algorithm = stage.algorithm.model_copy(update={"teachers": teachers})
     return stage.model_copy(update={"algorithm": algorithm})
@@ -151,7 +148,7 @@ def _measure_role(
             rt,
             name=name,
             config=plan,
-            guidance_scale=config.deployed_scale(name),
+            guidance=config.deployed(name),
             num_seeds=num_seeds,
             pictures=None if is_best_of else target / "pictures",
         )

@@ -222,8 +222,8 @@ def _compared(
             if found is not None:
                 gains = [_means(runs, arm) for arm in (pair.arm, pair.over)]
                 shared = sorted(gains[0].keys() & gains[1].keys())
-                share = ratio(*([gain[p] for p in shared] for gain in gains))
-                is_share = metric == HEADLINE and share is not None
+                mine, theirs = ([gain[prompt] for prompt in shared] for gain in gains)
+                share = ratio(mine, theirs) if metric == HEADLINE else None
                 yield {
                     "arm": pair.arm,
                     "over": pair.over,
@@ -231,7 +231,7 @@ def _compared(
                     "categories": list(wanted) if wanted and metric == HEADLINE else None,
                     "metric": metric,
                     "difference": found,
-                    "share": asdict(share) if is_share else None,
+                    "share": asdict(share) if share else None,
                 }
 
 

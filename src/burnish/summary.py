@@ -172,7 +172,7 @@ def _policy(config: RunConfig, name: str) -> dict[str, Any]:
     if name in config.stages:
         is_student = isinstance(config.stages[name].algorithm, DistillConfig)
         role = "student" if is_student else "teacher" if name in taught else "stage"
-    scale = config.deployed_scale(name)
+    scale = config.deployed(name).scale
     return {
         "policy": name,
         "role": role,

@@ -199,7 +199,7 @@ def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]
 def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Setting:
     return Setting(
         policy=policy,
-        guidance_scale=config.rollout.guidance_scale,
+        guidance=config.rollout.guidance,
         sampler_steps=config.rollout.num_steps,
         num_steps=config.steps,
         kernel=config.rollout.kernel,

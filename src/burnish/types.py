@@ -8,13 +8,26 @@ whoever receives it only looks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
 
 Task = Literal["t2i", "edit"]
 """What is asked of the model: an image from text alone, or a change of a given image."""
+
+
+class Guidance(NamedTuple):
+    """How a policy is guided where it is deployed."""
+
+    scale: float = 1.0
+    """1 is no guidance."""
+    negative_prompt: str = ""
+    """What guidance leads away from; empty is the empty prompt of the pipeline."""
+
+    def settings(self) -> dict[str, Any]:
+        """As the keys of a recipe."""
+        return {"guidance_scale": self.scale, "negative_prompt": self.negative_prompt}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from burnish.config import ConfigError, parse
 from burnish.flow import KERNELS
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.rollout import RolloutConfig, draw, sample
-from burnish.types import Group, Prompt, Trajectory
+from burnish.types import Group, Guidance, Prompt, Trajectory
 
 torch.set_num_threads(1)
 
@@ -251,7 +251,9 @@ def _stop(_groups: list[Group]) -> None:
 
 def test_draw_gives_the_pipelines_image_for_each_seed(policy):
     prompts = [PROMPTS[1], PROMPTS[0], PROMPTS[0]]
-    images = draw(policy, prompts, num_steps=3, guidance_scale=3.0, seeds=[7, 7, 8], micro_batch=2)
+    images = draw(
+        policy, prompts, num_steps=3, guidance=Guidance(3.0), seeds=[7, 7, 8], micro_batch=2
+    )
     for prompt, seed, image in zip(prompts, [7, 7, 8], images, strict=True):
         noise = policy.noise([torch.Generator().manual_seed(seed)])
         clean = policy.pipeline_latents(prompt, noise, num_steps=3, guidance_scale=3.0)
@@ -275,4 +277,4 @@ def test_impossible_settings_get_a_clear_line(policy):
     with pytest.raises(ValueError, match="distinct ids"):
         sample(policy, [PROMPTS[0], PROMPTS[0]], config(), seed=0, step=0)
     with pytest.raises(ValueError, match="one seed"):
-        draw(policy, PROMPTS, num_steps=2, guidance_scale=1.0, seeds=[1])
+        draw(policy, PROMPTS, num_steps=2, guidance=Guidance(), seeds=[1])

@@ -15,7 +15,7 @@ from burnish.fixed_states import FixedStates, FixedStatesConfig, FixedStatesWarn
 from burnish.looks import Watch
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
-from burnish.types import Prompt
+from burnish.types import Guidance, Prompt
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
 PICTURES = "embedded:prompts/pictures.jsonl"
@@ -54,7 +54,7 @@ def watch(
         teachers={"t2i": TeacherConfig(path=str(teacher), guidance_scale=1.0)}, fixed_states=plan
     )
     setting = Setting(
-        policy=policy, guidance_scale=1.0, sampler_steps=3, num_steps=12, kernel="ode",
+        policy=policy, guidance=Guidance(), sampler_steps=3, num_steps=12, kernel="ode",
         noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
     )  # fmt: skip
     found = Distill(config, setting).watch(folder, step, prompts())

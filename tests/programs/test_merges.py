@@ -135,7 +135,7 @@ def test_a_run_merges_what_its_stages_left(models: dict[str, Path], tmp_path: Pa
     jobs = config.jobs()
     assert jobs["merge/soup"] == ("train/one", "train/other")
     assert jobs["measure/soup"] == jobs["train/last"] == ("merge/soup",)
-    assert config.tasks("soup") == ("t2i", "edit") and config.deployed_scale("soup") == 2.0
+    assert config.tasks("soup") == ("t2i", "edit") and config.deployed("soup").scale == 2.0
     for name in ("one", "other"):
         place = job_folder(tmp_path, f"train/{name}")
         place.mkdir(parents=True)

@@ -26,6 +26,7 @@ from burnish.prompts import read_prompts
 from burnish.rewards.oracle import measures
 from burnish.rewards.vlm import Judge
 from burnish.rollout import draw
+from burnish.types import Guidance
 from burnish.world.edits import Edit
 from burnish.world.flaws import PIXEL_FLAWS, spoil
 from burnish.world.oracle import measure_scene
@@ -116,7 +117,7 @@ def test_guidance_makes_the_base_better(base: QwenImage21Policy) -> None:
     for scale in (1.0, 3.0):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             images = draw(
-                base, prompts[:48], num_steps=10, guidance_scale=scale, seeds=list(range(48))
+                base, prompts[:48], num_steps=10, guidance=Guidance(scale), seeds=list(range(48))
             )
         scores = [
             measures(prompt, image.permute(1, 2, 0).numpy())["composite"]
@@ -222,7 +223,7 @@ def test_a_reduced_build_learns_and_can_be_loaded(tmp_path: Path) -> None:
         policy,
         read_prompts(tmp_path / "prompts" / "held-out.jsonl")[:1],
         num_steps=2,
-        guidance_scale=1.0,
+        guidance=Guidance(),
         seeds=[0],
     )
     assert image.isfinite().all()

@@ -29,7 +29,7 @@ from burnish.residency import Source, Teachers
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout import RolloutConfig, sample
 from burnish.training import check_ratio
-from burnish.types import Failed, Group, Prompt, Scored
+from burnish.types import Failed, Group, Guidance, Prompt, Scored
 
 GUIDANCE = 3.0
 KINDS = [
@@ -57,7 +57,7 @@ def prompts(task: str, count: int = 2) -> list[Prompt]:
 def setting(policy: QwenImage21Policy, num_updates: int = 1) -> Setting:
     return Setting(
         policy=policy,
-        guidance_scale=GUIDANCE,
+        guidance=Guidance(GUIDANCE),
         sampler_steps=3,
         num_steps=10,
         kernel="precise",
@@ -287,9 +287,9 @@ class TestGuidanceModes:
         drawn, calls = groups(policy, "grpo"), []
         real = policy.encode_null
 
-        def counted(prompts: Any) -> Any:
+        def counted(*arguments: Any) -> Any:
             calls.append("null")
-            return real(prompts)
+            return real(*arguments)
 
         for mode in MODES:
             algorithm = grpo(policy, guidance=mode)
@@ -429,7 +429,7 @@ class TestDistill:
         algorithm = build("distill", policy, folder)
         signals, _ = algorithm.credit(groups(policy, "distill"), 0)
         found = float(algorithm.loss(policy, stack(signals)).loss)
-        pairs = evaluate_guided(policy, signals, 64, 2.0)
+        pairs = evaluate_guided(policy, signals, 64, Guidance(2.0))
         # guided - conditional at scale 2 is v_c - v_u.
         gap = torch.cat([guided - conditional for guided, conditional in pairs])
         expected = (GUIDANCE - 1) ** 2 * float(velocity_matching(gap, torch.zeros_like(gap)).mean())

@@ -19,7 +19,7 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Teachers
 from burnish.rollout import RolloutConfig, sample
-from burnish.types import Group, Prompt, Signal
+from burnish.types import Group, Guidance, Prompt, Signal
 
 STEPS = 3
 SCALE = 2.5
@@ -57,7 +57,7 @@ def groups(policy: QwenImage21Policy, task: str = "t2i", category: str = "portra
 def build(policy: QwenImage21Policy, teachers: dict[str, Path], **settings: Any) -> Distill:
     named = {n: TeacherConfig(path=str(f), guidance_scale=SCALE) for n, f in teachers.items()}
     setting = Setting(
-        policy=policy, guidance_scale=1.0, sampler_steps=STEPS, num_steps=10, kernel="ode",
+        policy=policy, guidance=Guidance(), sampler_steps=STEPS, num_steps=10, kernel="ode",
         noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
     )  # fmt: skip
     return Distill(DistillConfig(teachers=named, **settings), setting)
@@ -151,9 +151,12 @@ def test_guidance_rises_over_its_share_of_the_stage(
     policy: QwenImage21Policy, folders: dict[str, Path]
 ) -> None:
     teachers = {"t2i": folders["one"]}
-    assert [build(policy, teachers).scale("t2i", step) for step in (0, 9)] == [SCALE, SCALE]
+    assert [build(policy, teachers).guidance("t2i", step).scale for step in (0, 9)] == [
+        SCALE,
+        SCALE,
+    ]
     rising = build(policy, teachers, guidance_ramp=0.5)
-    assert [rising.scale("t2i", s) for s in range(6)] == pytest.approx(
+    assert [rising.guidance("t2i", s).scale for s in range(6)] == pytest.approx(
         [1.3, 1.6, 1.9, 2.2, 2.5, 2.5]
     )
 
@@ -329,3 +332,35 @@ def test_a_teacher_of_another_schedule_is_refused(
     other.save(tmp_path)
     with pytest.raises(ConfigError, match="need models of one base, got another scheduler"):
         build(policy, {"t2i": tmp_path})
+
+
+def test_a_negative_prompt_is_part_of_the_teacher(
+    policy: QwenImage21Policy, folders: dict[str, Path]
+) -> None:
+    """Target and path are led away from it; a student has no branch that could be."""
+    (asked,) = prompts("t2i", "general", count=1)
+    away = Guidance(SCALE, "a large red circle")
+    teacher = TeacherConfig(path=str(folders["one"]), **away.settings())
+    setting = Setting(
+        policy=policy, guidance=Guidance(), sampler_steps=STEPS, num_steps=10, kernel="ode",
+        noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
+    )  # fmt: skip
+    plan = RolloutConfig(num_steps=STEPS, group_size=1, window=0, keep="all", guidance_scale=1.0)
+    algorithm = Distill(DistillConfig(teachers={"t2i": teacher}, states="teacher"), setting)
+    (group,) = algorithm.draw(policy, [asked], plan, seed=0, step=0)
+    (path,) = group.trajectories
+    wanted = QwenImage21Policy.load(folders["one"], resolution=64).pipeline_latents(
+        asked,
+        policy.noise([torch.Generator().manual_seed(path.seed)]),
+        num_steps=STEPS,
+        guidance_scale=SCALE,
+        negative_prompt=away.negative_prompt,
+    )
+    torch.testing.assert_close(path.clean[None], wanted, atol=1e-4, rtol=1e-4)
+    (signal,), _ = algorithm.credit([group], 0)
+    empty = build(policy, {"t2i": folders["one"]})
+    (other,), _ = empty.credit([group], 0)
+    own = Distill(DistillConfig(teachers={"t2i": teacher}), setting)
+    (same,), _ = own.credit([group], 0)
+    torch.testing.assert_close(same.fields["target"], signal.fields["target"], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(other.fields["target"], signal.fields["target"], atol=1e-3)

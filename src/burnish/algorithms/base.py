@@ -31,7 +31,7 @@ from burnish.objectives import velocity_kl
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
 from burnish.rollout import RolloutConfig, sample
-from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
+from burnish.types import Group, Guidance, LossOutput, Prompt, Signal, Task, Trajectory
 
 
 class SelfCheckError(RuntimeError):
@@ -114,7 +114,7 @@ class Setting:
     """What an algorithm is told about the run it works in."""
 
     policy: Policy[Any, Any]
-    guidance_scale: float
+    guidance: Guidance
     """Of the rollouts."""
     sampler_steps: int
     """Of the rollouts."""

@@ -29,7 +29,7 @@ from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
 from burnish.residency import Source, Teachers
 from burnish.rollout import RolloutConfig
-from burnish.types import Group, LossOutput, Prompt, Signal, Task, Trajectory
+from burnish.types import Group, Guidance, LossOutput, Prompt, Signal, Task, Trajectory
 
 Weighting = Literal["one", "step", "kl"]
 """Of a state: `one`, the paper's plain sum; `step`, the length h of its solver step, as in the
@@ -51,6 +51,22 @@ class TeacherConfig(Config):
     """A LoRA on the model in `path`: a safetensors file or its folder."""
     guidance_scale: float | None = Field(default=None, ge=1)
     """None is the scale that its own stage drew with; a teacher from elsewhere must have one."""
+    negative_prompt: str | None = None
+    """What its guidance leads away from; None is what its own stage drew with, else nothing."""
+
+    @property
+    def guidance(self) -> Guidance:
+        """As it is deployed.
+
+        Raises:
+            ConfigError: its scale is not given.
+        """
+        if self.guidance_scale is None:
+            raise ConfigError(
+                f"need the guidance scale that the teacher in {self.path} is deployed with, got "
+                "none; set its guidance_scale under algorithm.teachers"
+            )
+        return Guidance(self.guidance_scale, self.negative_prompt or "")
 
 
 class DistillConfig(AlgorithmConfig):
@@ -133,24 +149,19 @@ class Distill(Algorithm):
 
     def __init__(self, config: DistillConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
-        for label, teacher in config.teachers.items():
-            if teacher.guidance_scale is None:
-                raise ConfigError(
-                    f"need the guidance scale that the teacher in {teacher.path} is deployed with, "
-                    f"got none; set algorithm.teachers.{label}.guidance_scale"
-                )
+        self._guidance = {label: teacher.guidance for label, teacher in config.teachers.items()}
         sources = {
             label: Source(Path(t.path), None if t.lora is None else Path(t.lora))
             for label, t in config.teachers.items()
         }
         self._teachers = Teachers(setting.policy, sources)
 
-    def scale(self, label: str, step: int) -> float:
-        """Guidance of a teacher at a step: its own after the ramp."""
-        own = self._config.teachers[label].guidance_scale
-        assert own is not None, "refused when the algorithm was built"
+    def guidance(self, label: str, step: int) -> Guidance:
+        """Of a teacher at a step: its own after the ramp."""
+        own = self._guidance[label]
         rising = self._config.guidance_ramp * self._setting.num_steps
-        return 1 + (own - 1) * min(1.0, (step + 1) / rising) if rising else own
+        share = min(1.0, (step + 1) / rising) if rising else 1.0
+        return own._replace(scale=1 + (own.scale - 1) * share)
 
     def draw(
         self,
@@ -166,7 +177,7 @@ class Distill(Algorithm):
         if self._config.states == "teacher":
             label = self._label(prompts)
             policy = self._teachers.activate(label)
-            config = config.model_copy(update={"guidance_scale": self.scale(label, step)})
+            config = config.model_copy(update=self.guidance(label, step).settings())
         return super().draw(policy, prompts, config, seed=seed, step=step, on_batch=on_batch)
 
     def watch(self, folder: Path, step: int, prompts: Sequence[Prompt]) -> Watch | None:
@@ -179,7 +190,7 @@ class Distill(Algorithm):
             folder,
             step=step,
             teachers=self._teachers,
-            scales={n: self.scale(n, self._setting.num_steps) for n in sorted(labels)},
+            guidance={label: self._guidance[label] for label in sorted(labels)},
             prompts=prompts,
             label_of=self._config.label,
             num_steps=self._setting.sampler_steps,
@@ -197,8 +208,9 @@ class Distill(Algorithm):
             # It has said so already, when it drew.
             targets = [path.guided for _, path in paths]
         else:
-            scale, count = self.scale(label, step), self._setting.micro_batch
-            targets = [guided for guided, _ in evaluate_guided(teacher, signals, count, scale)]
+            count, guidance = self._setting.micro_batch, self.guidance(label, step)
+            pairs = evaluate_guided(teacher, signals, count, guidance)
+            targets = [guided for guided, _ in pairs]
         found = [s.with_fields(target=t) for s, t in zip(signals, targets, strict=True)]
         return found, {f"teacher/is_{name}": float(name == label) for name in order}
 

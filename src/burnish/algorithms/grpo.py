@@ -121,7 +121,7 @@ class Grpo(Algorithm):
         update."""
         policy, chunk = self._setting.policy, self._setting.micro_batch
         if self._use.has_gradient:
-            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance_scale)
+            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance)
             return [
                 s.with_fields(guided=guided, old=conditional)
                 for s, (guided, conditional) in zip(signals, pairs, strict=True)
@@ -160,10 +160,10 @@ class Grpo(Algorithm):
         self, policy: Policy[Any, Any], batch: Batch
     ) -> tuple[Float[Tensor, " state *latent"], VelocityPair]:
         """The conditional velocity, and new and old velocity of the policy that is scored."""
-        scale, guided = self._setting.guidance_scale, batch.fields["guided"]
+        scale, guided = self._setting.guidance.scale, batch.fields["guided"]
         unconditional = None
         if self._use.has_gradient:
-            composed, conditional = batch.guided(policy, scale)
+            composed, conditional = batch.guided(policy, self._setting.guidance)
             unconditional = unconditional_from(composed, conditional, scale)
             if "old" not in batch.fields:
                 # By the same operations as the new one, so that the first ratio is exactly 1.

@@ -86,7 +86,7 @@ class Nft(Algorithm):
             signals.append(self._noised(group, trajectory.clean, advantage, draws))
         policy, chunk = self._setting.policy, self._setting.micro_batch
         if self._config.anchor == "guided":
-            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance_scale)
+            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance)
             anchored = [
                 signal.with_fields(guided=guided, old=conditional)
                 for signal, (guided, conditional) in zip(signals, pairs, strict=True)

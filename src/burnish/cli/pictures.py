@@ -11,6 +11,7 @@ from burnish.config import EMBEDDED, ConfigError, located
 
 if TYPE_CHECKING:
     from burnish.shelves import PolicyConfig
+    from burnish.types import Guidance
 
 
 @app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
@@ -22,6 +23,9 @@ def sample(
     source: Annotated[Path | None, typer.Option(help="Picture to edit.", metavar="IMAGE")] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="1 is no guidance; a stage's own if left out.")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="What guidance leads away from; a stage's own if left out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
     resolution: Annotated[int | None, typer.Option(min=32, help="Side in pixels.")] = None,
@@ -37,7 +41,7 @@ def sample(
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
     from burnish import images, rollout, runtime, tracking
     from burnish.shelves import load_policy
-    from burnish.types import Prompt
+    from burnish.types import Guidance, Prompt
 
     picture = None if source is None else images.encode_png(images.read(source))
     model_folder, defaults = _model(model)
@@ -46,6 +50,10 @@ def sample(
     )
     rt = runtime.start()
     drawer = load_policy(policy, model_folder, rt)
+    guidance = Guidance(
+        defaults.guidance.scale if guidance_scale is None else guidance_scale,
+        defaults.guidance.negative_prompt if negative_prompt is None else negative_prompt,
+    )
     asked = [
         Prompt(id=str(row), text=text, task="t2i" if picture is None else "edit", source=picture)
         for row, text in enumerate(prompts)
@@ -56,7 +64,7 @@ def sample(
             drawer,
             asked,
             num_steps=steps or defaults.num_steps,
-            guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+            guidance=guidance,
             seeds=[seed + place for _ in prompts for place in range(count)],
         )
     sheet = images.grid([images.to_pil(image) for image in drawn], count)
@@ -72,13 +80,14 @@ class _Defaults:
 
     policy: "PolicyConfig"
     num_steps: int
-    guidance_scale: float
+    guidance: "Guidance"
 
 
 def _model(text: str) -> tuple[Path, _Defaults]:
     """The pipeline folder that `--model` means, and how its run draws with it."""
     from burnish import stages, summary
     from burnish.shelves import PolicyConfig
+    from burnish.types import Guidance
 
     place = located(text)
     options = (place, place / "model", place.parent / "stages" / place.name / "model")
@@ -94,8 +103,8 @@ def _model(text: str) -> tuple[Path, _Defaults]:
                 f"need a stage that is complete, {name} of {ran} is not; resume its run first"
             )
         config = summary.read_run(ran)
-        scale = config.deployed_scale(name)
-        return folder, _Defaults(config.policy, config.evaluation.num_steps, scale)
+        guidance = config.deployed(name)
+        return folder, _Defaults(config.policy, config.evaluation.num_steps, guidance)
     if text.startswith(EMBEDDED):
-        return folder, _Defaults(PolicyConfig(resolution=64), 6, 2.5)
-    return folder, _Defaults(PolicyConfig(), 40, 4.0)
+        return folder, _Defaults(PolicyConfig(resolution=64), 6, Guidance(2.5))
+    return folder, _Defaults(PolicyConfig(), 40, Guidance(4.0))

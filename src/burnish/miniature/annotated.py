@@ -32,7 +32,7 @@ from burnish.progress import track
 from burnish.rollout import draw
 from burnish.runtime import derived_seed
 from burnish.tracking import writing
-from burnish.types import Prompt
+from burnish.types import Guidance, Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import otherwise, spoil
 from burnish.world.raters import ANATOMY, Raters, rate_edit, rate_scene
@@ -209,7 +209,7 @@ def _sampled(
                 base,
                 prompts,
                 num_steps=plan.num_steps,
-                guidance_scale=float(rng.uniform(*plan.guidance)),
+                guidance=Guidance(float(rng.uniform(*plan.guidance))),
                 seeds=[int(seed) for seed in rng.integers(2**31, size=len(prompts))],
             )
         rounds.append(_bytes_of(drawn))

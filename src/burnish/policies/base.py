@@ -110,8 +110,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """Run the frozen encoder: text, and source images of edits. All prompts share one task."""
 
     @abstractmethod
-    def encode_null(self, prompts: Sequence[Prompt]) -> ConditionT:
-        """The unconditional branch: no instruction, but the source image stays."""
+    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:
+        """The unconditional branch: what guidance leads away from instead of the prompt, nothing
+        as the pipeline has it if that is empty; the source image of an edit stays."""
 
     @abstractmethod
     def prefix(self, condition: ConditionT) -> PrefixT:
@@ -173,6 +174,7 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         *,
         num_steps: int,
         guidance_scale: float,
+        negative_prompt: str = "",
     ) -> Float[Tensor, "1 token channel"]:
         """Clean latents by the pipeline's own call: the truth that a rollout is checked against."""
 

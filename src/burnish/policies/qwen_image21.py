@@ -179,9 +179,10 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     def encode(self, prompts: Sequence[Prompt]) -> QwenCondition:
         return self._encoder.encode(prompts)
 
-    def encode_null(self, prompts: Sequence[Prompt]) -> QwenCondition:
+    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> QwenCondition:
         # A blank is what the pipeline makes of an empty prompt; the source image stays.
-        return self.encode([dataclasses.replace(prompt, text=" ") for prompt in prompts])
+        text = negative_prompt or " "
+        return self.encode([dataclasses.replace(prompt, text=text) for prompt in prompts])
 
     def embed(
         self, prompts: Sequence[Prompt], *, sources: Sequence[Tensor] | None = None
@@ -339,11 +340,12 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
         *,
         num_steps: int,
         guidance_scale: float,
+        negative_prompt: str = "",
     ) -> Float[Tensor, "1 token channel"]:
         return self.pipeline(
             prompt.text,
             image=source_image(prompt) if prompt.task == "edit" else None,
-            negative_prompt=None if guidance_scale == 1 else "",
+            negative_prompt=None if guidance_scale == 1 else negative_prompt,
             true_cfg_scale=guidance_scale,
             num_inference_steps=num_steps,
             latents=noise,
