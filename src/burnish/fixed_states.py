@@ -12,6 +12,7 @@ the least gap there, and `burnish.folding` tells how much of the gap was guidanc
 """
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -41,6 +42,8 @@ _LEVELS = (0.9, 0.6, 0.3)
 """Noise levels of the pictures; as many states are taken of each path."""
 _FIELDS = ("start", "start_guided", "target")
 """Velocities at a state: of the start, of the start guided, of the teacher."""
+FOLDER = "fixed-states"
+"""In that of the stage's run."""
 BANDS: Mapping[str, tuple[float, float]] = {
     "all": (0.0, 1.0),
     "high": (2 / 3, 1.0),
@@ -104,7 +107,7 @@ class FixedStates(Watch):
         Raises:
             ConfigError: a teacher without a single prompt.
         """
-        self.looks = Looks(folder / "fixed-states", every=config.every, step=step, value=_nearness)
+        self.looks = Looks(folder / FOLDER, every=config.every, step=step, value=_nearness)
         self._teachers, self._guidance = teachers, dict(guidance)
         self._num_steps, self._micro_batch = num_steps, micro_batch
         self._states: dict[str, list[Signal]] = {}
@@ -261,6 +264,17 @@ class FixedStates(Watch):
             latents = add_noise(clean, torch.randn(clean.shape, generator=draws), sigmas)
             found.append(Signal(prompt=prompt, latents=latents, sigmas=sigmas))
         return found
+
+
+def folded(folder: Path) -> list[dict[str, Any]]:
+    """What the written student has taken in, by teacher and band of noise; nothing without a look.
+
+    Args:
+        folder: of the stage's run.
+    """
+    looks = Looks(folder / FOLDER, every=1, step=sys.maxsize, value=_nearness).rows
+    best = max(looks, key=_nearness) if looks else {"step": 0, "parts": []}
+    return [{"step": best["step"], **part} for part in best["parts"]]
 
 
 def _packed(states: Mapping[str, Sequence[Signal]]) -> dict[str, Tensor]:

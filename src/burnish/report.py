@@ -14,6 +14,7 @@ from typing import Any
 from burnish import page
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
+from burnish.fixed_states import FOLDER as FIXED_STATES
 from burnish.galleries import TASKS, in_words, with_galleries
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.summary import Number, read_run, teachers, write_summary
@@ -177,6 +178,23 @@ def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, An
         return {"label": label, "colour": colour, "points": points}
 
     if taught := teachers(config, name):
+        looks = read_rows(folder / "stages" / name / FIXED_STATES / "looks.jsonl")
+        lines = [
+            {
+                "label": in_words(label).lower(),
+                "colour": colour,
+                "points": [
+                    (float(look["step"]), part["gap"] / part["way"])
+                    for look in looks
+                    for part in look["parts"]
+                    if (part["label"], part["band"]) == (label, "all")
+                ],
+            }
+            for label, colour in zip(taught, _TAUGHT, strict=False)
+        ]
+        if looks:
+            words = "gap on fixed states, share of the way"
+            yield chart(name, words, lines, last=float(stage.steps), end=end, has_zero=True)
         for metric, words in (
             ("distill/gap_share", "gap to the teacher, as a share of its velocity"),
             ("loss", "loss"),

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ConfigError
-from burnish.curves import budgets, told
+from burnish.curves import budgets
 from burnish.evaluation import Row, by_prompt, differences, estimate
-from burnish.page import plain
+from burnish.fixed_states import folded
 from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
 from burnish.stages import all_scores, is_complete, job_folder, spent
 from burnish.study_page import write_study_page
+from burnish.study_table import markdown
 from burnish.summary import (
     HEADLINE,
     KNOWLEDGE,
@@ -36,7 +37,6 @@ from burnish.summary import (
     ratio,
     read_run,
 )
-from burnish.tables import shown
 from burnish.tracking import Run, write_atomic, write_json, writing
 
 
@@ -129,6 +129,7 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
         "command": command,
         "seeds": done,
         **tabulate(config, rows),
+        "folding": [row for arm in config.stages for row in _folding(folders, arm)],
         "cost": {arm: _cost(config, folders, arm) for arm in config.stages},
         "budgets": budgets(config, folders),
     }
@@ -257,6 +258,23 @@ def _number(runs: Sequence[Mapping[str, Sequence[float]]]) -> Number:
     return asdict(estimate(values)) if values else None
 
 
+def _folding(runs: Sequence[Path], arm: str) -> Iterator[dict[str, Any]]:
+    """What a student has taken in of each teacher, by band of noise: means over seeds."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for run in runs:
+        for part in folded(run / "stages" / arm):
+            found.setdefault((part["label"], part["band"]), []).append(part)
+    for (label, band), parts in found.items():
+        shares = {
+            "guidance": [part["guidance"] for part in parts],
+            "learnt": [part["learnt"] for part in parts],
+            "gap": [part["gap"] / part["way"] for part in parts],
+            "of_the_way": [part["learnt_part"] / part["way"] for part in parts],
+        }
+        means = {name: statistics.fmean(values) for name, values in shares.items()}
+        yield {"arm": arm, "label": label, "band": band, **means}
+
+
 def _cost(config: RunConfig, runs: Sequence[Path], arm: str) -> dict[str, float | None]:
     """Means over seeds: pictures drawn in training and to choose prompts, network evaluations of
     the training, and minutes of one process."""
@@ -285,77 +303,3 @@ def raw_rows(config: RunConfig, rows: Sequence[Row]) -> Iterator[str]:
             "value": row["value"],
         }
         yield json.dumps(own | ({"reason": row["reason"]} if "reason" in row else {})) + "\n"
-
-
-def markdown(found: Mapping[str, Any]) -> str:
-    """The table of a study for readers."""
-    seeds = ", ".join(map(str, found["seeds"]))
-    lines = [
-        f"# {found['question'] or found['name']}",
-        "",
-        *([f"Claim: {found['claim']}", ""] if found["claim"] else []),
-        f"Command: `{found['command']}`; seeds {seeds}. Brackets are 95 % intervals over prompts of"
-        " the mean over seeds, differences paired by prompt; the gain of each seed is beside them.",
-    ]
-    lines += _gains("Results", found["results"], "metric")
-    lines += _gains(f"By category, {HEADLINE}", found["categories"], "category")
-    lines += _section(
-        "Compared",
-        "| arm | over | task | metric | difference | share of its gain |",
-        [_comparison(row) for row in found["comparisons"]],
-    )
-    lines += _section(
-        "Network evaluations until the first arm's held-out score is reached",
-        "| arm | share of the first arm's | best look | last look |",
-        [
-            f"| {arm} | {told(own['share'])} | {max(own['held_out']):.3f} | "
-            f"{own['held_out'][-1]:.3f} |"
-            for arm, own in found["budgets"].items()
-        ],
-    )
-    lines += _gains("What no reward asks for", found["knowledge"], "metric")
-    lines += _section(
-        "Cost, mean over seeds",
-        "| arm | pictures | to choose prompts | network evaluations | minutes |",
-        [
-            f"| {arm} | {plain(cost['images'], 0)} | {plain(cost['curated'], 0)} | "
-            f"{plain(cost['evaluations'], 0)} | {plain(cost['minutes'], 1)} |"
-            for arm, cost in found["cost"].items()
-        ],
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _comparison(row: Mapping[str, Any]) -> str:
-    of = f"{row['task']} {', '.join(row['categories'])}" if row["categories"] else row["task"]
-    share = "" if row["share"] is None else f"{shown(row['share'], digits=0, scale=100.0)} %"
-    cells = (
-        row["arm"],
-        row["over"],
-        of,
-        row["metric"],
-        shown(row["difference"], signed=True),
-        share,
-    )
-    return f"| {' | '.join(cells)} |"
-
-
-def _gains(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
-    """Scores and gains; `key` is what tells rows of one arm and task apart."""
-    head = f"| arm | task | {key} | score | gain over base | of each seed | over the first arm |"
-    return _section(title, head, [_line(row, (row["arm"], row["task"], row[key])) for row in rows])
-
-
-def _section(title: str, head: str, lines: Sequence[str]) -> list[str]:
-    rule = "|" + "---|" * (head.count("|") - 1)
-    return ["", f"## {title}", "", head, rule, *lines] if lines else []
-
-
-def _line(row: Mapping[str, Any], names: Sequence[str]) -> str:
-    score = "missing" if row["score"] is None else f"{row['score']['mean']:.3f}"
-    if not row["is_valid"]:
-        score = f"{score} invalid, {row['failed']} failed"
-    each = ", ".join("none" if g is None else f"{g:+.3f}" for g in row["gain_of_each_seed"])
-    over = "" if row["over_first_arm"] is None else shown(row["over_first_arm"], signed=True)
-    cells = (*names, score, shown(row["gain"], signed=True), each, over)
-    return f"| {' | '.join(cells)} |"

@@ -18,6 +18,7 @@ import numpy as np
 from burnish.algorithms.distill import DistillConfig
 from burnish.config import located, parse
 from burnish.evaluation import Estimate, Row, best_of, by_prompt, estimate, gain
+from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig
 from burnish.stages import all_scores, is_complete, spent
@@ -120,6 +121,11 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "results": results,
         "headroom": [_headroom(cells, task) for task in config.tasks(BASE)],
         "distillation": list(_distillation(config, cells)),
+        "folding": [
+            {"student": name, **part}
+            for name in config.stages
+            for part in folded(folder / "stages" / name)
+        ],
         "metrics": list(_secondary(cells, results)),
         "categories": list(_by_category(cells, results)),
         "knowledge": list(_knowledge(cells, results)),

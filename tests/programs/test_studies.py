@@ -16,6 +16,7 @@ from burnish.launcher import pending
 from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
 from burnish.stages import is_complete
+from burnish.study_table import markdown
 from burnish.tracking import Run, RunError, write_atomic
 from burnish.types import Prompt
 
@@ -234,7 +235,7 @@ def test_an_arm_without_scores_is_there_and_marked(tmp_path: Path) -> None:
     found = studies.tabulate(config, rows)
     row = result(found, "better")
     assert row["score"] is row["gain"] is None and row["gain_of_each_seed"] == [None, None]
-    text = studies.markdown(
+    text = markdown(
         {
             **found,
             "question": "",
@@ -244,6 +245,7 @@ def test_an_arm_without_scores_is_there_and_marked(tmp_path: Path) -> None:
             "seeds": [0],
             "cost": {},
             "budgets": {},
+            "folding": [],
         }
     )
     assert (

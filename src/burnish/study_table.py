@@ -1,0 +1,92 @@
+"""The table of a study as it is read, in Markdown."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from burnish.curves import told
+from burnish.page import plain
+from burnish.summary import HEADLINE
+from burnish.tables import shown
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table of a study for readers."""
+    seeds = ", ".join(map(str, found["seeds"]))
+    lines = [
+        f"# {found['question'] or found['name']}",
+        "",
+        *([f"Claim: {found['claim']}", ""] if found["claim"] else []),
+        f"Command: `{found['command']}`; seeds {seeds}. Brackets are 95 % intervals over prompts of"
+        " the mean over seeds, differences paired by prompt; the gain of each seed is beside them.",
+    ]
+    lines += _gains("Results", found["results"], "metric")
+    lines += _gains(f"By category, {HEADLINE}", found["categories"], "category")
+    lines += _section(
+        "Compared",
+        "| arm | over | task | metric | difference | share of its gain |",
+        [_comparison(row) for row in found["comparisons"]],
+    )
+    lines += _section(
+        "Network evaluations until the first arm's held-out score is reached",
+        "| arm | share of the first arm's | best look | last look |",
+        [
+            f"| {arm} | {told(own['share'])} | {max(own['held_out']):.3f} | "
+            f"{own['held_out'][-1]:.3f} |"
+            for arm, own in found["budgets"].items()
+        ],
+    )
+    lines += _gains("What no reward asks for", found["knowledge"], "metric")
+    lines += _section(
+        "Folded in, on fixed states, mean over seeds",
+        "| arm | teacher of | noise | guidance | learning | gap left | learning in the way |",
+        [
+            f"| {row['arm']} | {row['label']} | {row['band']} | {row['guidance']:.1%} | "
+            f"{row['learnt']:.1%} | {row['gap']:.1%} | {row['of_the_way']:.1%} |"
+            for row in found["folding"]
+        ],
+    )
+    lines += _section(
+        "Cost, mean over seeds",
+        "| arm | pictures | to choose prompts | network evaluations | minutes |",
+        [
+            f"| {arm} | {plain(cost['images'], 0)} | {plain(cost['curated'], 0)} | "
+            f"{plain(cost['evaluations'], 0)} | {plain(cost['minutes'], 1)} |"
+            for arm, cost in found["cost"].items()
+        ],
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _comparison(row: Mapping[str, Any]) -> str:
+    of = f"{row['task']} {', '.join(row['categories'])}" if row["categories"] else row["task"]
+    share = "" if row["share"] is None else f"{shown(row['share'], digits=0, scale=100.0)} %"
+    cells = (
+        row["arm"],
+        row["over"],
+        of,
+        row["metric"],
+        shown(row["difference"], signed=True),
+        share,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def _gains(title: str, rows: Sequence[Mapping[str, Any]], key: str) -> list[str]:
+    """Scores and gains; `key` is what tells rows of one arm and task apart."""
+    head = f"| arm | task | {key} | score | gain over base | of each seed | over the first arm |"
+    return _section(title, head, [_line(row, (row["arm"], row["task"], row[key])) for row in rows])
+
+
+def _section(title: str, head: str, lines: Sequence[str]) -> list[str]:
+    rule = "|" + "---|" * (head.count("|") - 1)
+    return ["", f"## {title}", "", head, rule, *lines] if lines else []
+
+
+def _line(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    score = "missing" if row["score"] is None else f"{row['score']['mean']:.3f}"
+    if not row["is_valid"]:
+        score = f"{score} invalid, {row['failed']} failed"
+    each = ", ".join("none" if g is None else f"{g:+.3f}" for g in row["gain_of_each_seed"])
+    over = "" if row["over_first_arm"] is None else shown(row["over_first_arm"], signed=True)
+    cells = (*names, score, shown(row["gain"], signed=True), each, over)
+    return f"| {' | '.join(cells)} |"
