@@ -1,4 +1,4 @@
-"""LoRA files: read as what they add to the weights of a base.
+"""LoRA: trained as low-rank factors beside frozen weights, read and written as files.
 
 Both layouts in use are read: that of diffusers (`pytorch_lora_weights.safetensors`, names below
 `transformer.`) and that of peft (`adapter_model.safetensors` beside `adapter_config.json`, names
@@ -7,18 +7,31 @@ a teacher is another teacher.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from burnish.config import ConfigError
+from burnish.config import Config, ConfigError
 from burnish.tracking import writing
+
+
+class LoraConfig(Config):
+    """Train low-rank factors beside the frozen weights instead of the weights themselves."""
+
+    rank: int = Field(default=32, ge=1)
+    alpha: int | None = Field(default=None, ge=1)
+    """The factors' product counts alpha / rank; None is twice the rank."""
+    targets: tuple[str, ...] | None = None
+    """Endings of the names of modules; None is what the model's family adapts."""
+
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names of an adapter's file in its folder."""
@@ -33,6 +46,56 @@ class Adapter:
     low: Float[Tensor, "rank input"]
     high: Float[Tensor, "output rank"]
     scale: float
+
+
+def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None:
+    """Put trainable factors beside the weights of a diffusers transformer, which are frozen.
+
+    The second factor is zero, so that nothing changes yet; the first is drawn from the global
+    random generator.
+
+    Args:
+        transformer: changed in place.
+        config: rank and strength.
+        targets: endings of the names of modules, if the config has none.
+
+    Raises:
+        ConfigError: no module has such a name.
+    """
+    import peft  # It imports all of transformers.
+
+    wanted = list(config.targets or targets)
+    alpha = config.alpha or 2 * config.rank
+    plan = peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=wanted)
+    transformer.requires_grad_(False)
+    try:
+        transformer.add_adapter(plan)
+    except ValueError:
+        names = sorted({name.rpartition(".")[2] for name, _ in transformer.named_modules()})
+        raise ConfigError(
+            f"lora.targets: need names of modules, got {', '.join(wanted)}, which match none of "
+            f"{len(names)}; take some of {', '.join(name for name in names if name)}"
+        ) from None
+
+
+def detach(transformer: Any) -> dict[str, Adapter]:
+    """Add what was learnt to the weights, take the factors away, and return them by module."""
+    import peft
+
+    (plan,) = transformer.peft_config.values()
+    state = peft.get_peft_model_state_dict(transformer)
+    adapters = {
+        name.removesuffix(_LOW): Adapter(
+            low.detach().cpu(),
+            state[name.removesuffix(_LOW) + _HIGH].detach().cpu(),
+            plan.lora_alpha / plan.r,
+        )
+        for name, low in state.items()
+        if name.endswith(_LOW)
+    }
+    transformer.fuse_lora()
+    transformer.unload_lora()
+    return adapters
 
 
 def read_adapter(path: Path) -> dict[str, Adapter]:

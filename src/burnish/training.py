@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from burnish import runtime
+from burnish.adapters import LoraConfig, attach, detach, write_adapter
 from burnish.algorithms.base import AdvantagesConfig, Algorithm, LearnsFrom, SelfCheckError, Setting
 from burnish.batches import chunks, stack
 from burnish.config import Config
@@ -50,6 +51,8 @@ class StageConfig(Config):
     advantages: AdvantagesConfig = AdvantagesConfig()
     algorithm: AnyAlgorithm
     optimizer: OptimizerConfig = OptimizerConfig()
+    lora: LoraConfig | None = None
+    """None trains all weights."""
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
     curation: SelectionConfig | None = None
@@ -140,10 +143,12 @@ def train(
         SelfCheckError: a self-check failed.
     """
     policy.transformer.requires_grad_(True)
-    parameters = [parameter for _, parameter in policy.trainable()]
-    before = [parameter.detach().clone() for parameter in parameters]
-    # Before weights are restored: an algorithm may keep a copy of the start.
+    before = [parameter.detach().clone() for _, parameter in policy.trainable()]
+    # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
     algorithm = config.algorithm.build(_setting(config, policy, seed))
+    if config.lora is not None:
+        with runtime.seeded(seed, "lora"):
+            attach(policy.transformer, config.lora, policy.lora_targets)
     state = State.start(policy, config.optimizer)
     state.restore(run)
     prompts = config.prompts.read()
@@ -181,6 +186,8 @@ def train(
     state.finish()
     if watch is not None:
         watch.restore(policy)
+    if config.lora is not None:
+        write_adapter(run.folder / "lora", detach(policy.transformer))
     return _export(policy, before, run.folder / "model")
 
 
