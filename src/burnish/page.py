@@ -17,10 +17,10 @@ _ENLARGED = 128  # Pictures of fewer pixels are enlarged without smoothing.
 
 
 def template(name: str) -> Template:
-    """A template beside this file, with the filter `plain` for numbers."""
+    """A template beside this file, with the filter `plain` for numbers; only HTML is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
+        autoescape=name.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -142,9 +142,9 @@ def knowledge_ids(config: RunConfig) -> frozenset[str]:
 
 
 def teachers(config: RunConfig, student: str) -> dict[str, str]:
-    """Teacher of each label of a stage that distills; one from elsewhere keeps its path."""
-    algorithm = config.stages[student].algorithm
-    if not isinstance(algorithm, DistillConfig):
+    """Teacher of each label of a policy that was distilled; one from elsewhere keeps its path."""
+    stage = config.stages.get(student)
+    if stage is None or not isinstance(algorithm := stage.algorithm, DistillConfig):
         return {}
     return {task: t.path.removeprefix(STAGE) for task, t in algorithm.teachers.items()}
 

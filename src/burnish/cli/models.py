@@ -64,6 +64,39 @@ def merge(
     print(f"Model: {out}")
 
 
+@app.command(epilog="Example: burnish export runs/miniature/student --licence apache-2.0")
+def export(
+    model: Annotated[
+        Path, typer.Argument(metavar="RUN/POLICY", help="A stage or merge of a run folder.")
+    ],
+    licence: Annotated[
+        str, typer.Option(help="Its licence as an SPDX identifier, for the card.", metavar="SPDX")
+    ] = "other",
+    lora: Annotated[
+        bool, typer.Option("--lora", help="The LoRA of a stage that trained one, alone.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; exports/RUN-POLICY if left out.", metavar="DIR"),
+    ] = None,
+) -> None:
+    """Write a trained model for others, with a model card.
+
+    It becomes a diffusers pipeline, or a LoRA that diffusers loads on the base.
+    The card says what the model started from, what it was trained on, how it must be drawn, and
+    what was measured with which intervals. The export is read again and must draw what the model
+    draws.
+    """
+    from burnish import exporting, runtime
+
+    folder, policy = model.parent, model.name
+    # The folder of a stage serves too.
+    folder = folder.parent if folder.name == "stages" else folder
+    target = out or Path("exports") / f"{folder.resolve().name}-{policy}"
+    exporting.export(folder, policy, target, runtime.start(), licence=licence, as_lora=lora)
+    print(f"Model: {target}\nCard: {target / 'README.md'}")
+
+
 def pipeline_folder(place: Path) -> Path:
     """The folder of a pipeline, or that inside a stage's folder.
 

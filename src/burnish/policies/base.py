@@ -69,6 +69,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     block_class: ClassVar[str]
     """Class name of the repeated block; the unit of sharding and checkpointing."""
 
+    guidance_argument: ClassVar[str]
+    """Name of the scale of guidance in the pipeline's own call."""
+
     lora_targets: ClassVar[tuple[str, ...]]
     """Module name endings that a LoRA adapts by default."""
 

@@ -54,6 +54,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     family: ClassVar[str] = "qwen_image21"
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
     block_class: ClassVar[str] = "QwenImage21TransformerBlock"
+    guidance_argument: ClassVar[str] = "true_cfg_scale"
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q",
         "attn.to_k",

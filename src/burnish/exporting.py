@@ -1,0 +1,150 @@
+"""A trained model as others use it: a diffusers pipeline or a LoRA, and a card of what it is.
+
+Before it is called done, the export is read again by a fresh pipeline, which must draw what the
+model draws and not what the base does.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from burnish import images
+from burnish.adapters import adapted, read_adapter
+from burnish.config import ConfigError, located
+from burnish.model_card import SAMPLES, model_card
+from burnish.policies.base import Policy
+from burnish.prompts import read_prompts
+from burnish.run_config import BASE, STAGE, RunConfig
+from burnish.runtime import Runtime
+from burnish.shelves import load_policy
+from burnish.stages import is_complete, model_folder
+from burnish.summary import read_run
+from burnish.tracking import RunError, write_atomic, writing
+
+_PICTURES = 8  # Of the base and of the model, side by side.
+
+
+def export(
+    folder: Path, policy: str, out: Path, rt: Runtime, *, licence: str, as_lora: bool = False
+) -> Path:
+    """Write a policy of a run as a folder for others; returns it.
+
+    Args:
+        folder: of the run.
+        policy: a stage or merge.
+        out: folder to write; it must not exist.
+        rt: device.
+        licence: SPDX identifier, for the card.
+        as_lora: write the LoRA of a stage that trained one, instead of the whole pipeline.
+
+    Raises:
+        ConfigError: no such policy, one that is not complete or not a LoRA, or a folder that
+            exists.
+        RunError: a fresh pipeline does not draw what the model draws.
+    """
+    config = read_run(folder)
+    _check(config, folder, policy, out, as_lora=as_lora)
+    unfinished = out.with_name(f".{out.name}.tmp")
+    model = load_policy(config.policy, model_folder(folder, STAGE + policy), rt)
+    with writing(out):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if as_lora:
+            shutil.copytree(folder / "stages" / policy / "lora", unfinished)
+        else:
+            model.save(unfinished)
+        check_export(config, policy, model, unfinished, rt, as_lora=as_lora)
+        _write_pictures(folder, policy, unfinished / SAMPLES)
+        card = model_card(
+            config,
+            folder,
+            policy,
+            licence=licence,
+            guidance_argument=model.guidance_argument,
+            as_lora=as_lora,
+            has_pictures=(unfinished / SAMPLES).is_file(),
+        )
+        write_atomic(unfinished / "README.md", card)
+        unfinished.replace(out)
+    return out
+
+
+def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:
+    if out.exists():
+        raise ConfigError(f"need a folder that does not exist yet, got {out}; change --out")
+    if policy not in config.policies():
+        raise ConfigError(
+            f"need a stage or merge of {folder}, got {policy!r}; take one of "
+            f"{', '.join(config.policies())}"
+        )
+    job = f"{'merge' if policy in config.merges else 'train'}/{policy}"
+    if not is_complete(folder, job):
+        raise ConfigError(
+            f"need a stage that is complete, {policy} of {folder} is not; resume its run first"
+        )
+    if as_lora and not (policy in config.stages and config.stages[policy].lora):
+        raise ConfigError(
+            f"need a stage that trained a LoRA, {policy} did not; leave --lora out, or train it "
+            "with lora.rank"
+        )
+
+
+def check_export(
+    config: RunConfig,
+    policy: str,
+    model: Policy[Any, Any],
+    folder: Path,
+    rt: Runtime,
+    *,
+    as_lora: bool,
+) -> None:
+    """Draw with a fresh pipeline of the export what the model draws, and the base does not.
+
+    Raises:
+        RunError: it draws something else, or what the base draws.
+    """
+    base = load_policy(config.policy, located(config.policy.path), rt)
+    before = _drawn(config, policy, base)
+    if as_lora:
+        fresh = base
+        own = {name: tensor.cpu() for name, tensor in base.transformer.state_dict().items()}
+        merged = adapted(own, read_adapter(folder), where=str(folder))
+        fresh.transformer.load_state_dict(merged)
+    else:
+        fresh = load_policy(config.policy, folder, rt)
+    found, wanted = _drawn(config, policy, fresh), _drawn(config, policy, model)
+    moved, missed = (float((other - wanted).abs().mean()) for other in (before, found))
+    if missed >= 0.01 * moved:
+        raise RunError(
+            f"need an export that draws what {policy} draws, got latents that differ by "
+            f"{missed:.3g} on average where the base differs by {moved:.3g}; export it again"
+        )
+
+
+@torch.no_grad()
+def _drawn(config: RunConfig, policy: str, model: Policy[Any, Any]) -> Tensor:
+    """Clean latents of the first held-out prompt by the pipeline's own call."""
+    task = config.tasks(policy)[0]
+    every = read_prompts(located(config.evaluation.prompts))
+    guidance = config.deployed(policy)
+    return model.pipeline_latents(
+        next(prompt for prompt in every if prompt.task == task),
+        model.noise([torch.Generator().manual_seed(0)]),
+        num_steps=config.evaluation.num_steps,
+        guidance_scale=guidance.scale,
+        negative_prompt=guidance.negative_prompt,
+    ).float()
+
+
+def _write_pictures(folder: Path, policy: str, path: Path) -> None:
+    """The same held-out prompts by the base, above, and by the model, if both were measured."""
+    places = [folder / "evaluation" / name / "pictures" for name in (BASE, policy)]
+    found = [{file.name for file in place.glob("*.webp")} for place in places]
+    # Spread over the set, so that every category is there.
+    names = sorted(found[0] & found[1])
+    names = names[:: max(1, len(names) // _PICTURES)][:_PICTURES]
+    if names:
+        shown = [images.read(place / name) for place in places for name in names]
+        path.write_bytes(images.encode_png(images.grid(shown, len(names))))

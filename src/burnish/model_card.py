@@ -1,0 +1,114 @@
+"""The card of a trained model: what it is, how it is drawn, what was measured and what was not.
+
+Written from the run that made the model, with the front matter of the hub. `card.md.j2` has the
+words.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from burnish import page
+from burnish.config import dump_yaml
+from burnish.ledger import digest_of
+from burnish.run_config import BASE, RunConfig
+from burnish.summary import teachers, write_summary
+from burnish.tables import shown
+
+SAMPLES = "samples.png"
+"""Name of the pictures beside the card."""
+_TASKS = {"t2i": "text-to-image", "edit": "image-to-image"}
+"""As the hub calls them."""
+
+
+def model_card(
+    config: RunConfig,
+    folder: Path,
+    policy: str,
+    *,
+    licence: str,
+    guidance_argument: str,
+    as_lora: bool = False,
+    has_pictures: bool = False,
+) -> str:
+    """The card in Markdown.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        policy: a stage or merge.
+        licence: SPDX identifier.
+        guidance_argument: of the pipeline's call, for the scale of guidance.
+        as_lora: the model is a LoRA on its base.
+        has_pictures: there are pictures beside the card.
+    """
+    summary = write_summary(folder)
+    tasks = config.tasks(policy)
+    front = ModelCardData(
+        license=licence,
+        library_name="diffusers",
+        pipeline_tag=_TASKS[tasks[0]],
+        base_model=config.policy.path,
+        tags=["burnish", *(["lora"] if as_lora else [])],
+    )
+    results = [
+        {**row, "guidance": config.deployed(row["policy"]).scale}
+        for row in summary["results"]
+        if row["policy"] in (BASE, policy) and row["task"] in tasks
+    ]
+    return page.template("card.md.j2").render(
+        front=front.to_yaml(),
+        config=config,
+        recipe=dump_yaml(config),
+        policy=policy,
+        base=BASE,
+        merge=config.merges.get(policy),
+        taught=list(dict.fromkeys(teachers(config, policy).values())),
+        stage=config.stages.get(policy),
+        guidance=config.deployed(policy),
+        guidance_argument=guidance_argument,
+        as_lora=as_lora,
+        samples=SAMPLES if has_pictures else None,
+        summary=summary,
+        results=results,
+        kept=[row for row in summary["distillation"] if row["student"] == policy and row["kept"]],
+        knowledge=[r for r in summary["knowledge"] if r["policy"] == policy and r["points"]],
+        ancestors=list(_ancestors(config, folder, policy)),
+        shown=shown,
+    )
+
+
+def _ancestors(config: RunConfig, folder: Path, policy: str) -> Iterator[dict[str, Any]]:
+    """The policy and all that it was made of, in the order of the run."""
+    found = {policy}
+    for name in reversed(config.policies()):
+        if name in found:
+            stage, merge = config.stages.get(name), config.merges.get(name)
+            found |= set(merge.of if merge else ())
+            found |= {stage.start, *teachers(config, name).values()} if stage else set()
+    for name in (name for name in config.policies() if name in found):
+        stage, merge = config.stages.get(name), config.merges.get(name)
+        if stage is None:
+            yield {"name": name, "merge": merge, "stage": None}
+            continue
+        path = stage.prompts.path
+        yield {
+            "name": name,
+            "stage": stage,
+            "teachers": teachers(config, name),
+            "sets": [path] if isinstance(path, str) else list(path),
+            "digests": _digests(folder / "stages" / name / "rewards.json"),
+        }
+
+
+def _digests(path: Path) -> dict[str, str]:
+    """What every reward was read from, as it was pinned when the stage began."""
+    pinned = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    names = {name: name.removeprefix("the files of ") for name in pinned}
+    return {
+        names[name]: "no files" if digest == digest_of(()) else f"files `{digest}`"
+        for name, digest in pinned.items()
+    }
