@@ -1,0 +1,1 @@
+"""Battles of pictures, votes on them, and ratings from votes."""
