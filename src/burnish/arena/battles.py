@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from burnish.config import ConfigError, nearest
 from burnish.tracking import write_atomic, writing
@@ -106,8 +106,3 @@ def by_category(battles: Sequence[Battle]) -> dict[str, list[Battle]]:
     for battle in battles:
         found.setdefault(battle.category, []).append(battle)
     return found
-
-
-def as_plain(battle: Battle) -> dict[str, Any]:
-    """The line of a battle."""
-    return asdict(battle)

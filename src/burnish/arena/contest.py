@@ -1,0 +1,94 @@
+"""Who meets whom on what: pictures of several models for the same prompts.
+
+A contestant is a name with a picture of each prompt: a policy of a run folder, or any folder of
+pictures that are named by the ids of a set of prompts. Only prompts that all have drawn are fought
+over, and all pictures of a prompt have one size, or the eye would know them by it.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from burnish import images
+from burnish.config import ConfigError
+from burnish.types import Prompt
+
+SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
+"""Of pictures in a folder."""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Prompts, and each contestant's picture of every one of them."""
+
+    prompts: tuple[Prompt, ...]
+    pictures: Mapping[str, Mapping[str, Path]]
+    """By contestant, then by prompt."""
+
+    def pairs(self, seed: int, per_prompt: int | None = None) -> Iterator[tuple[Prompt, str, str]]:
+        """Prompt, left and right contestant of every meeting, in a random order.
+
+        Args:
+            seed: of the order and the sides.
+            per_prompt: meetings of each prompt, drawn without repetition; None is all pairs.
+        """
+        draws = np.random.default_rng(seed)
+        names = sorted(self.pictures)
+        every = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
+        meetings = []
+        for prompt in self.prompts:
+            count = len(every) if per_prompt is None else min(per_prompt, len(every))
+            for place in draws.permutation(len(every))[:count]:
+                pair = every[place] if draws.random() < 0.5 else every[place][::-1]
+                meetings.append((prompt, *pair))
+        yield from (meetings[place] for place in draws.permutation(len(meetings)))
+
+
+def gather(
+    places: Mapping[str, Path], prompts: Sequence[Prompt], *, tasks: Sequence[str] | None = None
+) -> Contest:
+    """The pictures of folders for the prompts that all of them have.
+
+    Args:
+        places: folder of each contestant, by its name.
+        prompts: that the pictures are named after.
+        tasks: of the prompts; None is all.
+
+    Raises:
+        ConfigError: fewer than two contestants, a folder without pictures of the prompts, or
+            pictures of one prompt that differ in size.
+    """
+    if len(places) < 2:
+        raise ConfigError(f"need two contestants at least, got {len(places)}; name more folders")
+    wanted = {p.id: p for p in prompts if tasks is None or p.task in tasks}
+    found = {name: _pictures(folder, wanted) for name, folder in places.items()}
+    for name, pictures in found.items():
+        if not pictures:
+            raise ConfigError(
+                f"need pictures named after prompts, such as {next(iter(wanted), 'ID')}.webp, got "
+                f"none in {places[name]}; check the folder and the prompts"
+            )
+    shared = [p for p in wanted.values() if all(p.id in own for own in found.values())]
+    if not shared:
+        counts = ", ".join(f"{name} {len(own)}" for name, own in found.items())
+        raise ConfigError(f"need prompts that all have drawn, got none in common ({counts})")
+    for prompt in shared:
+        sizes = {name: images.read(own[prompt.id]).size for name, own in found.items()}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {w} x {h}" for name, (w, h) in sizes.items())
+            raise ConfigError(
+                f"need pictures of one size, got {told} for prompt {prompt.id}; draw them alike"
+            )
+    return Contest(
+        prompts=tuple(shared),
+        pictures={name: {p.id: own[p.id] for p in shared} for name, own in found.items()},
+    )
+
+
+def _pictures(folder: Path, wanted: Mapping[str, Prompt]) -> dict[str, Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"need a folder of pictures, got {folder}; check the path")
+    files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}
+    return {name: files[name] for name in wanted if name in files}

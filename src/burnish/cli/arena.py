@@ -1,0 +1,135 @@
+"""Commands of the arena: votes on pictures of several models, and ratings from votes."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from burnish.cli.options import Json
+from burnish.cli.program import app
+from burnish.config import ConfigError, located, parse, parse_yaml
+
+if TYPE_CHECKING:
+    from burnish.arena.contest import Contest
+
+arena = typer.Typer(help="Battles of pictures and ratings from votes.", rich_markup_mode=None)
+app.add_typer(arena, name="arena")
+
+Places = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RUN | NAME=FOLDER",
+        help="Run folders, whose policies meet, or folders of pictures named by prompt ids.",
+    ),
+]
+
+
+@arena.command(epilog="Example: burnish arena rate battles.jsonl --json")
+def rate(
+    battles: Annotated[Path, typer.Argument(metavar="BATTLES", help="JSONL file of votes.")],
+    anchor: Annotated[
+        str | None, typer.Option(help="Model at 1000 points; base, or the first, if left out.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(min=200, help="Of prompts, for intervals.")] = 2000,
+    out: Annotated[
+        Path | None, typer.Option(help="HTML page to write; beside BATTLES if left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Rate models from any file of votes: Elo with 95 % intervals over prompts.
+
+    A line of the file: {"battle", "prompt", "category", "a", "b", "winner", "voter"}; winner is a,
+    b, tie or both_bad, and a stood on the left.
+    """
+    from rich.console import Console
+
+    from burnish.arena.battles import read_battles
+    from burnish.arena.board import rate as rated
+    from burnish.arena_page import leaderboard, write_arena_page
+
+    found = rated(read_battles(battles), anchor=anchor, resamples=resamples)
+    page = write_arena_page(
+        found, out or battles.with_suffix(".html"), shlex.join(["burnish", *sys.argv[1:]])
+    )
+    Console(width=None if sys.stdout.isatty() else 120).print(leaderboard(found))
+    print(f"Page: {page}")
+    if as_json:
+        print(json.dumps({"page": str(page), **found}))
+
+
+@arena.command(epilog="Example: burnish arena vote runs/miniature --task t2i --out battles.jsonl")
+def vote(
+    places: Places,
+    judge: Annotated[
+        str, typer.Option(help="Reward that votes, as in a recipe.", metavar="YAML")
+    ] = "{kind: oracle}",
+    raters: Annotated[
+        str,
+        typer.Option(help="The crowd: count, noise, margin, bad, seed.", metavar="YAML"),
+    ] = "{}",
+    task: Annotated[str, typer.Option(help="t2i or edit: each is an arena of its own.")] = "t2i",
+    prompts: Annotated[
+        str, typer.Option(help="Set of prompts of the pictures.", metavar="FILE")
+    ] = "embedded:prompts/held-out.jsonl",
+    per_prompt: Annotated[
+        int | None, typer.Option(min=1, help="Meetings of a prompt for a rater; all if left out.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", metavar="FILE")] = Path(
+        "battles.jsonl"
+    ),
+) -> None:
+    """Let a reward vote on pictures of several models, as a crowd of simulated raters.
+
+    The voters are named after the reward, so that nobody takes them for people. Rate the votes
+    with `burnish arena rate`.
+    """
+    from burnish.arena.battles import write_battles
+    from burnish.arena.raters import CrowdConfig, scores
+    from burnish.arena.raters import vote as voted
+
+    if out.exists():
+        raise ConfigError(f"need a file that does not exist yet, got {out}; change --out")
+    settings = {
+        "judge": parse_yaml(judge, where="--judge"),
+        "raters": parse_yaml(raters, where="--raters"),
+    }
+    crowd = parse(CrowdConfig, settings)
+    contest = _contest(places, prompts, task)
+    found = voted(
+        contest,
+        scores(contest, crowd.judge.build()),
+        crowd.raters,
+        crowd=crowd.judge.kind,
+        per_prompt=per_prompt,
+    )
+    write_battles(out, found)
+    names = ", ".join(sorted(contest.pictures))
+    print(f"{len(found)} votes on {len(contest.prompts)} prompts between {names}: {out}")
+
+
+def _contest(places: list[str], prompts: str, task: str) -> "Contest":
+    """The contestants that the command line names."""
+    from burnish.arena.contest import gather
+    from burnish.prompts import read_prompts
+    from burnish.run_config import BASE, UNGUIDED
+    from burnish.summary import read_run
+
+    if task not in ("t2i", "edit"):
+        raise ConfigError(f"need the task t2i or edit, got {task!r}; change --task")
+    folders: dict[str, Path] = {}
+    for place in places:
+        name, sign, path = place.partition("=")
+        if sign:
+            own = {name: Path(path)}
+        else:
+            config = read_run(Path(place))
+            able = [p for p in (BASE, UNGUIDED, *config.policies()) if task in config.tasks(p)]
+            own = {p: Path(place) / "evaluation" / p / "pictures" for p in able}
+            if len(places) > 1:
+                own = {p if p == BASE else f"{config.name}-{p}": f for p, f in own.items()}
+        twice = [name for name in own if name in folders and own[name] != folders[name]]
+        folders |= {name: folder for name, folder in own.items() if name not in twice}
+    return gather(folders, read_prompts(located(prompts)), tasks=(task,))

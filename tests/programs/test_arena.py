@@ -1,0 +1,247 @@
+"""Battles from a file or by simulated raters, and the leaderboard that is made of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from burnish import cli, images, ratings
+from burnish.arena.battles import Battle, read_battles, write_battles
+from burnish.arena.board import rate, voters
+from burnish.arena.contest import Contest, gather
+from burnish.arena.raters import RatersConfig, vote
+from burnish.config import ConfigError
+from burnish.types import Prompt
+
+STRENGTH = {"base": 0.0, "teacher": 0.5, "student": 0.8}
+CATEGORIES = ("portrait", "typography")
+
+
+def battles(count: int = 4000, prompts: int = 80, side: float = 0.3) -> list[Battle]:
+    """Votes of a planted tournament."""
+    rng = np.random.default_rng(0)
+    found = []
+    for number in range(count):
+        a, b = (str(name) for name in rng.choice(sorted(STRENGTH), 2, replace=False))
+        prompt = int(rng.integers(prompts))
+        chance = 1 / (1 + np.exp(STRENGTH[b] - STRENGTH[a] - side))
+        winner = "a" if rng.random() < chance else "b"
+        draw = rng.random()
+        found.append(
+            Battle(
+                battle=f"b{number}", prompt=f"p{prompt}", category=CATEGORIES[prompt % 2], a=a, b=b,
+                winner="both_bad" if draw < 0.05 else "tie" if draw < 0.15 else winner,
+                voter=f"v{number % 5}",
+            )
+        )  # fmt: skip
+    return found
+
+
+def line(**changes: Any) -> str:
+    row = {"battle": "b", "prompt": "p", "category": "c", "a": "x", "b": "y", "winner": "a",
+           "voter": "v"}  # fmt: skip
+    return json.dumps(
+        {key: value for key, value in {**row, **changes}.items() if value is not None}
+    )
+
+
+def test_a_file_comes_back_and_foreign_keys_are_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "battles.jsonl"
+    write_battles(path, battles(50))
+    assert read_battles(path) == battles(50)
+    path.write_text(line(language="en") + "\n\n")
+    assert [battle.winner for battle in read_battles(path)] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (line(winner="model_a"), "x.jsonl:1: need a winner of a, b, tie, both_bad, got 'model_a'"),
+        (line(winner="ties"), "did you mean 'tie'?"),
+        (line(voter=None), "x.jsonl:1: need the keys .*, got none named voter"),
+        (line(b="x"), "need two different models, got 'x' twice"),
+        (line() + "\n" + line(), "x.jsonl:2: need one vote of a voter on a battle, got a second"),
+        ("not json", "x.jsonl:1: need one JSON object a line"),
+        ("[1]", "need the keys"),
+        ("", "need at least one battle"),
+    ],
+)
+def test_a_line_that_is_no_battle_is_told_by_its_number(
+    text: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_battles(path)
+
+
+def test_planted_strengths_and_sides_come_back(tmp_path: Path) -> None:
+    found = rate(battles())
+    assert found["anchor"] == "base" and found["prompts"] == 80
+    rows = {row["model"]: row for row in found["board"]["rows"]}
+    assert list(rows) == ["student", "teacher", "base"]
+    assert rows["base"]["elo"] == rows["base"]["low"] == rows["base"]["high"] == 1000
+    for name in ("student", "teacher"):
+        # Ties pull towards the middle: a share t of them leaves 1 - t of the distance in score.
+        assert rows[name]["low"] < 1000 + 0.9 * ratings.ELO * STRENGTH[name]
+        assert 1000 < rows[name]["low"] < rows[name]["elo"] < rows[name]["high"]
+    assert 20 < found["board"]["left_side"] < 70
+    assert found["ties"] == pytest.approx(0.1, abs=0.02)
+    assert found["both_bad"] == pytest.approx(0.05, abs=0.01)
+    assert list(found["categories"]) == ["typography", "portrait"] or set(
+        found["categories"]
+    ) == set(CATEGORIES)
+    matrix = np.array(found["board"]["matrix"], dtype=float)
+    np.testing.assert_allclose(matrix + matrix.T, np.where(np.eye(3), np.nan, 1.0), atol=2e-4)
+    assert matrix[0, 2] > 0.55
+
+
+def test_the_anchor_only_moves_the_scale() -> None:
+    ours, theirs = (rate(battles(), anchor=name)["board"]["rows"] for name in (None, "student"))
+    shifts = [a["elo"] - b["elo"] for a, b in zip(ours, theirs, strict=True)]
+    assert np.ptp(shifts) < 0.05
+    with pytest.raises(ConfigError, match="did you mean 'student'"):
+        rate(battles(), anchor="studnet")
+
+
+def test_models_that_never_met_have_no_common_scale() -> None:
+    apart = [b for b in battles() if {b.a, b.b} == {"base", "teacher"}]
+    other = [Battle(battle="z", prompt="p", category="c", a="x", b="y", winner="a", voter="v")]
+    with pytest.raises(
+        ConfigError, match="got 2 sets without a battle between them: base, teacher"
+    ):
+        rate([*apart, *other])
+
+
+def test_a_category_without_the_anchor_and_few_prompts_are_told() -> None:
+    extra = Battle(
+        battle="z", prompt="q", category="new", a="student", b="teacher", winner="a", voter="v"
+    )
+    found = rate([*battles(400), extra])
+    assert found["categories"]["new"]["rows"] == []
+    few = rate([b for b in battles() if b.prompt in ("p1", "p2")])
+    assert few["board"]["rows"][0]["low"] is None and "fewer than 10" in few["board"]["reason"]
+
+
+def test_agreement_counts_others_on_the_same_pictures() -> None:
+    def seen(voter: str, a: str, b: str, winner: Any) -> Battle:
+        return Battle(battle=voter, prompt="p", category="c", a=a, b=b, winner=winner, voter=voter)
+
+    found = voters(
+        [seen("one", "x", "y", "a"), seen("two", "y", "x", "b"), seen("three", "x", "y", "tie"),
+         seen("alone", "x", "z", "a")]
+    )  # fmt: skip
+    agreement = {row["voter"]: row["agreement"] for row in found}
+    # The second chose the same picture on the other side.
+    assert agreement == {"one": 0.5, "two": 0.5, "three": 0.0, "alone": None}
+
+
+# --- Contests and simulated raters -----------------------------------------------------------
+
+
+PROMPTS = [Prompt(id=f"p{n}", text="x", category=CATEGORIES[n % 2]) for n in range(30)]
+
+
+def write_pictures(folder: Path, count: int = 30, side: int = 32) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        picture = images.to_pil(torch.full((3, side, side), number / 60))
+        (folder / f"p{number}.png").write_bytes(images.encode_png(picture))
+    return folder
+
+
+def test_only_what_all_have_drawn_is_fought_over(tmp_path: Path) -> None:
+    places = {name: write_pictures(tmp_path / name, n) for name, n in (("x", 30), ("y", 20))}
+    contest = gather(places, PROMPTS)
+    assert [prompt.id for prompt in contest.prompts] == [f"p{n}" for n in range(20)]
+    places["z"] = write_pictures(tmp_path / "z", 30, side=16)
+    with pytest.raises(ConfigError, match="need pictures of one size, got x 32 x 32, y 32 x 32, z"):
+        gather(places, PROMPTS)
+    with pytest.raises(ConfigError, match=r"need pictures named after prompts, such as p0\.webp"):
+        gather({"x": places["x"], "y": tmp_path}, PROMPTS)
+    with pytest.raises(ConfigError, match="need two contestants at least"):
+        gather({"x": places["x"]}, PROMPTS)
+    with pytest.raises(ConfigError, match="need a folder of pictures"):
+        gather({"x": places["x"], "y": tmp_path / "nowhere"}, PROMPTS)
+
+
+def contest() -> Contest:
+    names = ("base", "student", "teacher")
+    return Contest(
+        prompts=tuple(PROMPTS), pictures={n: {p.id: Path(p.id) for p in PROMPTS} for n in names}
+    )
+
+
+def test_every_pair_meets_once_on_every_prompt_and_sides_are_mixed() -> None:
+    meetings = list(contest().pairs(0))
+    assert len({(p.id, frozenset((a, b))) for p, a, b in meetings}) == len(meetings) == 90
+    assert 25 < sum(a < b for _, a, b in meetings) < 65
+    assert list(contest().pairs(0)) == meetings != list(contest().pairs(1))
+    assert len(list(contest().pairs(0, per_prompt=2))) == 60
+
+
+def test_simulated_raters_prefer_the_higher_score_and_say_who_they_are() -> None:
+    seen = {(name, p.id): STRENGTH[name] for name in STRENGTH for p in PROMPTS}
+    found = vote(contest(), seen, RatersConfig(count=2), crowd="oracle")
+    assert len(found) == 180 and {b.voter for b in found} == {
+        "simulated:oracle-0", "simulated:oracle-1",
+    }  # fmt: skip
+    assert all(STRENGTH[{"a": b.a, "b": b.b}[b.winner]] == max(STRENGTH[b.a], STRENGTH[b.b])
+               for b in found)  # fmt: skip
+    ties = vote(contest(), seen, RatersConfig(count=1, margin=0.4), crowd="oracle")
+    assert {b.winner for b in ties if {b.a, b.b} == {"teacher", "student"}} == {"tie"}
+    bad = vote(contest(), seen, RatersConfig(count=1, bad=0.6), crowd="oracle")
+    assert {b.winner for b in bad if "student" not in (b.a, b.b)} == {"both_bad"}
+    noisy = vote(contest(), seen, RatersConfig(count=8, noise=2.0), crowd="oracle")
+    assert 0.5 < rate(noisy)["board"]["rows"][0]["score"] < 0.7
+    del seen["student", "p3"]
+    assert len(vote(contest(), seen, RatersConfig(count=1), crowd="oracle")) == 88
+
+
+def test_the_commands_rate_a_file_and_write_a_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "battles.jsonl"
+    write_battles(path, [*battles(300), *vote_of("<b>bold</b>")])
+    assert cli.main(["arena", "rate", str(path), "--resamples", "200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["anchor"] == "base" and len(found["board"]["rows"]) == 4
+    page = (tmp_path / "battles.html").read_text()
+    assert "&lt;b&gt;bold" in page and "<b>bold" not in page and "<script" not in page
+    assert "4 models, 301 votes on " in page
+    assert cli.main(["arena", "rate", str(path), "--anchor", "bse"]) == 2
+    assert "did you mean 'base'" in capsys.readouterr().err
+
+
+def vote_of(name: str) -> list[Battle]:
+    return [
+        Battle(
+            battle="z", prompt="p1", category="portrait", a=name, b="base", winner="a", voter="v"
+        )
+    ]
+
+
+def test_a_reward_votes_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    shipped = Path(cli.__file__).parents[1] / "miniature" / "prompts" / "held-out.jsonl"
+    prompts.write_text("".join(shipped.open().readlines()[:12]))
+    names = [json.loads(row)["id"] for row in prompts.open()]
+    for folder, level in (("dark", 0.1), ("light", 0.9)):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            picture = images.to_pil(torch.full((3, 64, 64), level))
+            (tmp_path / folder / f"{name}.png").write_bytes(images.encode_png(picture))
+    out = tmp_path / "battles.jsonl"
+    places = [f"{name}={tmp_path / name}" for name in ("dark", "light")]
+    command = ["arena", "vote", *places, "--prompts", str(prompts), "--out", str(out)]
+    assert cli.main([*command, "--raters", "{count: 2, noise: 0.1}"]) == 0
+    assert "24 votes on 12 prompts between dark, light" in capsys.readouterr().out
+    assert {b.voter for b in read_battles(out)} == {"simulated:oracle-0", "simulated:oracle-1"}
+    assert cli.main(command) == 2
+    assert "need a file that does not exist yet" in capsys.readouterr().err
+    other = [*command[:-1], str(tmp_path / "more.jsonl"), "--raters", "{cuont: 2}"]
+    assert cli.main(other) == 2
+    assert "did you mean `raters.count`" in capsys.readouterr().err
