@@ -67,6 +67,52 @@ class FixedStatesConfig(Config):
     beginning. A teacher with fewer takes them all."""
 
 
+def chosen(
+    config: FixedStatesConfig,
+    prompts: Sequence[Prompt],
+    labels: Sequence[str],
+    label_of: Callable[[Prompt], str | None],
+) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]]]:
+    """Prompts of the paths and of the pictures, by the label of their teacher.
+
+    Args:
+        config: which sets, and how many of each.
+        prompts: of the stage.
+        labels: of all teachers.
+        label_of: whose prompt it is; None is nobody's.
+
+    Raises:
+        ConfigError: a set that cannot be read, a teacher without a single prompt, a picture that is
+            not there, or one id in both sets.
+    """
+
+    def last(found: Sequence[Prompt]) -> dict[str, list[Prompt]]:
+        count = config.num_prompts
+        return {label: [p for p in found if label_of(p) == label][-count:] for label in labels}
+
+    paths = last(prompts if config.prompts is None else read_prompts(located(config.prompts)))
+    known = [] if config.pictures is None else read_prompts(located(config.pictures))
+    pictures = last(known)
+    for label in labels:
+        if not paths[label]:
+            raise ConfigError(
+                f"need prompts of the teacher {label}, got none in {config.prompts}; choose "
+                "another set of prompts, or leave it out to take the stage's own"
+            )
+        bare = [prompt.id for prompt in pictures[label] if prompt.target is None]
+        if bare:
+            raise ConfigError(
+                f"need a target for every prompt of pictures, got none for {bare[0]!r}; give one "
+                "or leave the prompt out"
+            )
+        both = {p.id for p in paths[label]} & {p.id for p in pictures[label]}
+        if both:
+            raise ConfigError(
+                f"need other ids in pictures than in prompts, got {min(both)!r} in both; rename one"
+            )
+    return paths, pictures
+
+
 class FixedStatesWarning(UserWarning):
     """A distillation that may not be worth its result."""
 
@@ -105,39 +151,13 @@ class FixedStates(Watch):
             micro_batch: states at once.
 
         Raises:
-            ConfigError: a teacher without a single prompt.
+            ConfigError: sets of prompts that do not serve.
         """
         self.looks = Looks(folder / FOLDER, every=config.every, step=step, value=_nearness)
         self._teachers, self._guidance = teachers, dict(guidance)
         self._num_steps, self._micro_batch = num_steps, micro_batch
         self._states: dict[str, list[Signal]] = {}
-        self._paths = self._chosen(config.prompts, prompts, config.num_prompts, label_of)
-        self._pictures = self._chosen(config.pictures, [], config.num_prompts, label_of)
-        for label, own in self._paths.items():
-            if not own:
-                raise ConfigError(
-                    f"need prompts of the teacher {label} in {config.prompts}, got none; choose "
-                    "another set in algorithm.fixed_states.prompts"
-                )
-            shared = {p.id for p in own} & {p.id for p in self._pictures[label]}
-            if shared:
-                raise ConfigError(
-                    "algorithm.fixed_states: need other ids in pictures than in prompts, got "
-                    f"{min(shared)!r} in both; rename one"
-                )
-
-    def _chosen(
-        self,
-        path: str | None,
-        otherwise: Sequence[Prompt],
-        count: int,
-        label_of: Callable[[Prompt], str | None],
-    ) -> dict[str, list[Prompt]]:
-        """The last prompts of each teacher in a set."""
-        found = otherwise if path is None else read_prompts(located(path))
-        return {
-            label: [p for p in found if label_of(p) == label][-count:] for label in self._guidance
-        }
+        self._paths, self._pictures = chosen(config, prompts, list(guidance), label_of)
 
     def look(
         self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
@@ -248,11 +268,7 @@ class FixedStates(Watch):
         """Known pictures at each noise level."""
         found = []
         for prompt in self._pictures[label]:
-            if prompt.target is None:
-                raise ConfigError(
-                    f"need a target for every prompt of algorithm.fixed_states.pictures, got none "
-                    f"for {prompt.id!r}; give one or leave the prompt out"
-                )
+            assert prompt.target is not None, "refused when the set was read"
             side = (policy.resolution, policy.resolution)
             picture = images.decode(prompt.target, where=f"target of prompt {prompt.id!r}")
             pixels = images.to_tensor(picture.convert("RGB").resize(side))

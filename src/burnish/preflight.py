@@ -103,6 +103,10 @@ def _check_prompts(name: str, stage: StageConfig) -> None:
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts: {error}") from None
     try:
+        stage.algorithm.check_prompts(chosen)
+    except ConfigError as error:
+        raise ConfigError(f"stages.{name}.{error}") from None
+    try:
         GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, pool=stage.algorithm.pool)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts_per_step: {error}") from None

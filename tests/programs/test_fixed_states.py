@@ -127,16 +127,29 @@ def test_a_student_that_only_went_astray_is_told(
         looking.restore(astray)
 
 
-def test_sets_that_do_not_serve_are_refused(
-    policy: QwenImage21Policy, teacher: Path, tmp_path: Path
+def edits_only(folder: Path) -> str:
+    lines = located(PICTURES).read_text().splitlines(keepends=True)
+    path = folder / "edits.jsonl"
+    path.write_text("".join(line for line in lines if '"edit"' in line))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompts": edits_only}, "need prompts of the teacher t2i, got none in"),
+        ({"prompts": PICTURES}, "need other ids in pictures than in prompts"),
+        ({"pictures": "embedded:prompts/held-out.jsonl"}, "need a target for every prompt"),
+        ({"pictures": "nowhere.jsonl"}, "need a JSONL file of prompts, got nowhere.jsonl"),
+    ],
+)
+def test_sets_that_do_not_serve_are_refused_before_anything_is_trained(
+    changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="need prompts of the teacher t2i"):
-        edits = tmp_path / "edits.jsonl"
-        lines = located(PICTURES).read_text().splitlines(keepends=True)
-        edits.write_text("".join(line for line in lines if '"edit"' in line))
-        watch(policy, teacher, tmp_path, prompts=str(edits))
-    with pytest.raises(ConfigError, match="need other ids in pictures than in prompts"):
-        watch(policy, teacher, tmp_path, prompts=PICTURES)
-    with pytest.raises(ConfigError, match="need a target for every prompt"):
-        looking = watch(policy, teacher, tmp_path, pictures="embedded:prompts/held-out.jsonl")
-        looking.look(learner(policy), 0, None, CPU)
+    given = {k: v(tmp_path) if callable(v) else v for k, v in changes.items()}
+    plan = FixedStatesConfig(**{"pictures": PICTURES} | given)
+    config = DistillConfig(
+        teachers={"t2i": TeacherConfig(path="x", guidance_scale=1.0)}, fixed_states=plan
+    )
+    with pytest.raises(ConfigError, match=f"algorithm.fixed_states: {words}"):
+        config.check_prompts(prompts())

@@ -72,6 +72,16 @@ class AlgorithmConfig(Config, ABC):
             ValueError: needs another scale.
         """
 
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Look, before anything is trained, whether its own sets of prompts serve.
+
+        Args:
+            prompts: of the stage.
+
+        Raises:
+            ConfigError: they do not.
+        """
+
     @abstractmethod
     def build(self, setting: "Setting") -> "Algorithm":
         """The algorithm for one run."""

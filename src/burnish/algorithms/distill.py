@@ -23,7 +23,7 @@ from torch import Tensor
 from burnish.algorithms.base import Algorithm, AlgorithmConfig, LearnsFrom, Setting
 from burnish.batches import Batch, evaluate_guided
 from burnish.config import Config, ConfigError
-from burnish.fixed_states import FixedStates, FixedStatesConfig
+from burnish.fixed_states import FixedStates, FixedStatesConfig, chosen
 from burnish.looks import Watch
 from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
@@ -116,6 +116,14 @@ class DistillConfig(AlgorithmConfig):
                 "leave out its prompts"
             )
         return label
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        if self.fixed_states is not None:
+            labels = sorted({self.pool(prompt) for prompt in prompts})
+            try:
+                chosen(self.fixed_states, prompts, labels, self.label)
+            except ConfigError as error:
+                raise ConfigError(f"algorithm.fixed_states: {error}") from None
 
     def build(self, setting: Setting) -> "Distill":
         return Distill(self, setting)
