@@ -110,6 +110,62 @@ def vote(
     print(f"{len(found)} votes on {len(contest.prompts)} prompts between {names}: {out}")
 
 
+@arena.command(epilog="Example: burnish arena serve runs/miniature --task t2i --votes votes.sqlite")
+def serve(
+    places: Places,
+    votes: Annotated[Path, typer.Option(help="SQLite file of the votes; made if missing.")] = Path(
+        "votes.sqlite"
+    ),
+    task: Annotated[str, typer.Option(help="t2i or edit: each is an arena of its own.")] = "t2i",
+    prompts: Annotated[
+        str, typer.Option(help="Set of prompts of the pictures.", metavar="FILE")
+    ] = "embedded:prompts/held-out.jsonl",
+    gold: Annotated[
+        float, typer.Option(min=0, max=0.5, help="Share of pairs that tell who looks.")
+    ] = 0.05,
+    host: Annotated[
+        str, typer.Option(help="Address; others than loopback are seen.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.")] = 8200,
+) -> None:
+    """Serve the voting page: two anonymous pictures, keys 1 to 4, undo.
+
+    Stop it with Ctrl-C; the same command goes on with the same votes. `burnish arena votes`
+    writes them as battles. Put a proxy with encryption in front before you leave loopback.
+    """
+    import uvicorn
+
+    from burnish.arena.ballots import Ballots
+    from burnish.arena.server import app as served
+
+    contest = _contest(places, prompts, task)
+    ballots = Ballots(votes, contest, gold=gold)
+    print(f"Vote at http://{host}:{port}; votes go to {votes}", flush=True)
+    # No log of requests: it would join voters to battles. No name of the program in headers.
+    uvicorn.run(
+        served(contest, ballots), host=host, port=port, log_level="warning", access_log=False,
+        server_header=False,
+    )  # fmt: skip
+
+
+@arena.command(epilog="Example: burnish arena votes votes.sqlite --out battles.jsonl")
+def votes(
+    database: Annotated[Path, typer.Argument(metavar="VOTES", help="SQLite file of the votes.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.", metavar="FILE")] = Path(
+        "battles.jsonl"
+    ),
+) -> None:
+    """Write the votes of a voting page as battles, and tell how voters did on gold pairs."""
+    from burnish.arena.ballots import read_votes
+    from burnish.arena.battles import write_battles
+
+    found, gold = read_votes(database)
+    write_battles(out, found)
+    print(f"{len(found)} votes: {out}")
+    for voter, (right, asked) in sorted(gold.items()):
+        print(f"{voter}: {right} of {asked} gold pairs")
+
+
 def _contest(places: list[str], prompts: str, task: str) -> "Contest":
     """The contestants that the command line names."""
     from burnish.arena.contest import gather

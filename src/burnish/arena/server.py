@@ -1,0 +1,201 @@
+"""The voting page: two anonymous pictures, four answers, and nothing that names a model.
+
+Rendered on the server, so that it works without a script; a small script adds keys, zoom and
+flicker. Pictures are decoded and encoded again, pixels only, and go by names that are signatures of
+battle and side. Votes come from forms of this page alone: the cookie of a voter is sent by no other
+site, and the origin of a request is looked at besides. A voter is a random name in a signed cookie.
+
+It needs the extra `burnish[serve]`.
+"""
+
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from PIL import Image, ImageFilter
+
+from burnish import images, page
+from burnish.arena.ballots import RUINED, Ballots, Shown, VoteError
+from burnish.arena.contest import Contest
+from burnish.config import ConfigError
+from burnish.types import Prompt
+
+try:
+    from fastapi import FastAPI, Request, Response
+    from fastapi.concurrency import run_in_threadpool
+    from fastapi.responses import HTMLResponse, RedirectResponse
+except ImportError:
+    raise ConfigError(
+        "need FastAPI and uvicorn to serve an arena, got none; pip install 'burnish[serve]'"
+    ) from None
+
+COOKIE = "voter"
+MAX_BODY = 4096
+"""Bytes of a form; a vote has two short fields."""
+MAX_RATE = 60
+"""Events of a voter in a minute."""
+_SIDES = ("a", "b")
+_WAIT = "That was very fast: wait a minute."
+
+
+def app(contest: Contest, ballots: Ballots, *, title: str = "Which picture is better?") -> FastAPI:
+    """The application of one arena.
+
+    Args:
+        contest: its pictures.
+        ballots: its votes.
+        title: of the page.
+    """
+    booth = _Booth(contest, ballots, title)
+    served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    served.add_api_route("/", booth.show, methods=["GET"], response_class=HTMLResponse)
+    served.add_api_route("/picture/{name}", booth.picture, methods=["GET"], response_model=None)
+    served.add_api_route("/source/{name}", booth.source, methods=["GET"], response_model=None)
+    served.add_api_route("/vote", booth.vote, methods=["POST"], response_model=None)
+    served.add_api_route("/undo", booth.undo, methods=["POST"], response_model=None)
+    served.middleware("http")(_guarded)
+    return served
+
+
+async def _guarded(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
+    """Refuse large bodies and forms of other sites; tell browsers to fetch nothing else."""
+    if request.method == "POST":
+        size = request.headers.get("content-length", "")
+        if not size.isdigit() or int(size) > MAX_BODY:
+            return Response("This form is too large.", status_code=413)
+        origin = request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            return Response("Votes are taken from this page only.", status_code=403)
+    response = await answer(request)
+    headers = {
+        "Cache-Control": "no-store",
+        "Referrer-Policy": "no-referrer",
+        "X-Content-Type-Options": "nosniff",
+    }
+    for name, value in headers.items():
+        response.headers.setdefault(name, value)
+    return response
+
+
+class _Booth:
+    """The routes."""
+
+    def __init__(self, contest: Contest, ballots: Ballots, title: str) -> None:
+        self._contest, self._ballots, self._title = contest, ballots, title
+        self._prompts: dict[str, Prompt] = {prompt.id: prompt for prompt in contest.prompts}
+        self._template = page.template("vote.html.j2")
+
+    def show(self, request: Request) -> Response:
+        """The battle of this voter."""
+        voter = self._voter(request)
+        return self._page(voter, note="")
+
+    def _page(self, voter: str, *, note: str, status: int = 200) -> Response:
+        shown = self._ballots.show(voter)
+        nonce = secrets.token_urlsafe(16)
+        text = self._template.render(
+            title=self._title,
+            battle=shown,
+            prompt=None if shown is None else self._prompts[shown.prompt],
+            pictures=None if shown is None else [self._name(shown, side) for side in _SIDES],
+            source=None if shown is None else self._name(shown, "source"),
+            counted=self._ballots.counted(voter),
+            note=note,
+            nonce=nonce,
+        )
+        response = HTMLResponse(text, status_code=status)
+        response.headers["Content-Security-Policy"] = (
+            f"default-src 'none'; img-src 'self'; style-src 'nonce-{nonce}'; script-src "
+            f"'nonce-{nonce}'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        )
+        value = f"{voter}.{self._ballots.sign('voter', voter)}"
+        response.set_cookie(COOKIE, value, max_age=365 * 86400, httponly=True, samesite="lax")
+        return response
+
+    def _voter(self, request: Request) -> str:
+        """Who asks; a new name for whoever has none of ours."""
+        name, _, signature = request.cookies.get(COOKIE, "").partition(".")
+        known = name and self._ballots.is_signed(signature, "voter", name)
+        return name if known else secrets.token_hex(8)
+
+    def _name(self, shown: Shown, side: str) -> str:
+        """A picture's name: it says which battle it belongs to, and no more."""
+        return f"{shown.token}.{side}.{self._ballots.sign('picture', shown.token, side)}"
+
+    def _found(self, request: Request, name: str) -> tuple[Any, str]:
+        """Battle and side of a picture's name, if this voter was shown it."""
+        token, side, signature = name.rsplit(".", 2) if name.count(".") == 3 else ("", "", "")
+        if not self._ballots.is_signed(signature, "picture", token, side):
+            raise VoteError("There is no such picture.")
+        return self._ballots.battle(token, self._voter(request)), side
+
+    def picture(self, request: Request, name: str) -> Response:
+        """Pixels of one side, without anything else that the file held."""
+        try:
+            battle, side = self._found(request, name)
+        except VoteError as error:
+            return Response(str(error), status_code=404)
+        if side not in _SIDES:
+            return Response("There is no such picture.", status_code=404)
+        model = battle[side]
+        other = battle["b" if side == "a" else "a"]
+        owner = other if model == RUINED else model
+        picture = images.read(self._contest.pictures[owner][battle["prompt"]]).convert("RGB")
+        return _pixels(_ruin(picture) if model == RUINED else picture)
+
+    def source(self, request: Request, name: str) -> Response:
+        """The picture that an edit was asked for."""
+        try:
+            battle, side = self._found(request, name)
+        except VoteError as error:
+            return Response(str(error), status_code=404)
+        source = self._prompts[battle["prompt"]].source
+        if side != "source" or source is None:
+            return Response("There is no such picture.", status_code=404)
+        return _pixels(images.decode(source, where="the source").convert("RGB"))
+
+    async def vote(self, request: Request) -> Response:
+        """Count a vote and show the next battle."""
+        voter, form = self._voter(request), await _form(request)
+        # The file waits for the disk, and for others who vote.
+        return await run_in_threadpool(self._count, voter, form)
+
+    def _count(self, voter: str, form: Mapping[str, str]) -> Response:
+        if self._is_fast(voter):
+            return self._page(voter, note=_WAIT, status=429)
+        try:
+            self._ballots.vote(form.get("token", ""), voter, form.get("winner", ""))
+        except VoteError as error:
+            return self._page(voter, note=str(error), status=409)
+        return RedirectResponse("/", status_code=303)
+
+    def _is_fast(self, voter: str) -> bool:
+        return self._ballots.votes_since(voter, 60.0) >= MAX_RATE
+
+    def undo(self, request: Request) -> Response:
+        """Take the newest vote back and show its battle again."""
+        voter = self._voter(request)
+        if self._is_fast(voter):
+            return self._page(voter, note=_WAIT, status=429)
+        if not self._ballots.undo(voter):
+            return self._page(voter, note="There is no vote to undo.", status=409)
+        return RedirectResponse("/", status_code=303)
+
+
+async def _form(request: Request) -> dict[str, str]:
+    """Fields of a form that are given once."""
+    text = (await request.body())[:MAX_BODY].decode("utf-8", errors="replace")
+    return {name: values[0] for name, values in parse_qs(text).items() if len(values) == 1}
+
+
+def _pixels(picture: Image.Image) -> Response:
+    fresh = Image.frombytes("RGB", picture.size, picture.tobytes())
+    return Response(images.encode_png(fresh), media_type="image/png")
+
+
+def _ruin(picture: Image.Image) -> Image.Image:
+    """A picture that nobody prefers who looks: of few pixels, blurred."""
+    side = max(2, min(picture.size) // 12)
+    small = picture.resize((side, side), Image.Resampling.BILINEAR)
+    return small.resize(picture.size, Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(2))
