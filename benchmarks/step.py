@@ -41,7 +41,7 @@ from burnish.policies.qwen_assembly import assemble, byte_tokenizer
 from burnish.policies.qwen_encoding import SLOT_TOKENS, EncodedPrompt, QwenCondition
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.rollout import RolloutConfig, sample
-from burnish.types import Guidance, Prompt, Task, Trajectory
+from burnish.types import Prompt, Task, Trajectory
 
 # A token per byte: about as many tokens as a long prompt of the miniature has.
 TEXTS = ("two red cats", "a house at night", "the word SUN", "a smiling woman", "three stars")
@@ -222,7 +222,7 @@ def make_stages(arguments: argparse.Namespace, task: Task) -> dict[str, dict[str
     settings = RolloutConfig(
         num_steps=arguments.steps,
         group_size=arguments.group_size,
-        guidance=Guidance(arguments.guidance_scale),
+        guidance_scale=arguments.guidance_scale,
         keep=arguments.trained_steps,
         micro_batch=arguments.group_size,
     )

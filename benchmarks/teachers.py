@@ -7,7 +7,7 @@ peak must not grow with their number. On a GPU `device` is what its allocator he
 CPU it is what all tensors held that operations made or modules hold, counted by operation, which
 simulates a device beside the host. `host` is the peak of the process's resident memory, where
 the next teacher is read while the current one computes. Every number of teachers is measured in a
-process of its own, on the same prompts in the same order.
+process of its own; the teachers take turns.
 """
 
 import argparse
@@ -38,7 +38,8 @@ from burnish.types import Guidance, Prompt
 
 COUNTS = (1, 2, 4, 8)
 CATEGORIES = ("general", "landscape", "portrait", "typography")
-LABELS = tuple(f"{task}/{category}" for category in CATEGORIES for task in ("t2i", "edit"))
+# Edits first, whose states need the most memory, so that the work has one peak for every number.
+LABELS = tuple(f"{task}/{category}" for task in ("edit", "t2i") for category in CATEGORIES)
 ROLLOUT = RolloutConfig(num_steps=4, guidance_scale=1.0, group_size=2, window=0, keep=2)
 
 
@@ -95,10 +96,10 @@ def measure(model: Path, folder: Path, count: int, steps: int) -> dict[str, Any]
     rt = runtime.start()
     policy = QwenImage21Policy.load(model, resolution=64, device=rt.device)
     policy.transformer.requires_grad_(True)
-    # All labels are drawn in turn, whatever the number of teachers: the work is the same.
+    labels = LABELS[:count]
     teachers = {
-        label: TeacherConfig(path=str(folder / str(place % count)), guidance_scale=2.0)
-        for place, label in enumerate(LABELS)
+        label: TeacherConfig(path=str(folder / str(place)), guidance_scale=2.0)
+        for place, label in enumerate(labels)
     }
     setting = Setting(
         policy=policy, guidance=Guidance(), sampler_steps=ROLLOUT.num_steps, num_steps=steps,
@@ -109,7 +110,7 @@ def measure(model: Path, folder: Path, count: int, steps: int) -> dict[str, Any]
     components = [m for m in policy.pipeline.components.values() if isinstance(m, nn.Module)]
     with Held([*components, algorithm._teachers._resident.transformer]) as held:
         for step in range(steps):
-            asked = prompts_of(LABELS[step % len(LABELS)], 4)
+            asked = prompts_of(labels[step % count], 4)
             drawn = algorithm.draw(policy, asked, ROLLOUT, seed=0, step=step)
             batch = stack(algorithm.credit(drawn, step)[0], policy.device)
             algorithm.loss(policy, batch).loss.backward()

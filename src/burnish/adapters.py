@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped
 from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish.config import Config, ConfigError
 from burnish.tracking import writing
@@ -71,11 +71,15 @@ def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None
     try:
         transformer.add_adapter(plan)
     except ValueError:
-        names = sorted({name.rpartition(".")[2] for name, _ in transformer.named_modules()})
+        names = {n.rpartition(".")[2] for n, m in transformer.named_modules() if _is_linear(m)}
         raise ConfigError(
-            f"lora.targets: need names of modules, got {', '.join(wanted)}, which match none of "
-            f"{len(names)}; take some of {', '.join(name for name in names if name)}"
+            f"lora.targets: need names of linear modules, got {', '.join(wanted)}, none of which "
+            f"is one; take some of {', '.join(sorted(names))}"
         ) from None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
 
 
 def detach(transformer: Any) -> dict[str, Adapter]:

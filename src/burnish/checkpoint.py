@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +102,17 @@ def save(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         past = [old for old in steps(folder) if old <= step]
-        for old in set(steps(folder)) - set(past[-keep:]):
-            # Renamed first, so that a kill in between leaves no half of one under its name.
-            doomed = folder / f".step-{old:06d}.tmp"
-            (folder / f"step-{old:06d}").replace(doomed)
-            shutil.rmtree(doomed)
+        drop(folder, set(steps(folder)) - set(past[-keep:]))
     return target
+
+
+def drop(folder: Path, steps: Iterable[int]) -> None:
+    """Remove the checkpoints of some steps."""
+    for step in steps:
+        # Renamed first, so that a kill in between leaves no half of one under its name.
+        doomed = folder / f".step-{step:06d}.tmp"
+        (folder / f"step-{step:06d}").replace(doomed)
+        shutil.rmtree(doomed)
 
 
 def steps(folder: Path) -> list[int]:

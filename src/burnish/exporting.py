@@ -4,6 +4,8 @@ Before it is called done, the export is read again by a fresh pipeline, which mu
 model draws and not what the base does.
 """
 
+import contextlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,20 @@ from torch import Tensor
 
 from burnish import images
 from burnish.adapters import adapted, read_adapter
-from burnish.config import ConfigError, located
+from burnish.config import ConfigError, located, parse
 from burnish.model_card import SAMPLES, model_card
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, STAGE, RunConfig
 from burnish.runtime import Runtime
-from burnish.shelves import load_policy
+from burnish.shelves import PolicyConfig, load_policy
 from burnish.stages import is_complete, model_folder
 from burnish.summary import read_run
-from burnish.tracking import RunError, write_atomic, writing
+from burnish.tracking import RunError, write_atomic, write_json, writing
+from burnish.types import Guidance
 
+DEPLOYED = "burnish.json"
+"""Name of the file of an export that says how the model is drawn with."""
 _PICTURES = 8  # Of the base and of the model, side by side.
 
 
@@ -49,8 +54,9 @@ def export(
     _check(config, folder, policy, out, as_lora=as_lora)
     unfinished = out.with_name(f".{out.name}.tmp")
     model = load_policy(config.policy, model_folder(folder, STAGE + policy), rt)
-    with writing(out):
+    with writing(out), contextlib.ExitStack() as stack:
         shutil.rmtree(unfinished, ignore_errors=True)
+        stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
         if as_lora:
             shutil.copytree(folder / "stages" / policy / "lora", unfinished)
         else:
@@ -63,12 +69,33 @@ def export(
             policy,
             licence=licence,
             guidance_argument=model.guidance_argument,
+            size_arguments=model.size_arguments,
             as_lora=as_lora,
             has_pictures=(unfinished / SAMPLES).is_file(),
         )
         write_atomic(unfinished / "README.md", card)
+        write_json(unfinished / DEPLOYED, _deployed(config, policy))
         unfinished.replace(out)
     return out
+
+
+def _deployed(config: RunConfig, policy: str) -> dict[str, Any]:
+    """How the model is drawn with."""
+    return {
+        "policy": config.policy.model_dump(mode="json"),
+        "num_steps": config.evaluation.num_steps,
+        **config.deployed(policy).settings(),
+    }
+
+
+def deployed(folder: Path) -> tuple[PolicyConfig, int, Guidance] | None:
+    """Model, sampler steps and guidance of an export; None for any other folder."""
+    path = folder / DEPLOYED
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    guidance = Guidance(found["guidance_scale"], found["negative_prompt"])
+    return parse(PolicyConfig, found["policy"], where=str(path)), found["num_steps"], guidance
 
 
 def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:
@@ -84,10 +111,15 @@ def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: 
         raise ConfigError(
             f"need a stage that is complete, {policy} of {folder} is not; resume its run first"
         )
-    if as_lora and not (policy in config.stages and config.stages[policy].lora):
+    stage = config.stages.get(policy)
+    if as_lora and (stage is None or stage.lora is None):
         raise ConfigError(
             f"need a stage that trained a LoRA, {policy} did not; leave --lora out, or train it "
             "with lora.rank"
+        )
+    if as_lora and stage is not None and stage.start != BASE:
+        raise ConfigError(
+            f"need a LoRA on the base, {policy} has one on {stage.start}; leave --lora out"
         )
 
 

@@ -24,7 +24,8 @@ class Folding:
     gap: float
     """Mean squared distance to the teacher's guided velocity."""
     way: float
-    """That distance of the start, before anything was learnt."""
+    """That distance of the start, before anything was learnt; at least a thousandth of the mean
+    square of the teacher's velocity, so that a start that was the teacher has finite shares."""
     guidance: float
     """Share of the guidance that is folded in: 0 at the start, 1 when all is."""
     learnt: float
@@ -67,7 +68,7 @@ def folding(
     shares = torch.linalg.pinv(parts @ parts.T) @ (parts @ (ours - origin))
     return Folding(
         gap=float((ours - wanted).square().mean()),
-        way=float((origin - wanted).square().mean()),
+        way=max(float((origin - wanted).square().mean()), 1e-3 * float(wanted.square().mean())),
         guidance=float(shares[0]),
         learnt=float(shares[1]),
         guidance_part=float(parts[0].square().mean()),

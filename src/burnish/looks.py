@@ -19,7 +19,7 @@ import torch
 from burnish import checkpoint
 from burnish.policies.base import Policy
 from burnish.runtime import Runtime
-from burnish.tracking import read_rows, write_atomic, writing
+from burnish.tracking import RunError, read_rows, write_atomic, writing
 
 Look = dict[str, Any]
 """A row: `step`, and what was seen."""
@@ -74,6 +74,8 @@ class Looks:
         """
         self.folder, self._every, self._value = folder, every, value
         self.rows: list[Look] = [row for row in read_rows(self._path) if row["step"] <= step]
+        # Weights of looks that are forgotten would pass for those of looks that come again.
+        checkpoint.drop(self.folder, [old for old in checkpoint.steps(self.folder) if old > step])
 
     @property
     def _path(self) -> Path:
@@ -98,15 +100,35 @@ class Looks:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.best is self.rows[-1]:
             weights = {name: p.detach() for name, p in policy.trainable()}
-            checkpoint.save(self.folder, self.last_step, {"policy": weights}, {}, keep=1)
+            checkpoint.save(
+                self.folder, self.last_step, {"policy": weights}, {}, keep=len(self.rows)
+            )
+            needed = self._needed()
+            kept = checkpoint.steps(self.folder)
+            checkpoint.drop(self.folder, [old for old in kept if old not in needed])
         with writing(self._path):
             write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
 
-    def restore(self, policy: Policy[Any, Any]) -> int | None:
-        """Give the policy the weights of the best look; returns its step, None if none is kept."""
-        found = checkpoint.latest(self.folder)
-        if found is None:
-            return None
+    def _needed(self) -> set[int]:
+        """Steps whose weights may be asked for: of the best look now, and of the best as it was at
+        each step from which the stage may be resumed."""
+        resumable = [*checkpoint.steps(self.folder.parent / "checkpoints"), self.last_step]
+        past = [[row for row in self.rows if row["step"] <= step] for step in resumable]
+        return {max(rows, key=self._value)["step"] for rows in past if rows}
+
+    def restore(self, policy: Policy[Any, Any]) -> int:
+        """Give the policy the weights of the best look; returns its step.
+
+        Raises:
+            RunError: they are not there.
+        """
+        step = self.best["step"]
+        if step not in checkpoint.steps(self.folder):
+            raise RunError(
+                f"need the weights of the look at step {step} in {self.folder}, got none; restore "
+                "the folder or start the stage again"
+            )
+        found = checkpoint.load(self.folder / f"step-{step:06d}")
         with torch.no_grad():
             for name, parameter in policy.trainable():
                 parameter.copy_(found.tensors["policy"][name])

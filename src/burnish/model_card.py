@@ -5,14 +5,14 @@ words.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from burnish import page
-from burnish.config import dump_yaml
+from burnish.config import EMBEDDED, dump_yaml
 from burnish.ledger import digest_of
 from burnish.run_config import BASE, RunConfig
 from burnish.summary import teachers, write_summary
@@ -31,6 +31,7 @@ def model_card(
     *,
     licence: str,
     guidance_argument: str,
+    size_arguments: Sequence[str],
     as_lora: bool = False,
     has_pictures: bool = False,
 ) -> str:
@@ -42,6 +43,7 @@ def model_card(
         policy: a stage or merge.
         licence: SPDX identifier.
         guidance_argument: of the pipeline's call, for the scale of guidance.
+        size_arguments: likewise, for the side in pixels.
         as_lora: the model is a LoRA on its base.
         has_pictures: there are pictures beside the card.
     """
@@ -70,6 +72,9 @@ def model_card(
         stage=config.stages.get(policy),
         guidance=config.deployed(policy),
         guidance_argument=guidance_argument,
+        size_arguments=size_arguments,
+        is_embedded=config.policy.path.startswith(EMBEDDED),
+        tasks=tasks,
         as_lora=as_lora,
         samples=SAMPLES if has_pictures else None,
         summary=summary,
@@ -83,13 +88,17 @@ def model_card(
 
 def _ancestors(config: RunConfig, folder: Path, policy: str) -> Iterator[dict[str, Any]]:
     """The policy and all that it was made of, in the order of the run."""
-    found = {policy}
-    for name in reversed(config.policies()):
-        if name in found:
+    found, front = set[str](), {policy}
+    while front:
+        found |= front
+        parts: set[str] = set()
+        for name in front & set(config.policies()):
             stage, merge = config.stages.get(name), config.merges.get(name)
-            found |= set(merge.of if merge else ())
-            found |= {stage.start, *teachers(config, name).values()} if stage else set()
-    for name in (name for name in config.policies() if name in found):
+            parts |= set(merge.of if merge else ())
+            parts |= {stage.start, *teachers(config, name).values()} if stage else set()
+        front = parts - found
+    made = [job.split("/")[1] for job in config.jobs() if job.startswith(("train/", "merge/"))]
+    for name in (name for name in made if name in found):
         stage, merge = config.stages.get(name), config.merges.get(name)
         if stage is None:
             yield {"name": name, "merge": merge, "stage": None}

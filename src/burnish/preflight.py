@@ -6,6 +6,7 @@ refused before a file is written; a finding about the machine comes with what to
 
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from burnish import __version__, images, rollout, runtime
 from burnish.adapters import read_adapter
-from burnish.config import EMBEDDED, ConfigError, located
+from burnish.config import EMBEDDED, ConfigError, located, nearest
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
@@ -55,6 +57,9 @@ def check_inputs(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         _check_prompts(name, stage)
         _check_adapters(stage)
+        _check_targets(name, stage, located(config.policy.path))
+    for key, path in _models(config).items():
+        _check_kin(key, located(path), located(config.policy.path))
     for key, reward in _rewards(config):
         try:
             reward.check()
@@ -81,6 +86,45 @@ def _check_adapters(stage: StageConfig) -> None:
                 read_adapter(Path(teacher.lora))
         except ConfigError as error:
             raise ConfigError(f"algorithm.teachers.{label}.lora: {error}") from None
+
+
+def _check_targets(name: str, stage: StageConfig, base: Path) -> None:
+    """Raise unless every target of a LoRA is the end of a module's name in the base."""
+    if stage.lora is None or stage.lora.targets is None:
+        return
+    modules = []
+    for file in sorted((base / "transformer").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+        modules += [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
+    for target in stage.lora.targets:
+        if not any(f".{module}".endswith(f".{target}") for module in modules):
+            known = sorted({module.rpartition(".")[2] for module in modules} - {"0", "1", "2"})
+            raise ConfigError(
+                f"stages.{name}.lora.targets: need ends of names of modules, got {target!r}, which "
+                f"matches none; did you mean {nearest(target, known) or known[0]!r}?"
+            )
+
+
+def _check_kin(key: str, folder: Path, base: Path) -> None:
+    """Raise where a teacher's settings already tell that it has another base; its weights are
+    compared when it is loaded."""
+    for part in ("scheduler/scheduler_config.json", "vae/config.json", "transformer/config.json"):
+        ours, theirs = (_settings(place / part) for place in (base, folder))
+        if ours is not None and theirs is not None and ours != theirs:
+            wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+            raise ConfigError(
+                f"{key}: need models of one base, got another {part.split('/')[0]} in {folder} "
+                f"({', '.join(wrong[:3])}); take models that were trained from the same base"
+            )
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """What a component's file says of it, but for who wrote it."""
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {name: value for name, value in found.items() if not name.startswith("_")}
 
 
 def _models(config: RunConfig) -> dict[str, str]:

@@ -52,15 +52,21 @@ class PromptsConfig(Config):
             raise ConfigError(
                 f"need distinct ids in all sets of a stage, got {twice[0]!r} twice; rename one"
             )
+        there = sorted({prompt.category for prompt in every if prompt.task in self.tasks})
+        for wanted in self.categories or ():
+            if wanted not in there:
+                raise ConfigError(
+                    f"need categories of the prompts ({', '.join(there)}), got {wanted!r}; did you "
+                    f"mean {nearest(wanted, there) or (there or ['none'])[0]!r}?"
+                )
         chosen: list[Prompt] = []
         for task in self.tasks:
             own = [prompt for prompt in every if prompt.task == task]
             kept = [p for p in own if self.categories is None or p.category in self.categories]
             if not kept:
-                there = ", ".join(sorted({prompt.category for prompt in own})) or "none of it"
                 raise ConfigError(
-                    f"need prompts for the task {task!r}, got none in {', '.join(paths)} "
-                    f"(categories there: {there}); change tasks or categories"
+                    f"need prompts for the task {task!r}, got none in {', '.join(paths)}; change "
+                    "tasks or categories"
                 )
             chosen += kept[: self.limit]
         return chosen

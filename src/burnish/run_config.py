@@ -198,7 +198,7 @@ class RunConfig(Config):
         )
 
     def jobs(self) -> dict[str, tuple[str, ...]]:
-        """Every job of the run with the jobs it waits for, in a good order to start them."""
+        """Every job of the run with the jobs it waits for, each after all of those."""
         jobs: dict[str, tuple[str, ...]] = {}
         for name, stage in self.stages.items():
             needs = dict.fromkeys((stage.start, *_referred(stage)))
@@ -207,8 +207,10 @@ class RunConfig(Config):
             if profile == name:
                 jobs[f"curate/{name}"] = tuple(trained[:1] if stage.start != BASE else ())
             jobs[f"train/{name}"] = (*trained, *([f"curate/{profile}"] if profile else []))
-        for name, merge in self.merges.items():
-            jobs[f"merge/{name}"] = tuple(f"train/{part}" for part in merge.of)
+            for merged, merge in self.merges.items():
+                parts = tuple(f"train/{part}" for part in merge.of)
+                if set(parts) <= jobs.keys():
+                    jobs.setdefault(f"merge/{merged}", parts)
         jobs[f"measure/{BASE}"] = ()
         for name in self.policies():
             jobs[f"measure/{name}"] = (self._job_of(name),)

@@ -88,12 +88,16 @@ def keep_arms(config: RunConfig, run: Path) -> list[str]:
     if before == config or before.model_copy(update={"stages": config.stages}) != config:
         return []
     changed = [name for name, arm in before.stages.items() if config.stages.get(name) != arm]
-    for name in changed:
-        for job in ("train", "curate", "measure"):
-            place = job_folder(run, f"{job}/{name}")
-            # First the marker: a kill in between must not leave a complete job without its files.
-            (place / "DONE").unlink(missing_ok=True)
-            shutil.rmtree(place, ignore_errors=True)
+    stale = {f"{kind}/{name}" for name in changed for kind in ("train", "curate", "measure")}
+    for job, waits in config.jobs().items():
+        if stale & {job, *waits}:
+            # What was begun with the old results must not be resumed, either.
+            stale.add(job)
+    for job in stale:
+        place = job_folder(run, job)
+        # First the marker: a kill in between must not leave a complete job without its files.
+        (place / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
     Run.open(run).rebind(config)
     return changed
 

@@ -84,7 +84,9 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
     assert [(p.task, p.category) for p in portraits.read()] == [
         *[("t2i", "portrait")] * 5, *[("edit", "portrait")] * 5,
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match=r"categories there: general, landscape, portrait, typo"):
+    with pytest.raises(
+        ConfigError, match=r"\(general, landscape, portrait, typography\), got 'portraits'; did you"
+    ):
         PromptsConfig(path="embedded:prompts/train.jsonl", categories=("portraits",)).read()
     with pytest.raises(ConfigError, match="need distinct ids in all sets"):
         PromptsConfig(path=(first, first), tasks=("t2i",)).read()

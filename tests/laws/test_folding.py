@@ -50,3 +50,11 @@ def test_a_teacher_without_guidance_or_without_learning_has_no_such_share() -> N
     assert (unguided.guidance, unguided.learnt) == pytest.approx((0.0, 1.0), abs=1e-6)
     untaught = folding(guided, start, guided, guided)
     assert (untaught.guidance, untaught.learnt) == pytest.approx((1.0, 0.0), abs=1e-6)
+
+
+def test_a_start_that_was_the_teacher_has_finite_shares() -> None:
+    start, _, _ = velocities(4)
+    found = folding(start, start, start, start)
+    assert found.gap == 0 and found.way == pytest.approx(1e-3 * float(start.square().mean()))
+    away = folding(1.1 * start, start, start, start)
+    assert 0 < away.gap / away.way < 100

@@ -48,14 +48,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {
             "name": "small",
             "policy": {"path": str(base), "resolution": 64},
-            "stages": {"teacher": STAGE, "student": STUDENT, "later": STAGE},
+            "stages": {
+                "teacher": STAGE,
+                "student": STUDENT,
+                "after": {**STAGE, "start": "soup"},
+                "later": STAGE,
+            },
             "merges": {"soup": {"method": "average", "of": ["teacher", "student"]}},
             "judge": {"kind": "oracle"},
             "evaluation": {"num_steps": 2},
         },
     )
     Run.create(folder, config, command="test", environment={})
-    for job in ("train/teacher", "train/student", "merge/soup"):
+    for job in ("train/teacher", "train/student", "merge/soup", "train/after"):
         run_job(config, folder, job, runtime.start())
     return folder
 
@@ -92,6 +97,14 @@ def test_a_student_is_a_pipeline_that_draws_at_guidance_1_by_default(
     assert torch.equal(drawn(fresh), drawn(trained.pipeline))
     base = QwenImage21Policy.load(run.parent / "base", resolution=64)
     assert not torch.allclose(drawn(fresh), drawn(base.pipeline), atol=1e-3)
+    assert "output_resolution=64" in (out / "README.md").read_text()
+    # `burnish sample` draws an export as it is deployed, as it does a stage of a run.
+    sheets = []
+    for model in (out, run / "student"):
+        sheets.append(tmp_path / f"{len(sheets)}.png")
+        asked = ["sample", "a large red circle", "--model", str(model), "--count", "1"]
+        assert cli.main([*asked, "--out", str(sheets[-1])]) == 0
+    assert sheets[0].read_bytes() == sheets[1].read_bytes()
 
 
 def test_a_lora_changes_a_fresh_base_to_the_teacher(run: Path, tmp_path: Path) -> None:
@@ -111,7 +124,7 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
     found = {
         name: ModelCard.load(exporting.export(run, name, tmp_path / name, rt, licence="mit")
                              / "README.md")
-        for name in ("teacher", "student", "soup")
+        for name in ("teacher", "student", "soup", "after")
     }  # fmt: skip
     for name, card in found.items():
         assert card.data.to_dict() == {
@@ -128,6 +141,11 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
         assert "a LoRA of rank 2" in text and "reward truth: oracle, no files" in text
     assert "  - teacher of t2i: teacher" in student and "- **soup**: average of" in soup
     assert "**soup**" not in student and "**student**" not in teacher
+    after = found["after"].text
+    assert "Reinforcement learning (nft) from `soup`" in after
+    assert [after.index(f"- **{name}**") for name in ("teacher", "student", "soup", "after")] == (
+        sorted(after.index(f"- **{name}**") for name in ("teacher", "student", "soup", "after"))
+    )
     assert "The oracle of the embedded world was a training reward" in teacher
 
 
@@ -153,15 +171,20 @@ def test_an_export_that_draws_something_else_is_refused(
     )
     with pytest.raises(RunError, match="need an export that draws what student draws"):
         exporting.export(run, "student", tmp_path / "out", runtime.start(), licence="mit")
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("policy", "options", "words"),
     [
-        ("studnet", {}, "need a stage or merge of .*; take one of teacher, student, later, soup"),
+        (
+            "studnet",
+            {},
+            "need a stage or merge of .*; take one of teacher, student, after, later, soup",
+        ),
         ("later", {}, "need a stage that is complete, later"),
         ("student", {"as_lora": True}, "need a stage that trained a LoRA, student did not"),
+        ("after", {"as_lora": True}, "need a LoRA on the base, after has one on soup"),
     ],
 )
 def test_what_cannot_be_exported_is_told(

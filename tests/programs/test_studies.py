@@ -306,3 +306,27 @@ def test_planted_differences_and_shares_come_back(tmp_path: Path) -> None:
     study["compare"] = [{"arm": "beter", "over": "plain"}]
     with pytest.raises(ConfigError, match="did you mean 'better'"):
         make_config(tmp_path, study=study)
+
+
+def test_what_was_made_of_a_changed_arm_is_made_again(tmp_path: Path) -> None:
+    """A merge of it, a stage that starts from the merge, and their measurements; half-done work
+    with the old results goes, too."""
+    merges = {"soup": {"method": "average", "of": ["plain", "better"]}}
+    config = make_config(tmp_path, merges=merges)
+    after = config.stages["plain"].model_copy(update={"start": "soup"})
+    config = config.model_copy(update={"stages": {**config.stages, "after": after}})
+    jobs = list(config.jobs())
+    assert jobs.index("train/better") < jobs.index("merge/soup") < jobs.index("train/after")
+    run = make_run(tmp_path, 0)
+    own = studies.of_seed(config, 0)
+    Run.open(run).rebind(own)
+    for name in ("soup", "after"):
+        (run / "stages" / name / "checkpoints").mkdir(parents=True)
+        (run / "evaluation" / name).mkdir()
+        write_atomic(run / "evaluation" / name / "DONE", "")
+    changed = own.stages["better"].model_copy(update={"steps": 30})
+    other = own.model_copy(update={"stages": {**own.stages, "better": changed}})
+    assert studies.keep_arms(other, run) == ["better"]
+    assert is_complete(run, "train/plain") and is_complete(run, "measure/plain")
+    for name in ("better", "soup", "after"):
+        assert not (run / "stages" / name).exists() and not (run / "evaluation" / name).exists()

@@ -169,7 +169,9 @@ def test_a_stage_may_train_a_lora_that_plain_diffusers_reads(
     drawn["lora"] = base.pipeline_latents(prompt, noise, num_steps=2, guidance_scale=1.0)
     torch.testing.assert_close(drawn["lora"], drawn["trained"], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(drawn["base"], drawn["trained"], atol=1e-3)
-    with pytest.raises(ConfigError, match=r"lora\.targets: need names of modules, got elsewhere"):
+    with pytest.raises(
+        ConfigError, match=r"lora\.targets: need names of linear modules, got elsewhere"
+    ):
         start(tmp_path / "none", model, data | {"lora": {"targets": ["elsewhere"]}})
 
 

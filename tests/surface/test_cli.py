@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,6 +198,8 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("study judges study.seeds=[-1]", "study.seeds"),
         ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
         ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
+        ("run smoke stages.t2i_teacher.lora={targets:[to_q,to_kk]}", "did you mean 'to_k'?"),
+        ("run smoke stages.t2i_teacher.prompts.categories=[portrat]", "did you mean 'portrait'?"),
         ("grpo stages.teacher.rollout.kernel=ode", "rollout.kernel=precise"),
         ("nft stages.teacher.rewards={}", "need at least one reward for nft"),
         ("grpo stages.teacher.algorithm.kind=ppo", "need one of"),
@@ -269,6 +272,18 @@ def test_prompts_must_fit_the_stages(refused: Refused, recipe: Path, model: Path
     assert "need the guidance scale" in refused("run", recipe, without)
     said = refused("run", recipe, "stages.student.prompts_per_step=3")
     assert "stages.student.prompts_per_step: need at least 3 prompts" in said
+
+
+def test_a_teacher_of_another_schedule_is_refused_before_anything_is_loaded(
+    refused: Refused, recipe: Path, model: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    place = other / "scheduler" / "scheduler_config.json"
+    settings = json.loads(place.read_text())
+    place.write_text(json.dumps({**settings, "shift": 9.0}))
+    said = refused("run", recipe, f"stages.student.algorithm.teachers.t2i.path={other}")
+    assert "got another scheduler in" in said and "(shift)" in said
 
 
 @pytest.mark.parametrize(

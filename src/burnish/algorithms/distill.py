@@ -118,15 +118,26 @@ class DistillConfig(AlgorithmConfig):
         return label
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        asked = sorted({self.pool(prompt) for prompt in prompts})
+        for label in self.teachers:
+            if "/" in label and label not in asked:
+                raise ConfigError(
+                    f"algorithm.teachers.{label}: need a teacher of some prompt, got one of none; "
+                    f"the prompts' labels are {', '.join(labels_of(prompts))}"
+                )
         if self.fixed_states is not None:
-            labels = sorted({self.pool(prompt) for prompt in prompts})
             try:
-                chosen(self.fixed_states, prompts, labels, self.label)
+                chosen(self.fixed_states, prompts, asked, self.label)
             except ConfigError as error:
                 raise ConfigError(f"algorithm.fixed_states: {error}") from None
 
     def build(self, setting: Setting) -> "Distill":
         return Distill(self, setting)
+
+
+def labels_of(prompts: Sequence[Prompt]) -> list[str]:
+    """Every label that a teacher of some of the prompts could have."""
+    return sorted({name for p in prompts for name in (p.task, f"{p.task}/{p.category}")})
 
 
 def weights(

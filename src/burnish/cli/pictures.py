@@ -85,7 +85,7 @@ class _Defaults:
 
 def _model(text: str) -> tuple[Path, _Defaults]:
     """The pipeline folder that `--model` means, and how its run draws with it."""
-    from burnish import stages, summary
+    from burnish import exporting, stages, summary
     from burnish.shelves import PolicyConfig
     from burnish.types import Guidance
 
@@ -105,6 +105,8 @@ def _model(text: str) -> tuple[Path, _Defaults]:
         config = summary.read_run(ran)
         guidance = config.deployed(name)
         return folder, _Defaults(config.policy, config.evaluation.num_steps, guidance)
+    if (exported := exporting.deployed(folder)) is not None:
+        return folder, _Defaults(*exported)
     if text.startswith(EMBEDDED):
         return folder, _Defaults(PolicyConfig(resolution=64), 6, Guidance(2.5))
     return folder, _Defaults(PolicyConfig(), 40, Guidance(4.0))

@@ -72,6 +72,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     guidance_argument: ClassVar[str]
     """Name of the scale of guidance in the pipeline's own call."""
 
+    size_arguments: ClassVar[tuple[str, ...]]
+    """Likewise, of the side in pixels."""
+
     lora_targets: ClassVar[tuple[str, ...]]
     """Module name endings that a LoRA adapts by default."""
 

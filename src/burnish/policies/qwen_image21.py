@@ -55,6 +55,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
     block_class: ClassVar[str] = "QwenImage21TransformerBlock"
     guidance_argument: ClassVar[str] = "true_cfg_scale"
+    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width", "output_resolution")
     lora_targets: ClassVar[tuple[str, ...]] = (
         "attn.to_q",
         "attn.to_k",
