@@ -24,8 +24,8 @@ from numpy import ndarray
 
 ELO = 400 / np.log(10)
 """Points per unit of strength: ten to one are 400 points apart."""
-_TOLERANCE = 1e-10
-_MAX_STEPS = 60
+_TOLERANCE = 1e-7  # Of a strength; a hundred-thousandth of a point of Elo.
+_MAX_STEPS = 500
 _LONGEST_STEP = 2.0  # Of a strength; Newton's step may overshoot far from the end.
 
 

@@ -91,6 +91,12 @@ def test_a_winner_of_everything_has_a_finite_rating_and_a_wide_interval() -> Non
     assert 300 < apart < 1500
     with pytest.raises(ValueError, match="everybody won and lost"):
         ratings.fit(found, prior=0.0)
+    # However many votes, and along a chain in which each beats only the next.
+    many = ratings.Tally(1e7 * found.votes, 1e7 * found.score)
+    assert np.isfinite(ratings.fit(many).strength).all()
+    first = np.arange(50)
+    chain = ratings.tally(first, first + 1, np.ones(50), 51)
+    assert (np.diff(ratings.fit(chain).strength) < 0).all()
 
 
 def test_players_that_no_battle_connects_are_told_apart() -> None:
