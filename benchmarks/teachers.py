@@ -7,10 +7,11 @@ peak must not grow with their number. On a GPU `device` is what its allocator he
 CPU it is what all tensors held that operations made or modules hold, counted by operation, which
 simulates a device beside the host. `host` is the peak of the process's resident memory, where
 the next teacher is read while the current one computes. Every number of teachers is measured in a
-process of its own; the teachers take turns.
+process of its own; the teachers take turns on the same prompts.
 """
 
 import argparse
+import dataclasses
 import json
 import resource
 import subprocess
@@ -87,8 +88,11 @@ def write_teachers(model: Path, folder: Path) -> None:
 
 
 def prompts_of(label: str, count: int) -> list[Prompt]:
+    """The same prompts of a task for each of its labels, so that only teachers differ."""
+    task, _, category = label.partition("/")
     every = read_prompts(located("embedded:prompts/train.jsonl"))
-    return [p for p in every if f"{p.task}/{p.category}" == label][:count]
+    found = [prompt for prompt in every if prompt.task == task][:count]
+    return [dataclasses.replace(prompt, category=category) for prompt in found]
 
 
 def measure(model: Path, folder: Path, count: int, steps: int) -> dict[str, Any]:
