@@ -20,10 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from burnish.config import ConfigError
+from burnish.config import ConfigError, located, nearest
 from burnish.curves import budgets
 from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
+from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
 from burnish.stages import all_scores, is_complete, job_folder, spent
 from burnish.study_page import write_study_page
@@ -49,6 +50,22 @@ def of_seed(config: RunConfig, seed: int) -> RunConfig:
     """The run of one seed: what is asked, claimed and known of the recipe, and which other seeds
     there are, is not part of it, so that all of it can change without running it again."""
     return config.model_copy(update={"seed": seed, "study": None, "evidence": "untested"})
+
+
+def check_comparisons(config: RunConfig) -> None:
+    """Look, before anything runs, whether there are prompts for every comparison of a study.
+
+    Raises:
+        ConfigError: categories that no measured prompt has.
+    """
+    found = sorted({p.category for p in read_prompts(located(config.evaluation.prompts))})
+    for pair in config.study.compare if config.study else ():
+        for wanted in pair.categories or ():
+            if wanted not in found:
+                raise ConfigError(
+                    f"study.compare: need categories of the measured prompts ({', '.join(found)}), "
+                    f"got {wanted!r}; did you mean {nearest(wanted, found) or found[0]!r}?"
+                )
 
 
 def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:

@@ -196,6 +196,10 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("study judges --all", "need --all alone, got more"),
         ("study judges seed=1", "set study.seeds=[0,1,2]"),
         ("study judges study.seeds=[-1]", "study.seeds"),
+        (
+            'study distillation study.compare=[{"arm":"student","over":"mixed","categories":["x"]}]',
+            "need categories of the measured prompts (general, landscape, portrait, typography)",
+        ),
         ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
         ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
         ("run smoke stages.t2i_teacher.lora={targets:[to_q,to_kk]}", "did you mean 'to_k'?"),

@@ -64,6 +64,7 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
         raise ConfigError(
             f"need a recipe with `study:`, got {name}; the studies are {', '.join(known_studies())}"
         )
+    studies.check_comparisons(config)
     folder = out or Path("runs/studies") / config.name
     seeds = config.study.seeds
     for seed in seeds:
