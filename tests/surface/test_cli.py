@@ -197,7 +197,7 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("study judges seed=1", "set study.seeds=[0,1,2]"),
         ("study judges study.seeds=[-1]", "study.seeds"),
         (
-            'study distillation study.compare=[{"arm":"student","over":"mixed","categories":["x"]}]',
+            'study distillation study.compare=[{"arm":"ties","over":"sum","categories":["x"]}]',
             "need categories of the measured prompts (general, landscape, portrait, typography)",
         ),
         ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
