@@ -34,7 +34,7 @@ from burnish.batches import stack
 from burnish.config import located
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
-from burnish.rollout import RolloutConfig
+from burnish.rollout import RolloutConfig, sample
 from burnish.types import Guidance, Prompt
 
 COUNTS = (1, 2, 4, 8)
@@ -115,7 +115,7 @@ def measure(model: Path, folder: Path, count: int, steps: int) -> dict[str, Any]
     with Held([*components, algorithm._teachers._resident.transformer]) as held:
         for step in range(steps):
             asked = prompts_of(labels[step % count], 4)
-            drawn = algorithm.draw(policy, asked, ROLLOUT, seed=0, step=step)
+            drawn = sample(policy, asked, ROLLOUT, seed=0, step=step)
             batch = stack(algorithm.credit(drawn, step)[0], policy.device)
             algorithm.loss(policy, batch).loss.backward()
             optimizer.step()

@@ -71,15 +71,13 @@ def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None
     try:
         transformer.add_adapter(plan)
     except ValueError:
-        names = {n.rpartition(".")[2] for n, m in transformer.named_modules() if _is_linear(m)}
+        names = {
+            n.rpartition(".")[2] for n, m in transformer.named_modules() if isinstance(m, nn.Linear)
+        }
         raise ConfigError(
             f"lora.targets: need names of linear modules, got {', '.join(wanted)}, none of which "
             f"is one; take some of {', '.join(sorted(names))}"
         ) from None
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def detach(transformer: Any) -> dict[str, Adapter]:

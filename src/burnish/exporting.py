@@ -5,17 +5,17 @@ model draws and not what the base does.
 """
 
 import contextlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from burnish import images
 from burnish.adapters import adapted, read_adapter
-from burnish.config import ConfigError, located, parse
+from burnish.config import Config, ConfigError, located, parse, read_yaml
 from burnish.model_card import SAMPLES, model_card
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
@@ -25,7 +25,6 @@ from burnish.shelves import PolicyConfig, load_policy
 from burnish.stages import is_complete, model_folder
 from burnish.summary import read_run
 from burnish.tracking import RunError, write_atomic, write_json, writing
-from burnish.types import Guidance
 
 DEPLOYED = "burnish.json"
 """Name of the file of an export that says how the model is drawn with."""
@@ -74,28 +73,37 @@ def export(
             has_pictures=(unfinished / SAMPLES).is_file(),
         )
         write_atomic(unfinished / "README.md", card)
-        write_json(unfinished / DEPLOYED, _deployed(config, policy))
+        deployed = Deployment.of(config, policy).model_dump(mode="json")
+        write_json(unfinished / DEPLOYED, deployed)
         unfinished.replace(out)
     return out
 
 
-def _deployed(config: RunConfig, policy: str) -> dict[str, Any]:
-    """How the model is drawn with."""
-    return {
-        "policy": config.policy.model_dump(mode="json"),
-        "num_steps": config.evaluation.num_steps,
-        **config.deployed(policy).settings(),
-    }
+class Deployment(Config):
+    """How a model is drawn with."""
 
+    policy: PolicyConfig = PolicyConfig()
+    num_steps: int = Field(default=40, ge=1)
+    guidance_scale: float = Field(default=4.0, ge=0)
+    negative_prompt: str = ""
 
-def deployed(folder: Path) -> tuple[PolicyConfig, int, Guidance] | None:
-    """Model, sampler steps and guidance of an export; None for any other folder."""
-    path = folder / DEPLOYED
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    guidance = Guidance(found["guidance_scale"], found["negative_prompt"])
-    return parse(PolicyConfig, found["policy"], where=str(path)), found["num_steps"], guidance
+    @classmethod
+    def of(cls, config: RunConfig, policy: str) -> "Deployment":
+        """As a run deploys one of its policies."""
+        settings = config.deployed(policy).settings()
+        return cls(policy=config.policy, num_steps=config.evaluation.num_steps, **settings)
+
+    @classmethod
+    def read(cls, folder: Path) -> "Deployment | None":
+        """As an export says; None for any other folder.
+
+        Raises:
+            ConfigError: its file cannot be read.
+        """
+        path = folder / DEPLOYED
+        if not path.is_file():
+            return None
+        return parse(cls, read_yaml(path), where=str(path))
 
 
 def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:

@@ -12,7 +12,6 @@ the least gap there, and `burnish.folding` tells how much of the gap was guidanc
 """
 
 import math
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -29,13 +28,13 @@ from burnish.batches import evaluate, evaluate_guided
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.folding import folding
-from burnish.looks import Look, Looks, Watch
+from burnish.looks import LOOKS, Look, Looks, Watch
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.residency import Teachers
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
-from burnish.tracking import writing
+from burnish.tracking import read_rows, writing
 from burnish.types import Guidance, Prompt, Signal
 
 _LEVELS = (0.9, 0.6, 0.3)
@@ -288,7 +287,7 @@ def folded(folder: Path) -> list[dict[str, Any]]:
     Args:
         folder: of the stage's run.
     """
-    looks = Looks(folder / FOLDER, every=1, step=sys.maxsize, value=_nearness).rows
+    looks = read_rows(folder / FOLDER / LOOKS)
     best = max(looks, key=_nearness) if looks else {"step": 0, "parts": []}
     return [{"step": best["step"], **part} for part in best["parts"]]
 

@@ -21,6 +21,8 @@ from burnish.policies.base import Policy
 from burnish.runtime import Runtime
 from burnish.tracking import RunError, read_rows, write_atomic, writing
 
+LOOKS = "looks.jsonl"
+"""Name of the file of the rows."""
 Look = dict[str, Any]
 """A row: `step`, and what was seen."""
 
@@ -79,7 +81,7 @@ class Looks:
 
     @property
     def _path(self) -> Path:
-        return self.folder / "looks.jsonl"
+        return self.folder / LOOKS
 
     @property
     def last_step(self) -> int:

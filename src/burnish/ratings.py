@@ -37,9 +37,6 @@ class Tally:
     score: Float[ndarray, "*resample left right"]
     """Wins of the left player, ties as halves."""
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.votes + other.votes, self.score + other.score)
-
 
 def tally(
     left: Int[ndarray, " vote"],
@@ -189,11 +186,6 @@ def win_rates(found: Tally) -> Float[ndarray, "player player"]:
     votes = found.votes + found.votes.T
     score = found.score + (found.votes - found.score).T
     return np.divide(score, votes, out=np.full_like(votes, np.nan), where=votes > 0)
-
-
-def expected(strength: Float[ndarray, " player"]) -> Float[ndarray, "player player"]:
-    """Chance of the row's player against the column's, without a side."""
-    return _sigmoid(strength[:, None] - strength[None, :])
 
 
 def interval(

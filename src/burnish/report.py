@@ -16,6 +16,7 @@ from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.fixed_states import FOLDER as FIXED_STATES
 from burnish.galleries import TASKS, in_words, with_galleries
+from burnish.looks import LOOKS
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.summary import Number, read_run, teachers, write_summary
 from burnish.tracking import Run, read_rows, write_atomic, writing
@@ -178,7 +179,7 @@ def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, An
         return {"label": label, "colour": colour, "points": points}
 
     if taught := teachers(config, name):
-        looks = read_rows(folder / "stages" / name / FIXED_STATES / "looks.jsonl")
+        looks = read_rows(folder / "stages" / name / FIXED_STATES / LOOKS)
         lines = [
             {
                 "label": in_words(label).lower(),

@@ -242,9 +242,12 @@ def _compared(
             runs = [[row for row in own if row["run"] == n] for n in _runs(own)]
             found = _number([differences(run, pair.arm, pair.over) for run in runs])
             if found is not None:
-                gains = [_means(runs, arm) for arm in (pair.arm, pair.over)]
+                gains = [
+                    _joined([differences(run, arm, BASE) for run in runs])
+                    for arm in (pair.arm, pair.over)
+                ]
                 shared = sorted(gains[0].keys() & gains[1].keys())
-                mine, theirs = ([gain[prompt] for prompt in shared] for gain in gains)
+                mine, theirs = ([statistics.fmean(gain[p]) for p in shared] for gain in gains)
                 share = ratio(mine, theirs) if metric == HEADLINE else None
                 yield {
                     "arm": pair.arm,
@@ -261,22 +264,19 @@ def _runs(rows: Sequence[Row]) -> list[int]:
     return sorted({row["run"] for row in rows})
 
 
-def _means(runs: Sequence[Sequence[Row]], arm: str) -> dict[str, float]:
-    """Gain of every prompt over the base, mean over runs."""
-    found: dict[str, list[float]] = {}
-    for run in runs:
-        for prompt, values in differences(run, arm, BASE).items():
-            found.setdefault(prompt, []).extend(values)
-    return {prompt: statistics.fmean(values) for prompt, values in found.items()}
-
-
 def _number(runs: Sequence[Mapping[str, Sequence[float]]]) -> Number:
     """Mean over prompts of what they have in all runs; None if there is nothing."""
+    values = _joined(runs)
+    return asdict(estimate(values)) if values else None
+
+
+def _joined(runs: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, list[float]]:
+    """What every prompt has in each run that has it."""
     values: dict[str, list[float]] = {}
     for run in runs:
         for prompt, found in run.items():
             values.setdefault(prompt, []).append(statistics.fmean(found))
-    return asdict(estimate(values)) if values else None
+    return values
 
 
 def _folding(runs: Sequence[Path], arm: str) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ from burnish.policies.base import Policy
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
-from burnish.rollout import RolloutConfig
+from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
@@ -152,18 +152,9 @@ def train(
     state = State.start(policy, config.optimizer)
     state.restore(run)
     prompts = config.prompts.read()
-    sampler = GroupSampler(
-        prompts,
-        per_step=config.prompts_per_step,
-        seed=seed,
-        pool=config.algorithm.pool,
-    )
-    if config.guard is None:
-        watch = algorithm.watch(run.folder, state.step, prompts)
-    else:
-        watch = Guard(
-            config.guard, config.rollout, config.prompts.tasks, run.folder, step=state.step
-        )
+    pool = config.algorithm.pool
+    sampler = GroupSampler(prompts, per_step=config.prompts_per_step, seed=seed, pool=pool)
+    watch = _watch(config, algorithm, run, state.step, prompts)
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
         progress(label, config.steps, done=state.step) as bar,
@@ -189,6 +180,15 @@ def train(
     if config.lora is not None:
         write_adapter(run.folder / "lora", detach(policy.transformer))
     return _export(policy, before, run.folder / "model")
+
+
+def _watch(
+    config: StageConfig, algorithm: Algorithm, run: Run, step: int, prompts: Sequence[Prompt]
+) -> Watch | None:
+    """Who looks at the policy now and then: the stage's guard, or whom its algorithm wants."""
+    if config.guard is None:
+        return algorithm.watch(run.folder, step, prompts)
+    return Guard(config.guard, config.rollout, config.prompts.tasks, run.folder, step=step)
 
 
 def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
@@ -253,9 +253,8 @@ def _rollout(
     seed: int,
 ) -> list[Group]:
     """The groups of a step, scored if there are rewards."""
-    draw = partial(
-        algorithm.draw, state.policy, prompts, config.rollout, seed=seed, step=state.step
-    )
+    policy, plan = algorithm.behaviour(state.policy, config.rollout, prompts, state.step)
+    draw = partial(sample, policy, prompts, plan, seed=seed, step=state.step)
     if not config.rewards:
         return draw()
     drawn = draw(on_batch=scorer.submit)

@@ -134,8 +134,11 @@ def test_intervals_over_prompts_cover_what_was_planted() -> None:
         covered.append((low[1:] <= planted[1:]) & (planted[1:] <= high[1:]))
         # The same votes, each for itself: intervals that are far too narrow.
         whole = ratings.Tally(clusters.votes.sum(0), clusters.score.sum(0))
+        fitted = ratings.fit(whole).strength
         draws = rng.binomial(
-            whole.votes.astype(int), ratings.expected(ratings.fit(whole).strength), (100, num, num)
+            whole.votes.astype(int),
+            1 / (1 + np.exp(-np.subtract.outer(fitted, fitted))),
+            (100, num, num),
         ).astype(float)
         again = ratings.fit(ratings.Tally(np.broadcast_to(whole.votes, draws.shape), draws))
         low, high = ratings.interval(again.elo(0, at=0.0))

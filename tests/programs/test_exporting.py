@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from torch import Tensor
 
-from burnish import cli, exporting, runtime
+from burnish import cli, exporting, images, runtime
 from burnish.config import ConfigError, parse
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.run_config import RunConfig
@@ -156,9 +156,9 @@ def test_pictures_of_base_and_model_stand_beside_the_card(run: Path, tmp_path: P
         place = copy / "evaluation" / name / "pictures"
         place.mkdir(parents=True)
         for number in range(20):
-            exporting.images.to_pil(torch.rand(3, 64, 64)).save(place / f"p{number}.webp")
+            images.to_pil(torch.rand(3, 64, 64)).save(place / f"p{number}.webp")
     out = exporting.export(copy, "student", tmp_path / "out", runtime.start(), licence="mit")
-    assert exporting.images.read(out / "samples.png").size == (8 * 66 - 2, 2 * 66 - 2)
+    assert images.read(out / "samples.png").size == (8 * 66 - 2, 2 * 66 - 2)
     assert "![The base above, this model below](samples.png)" in (out / "README.md").read_text()
 
 
@@ -194,3 +194,13 @@ def test_what_cannot_be_exported_is_told(
         exporting.export(run, policy, tmp_path / "out", runtime.start(), licence="mit", **options)
     with pytest.raises(ConfigError, match="need a folder that does not exist yet"):
         exporting.export(run, "teacher", tmp_path, runtime.start(), licence="mit")
+
+
+def test_a_spoilt_file_of_an_export_is_told(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = exporting.export(run, "student", tmp_path / "out", runtime.start(), licence="mit")
+    (out / exporting.DEPLOYED).write_text('{"guidance": 1}')
+    asked = ["sample", "x", "--model", str(out), "--out", str(tmp_path / "x.png")]
+    assert cli.main(asked) == 2
+    assert "did you mean `guidance_scale`?" in capsys.readouterr().err

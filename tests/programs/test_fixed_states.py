@@ -68,6 +68,15 @@ def learner(policy: QwenImage21Policy) -> QwenImage21Policy:
     return own
 
 
+def begun(
+    policy: QwenImage21Policy, teacher: Path, folder: Path
+) -> tuple[QwenImage21Policy, Watch]:
+    """A student at the start, looked at once."""
+    student, looking = learner(policy), watch(policy, teacher, folder)
+    looking.look(student, 0, None, CPU)
+    return student, looking
+
+
 def become(
     student: QwenImage21Policy, start: QwenImage21Policy, teacher: Path, share: float
 ) -> None:
@@ -108,9 +117,7 @@ def test_the_nearest_student_is_written_and_a_resumed_stage_sees_the_same_states
 def test_the_teacher_itself_has_no_gap(
     policy: QwenImage21Policy, teacher: Path, tmp_path: Path
 ) -> None:
-    student = learner(policy)
-    looking = watch(policy, teacher, tmp_path)
-    looking.look(student, 0, None, CPU)
+    student, looking = begun(policy, teacher, tmp_path)
     become(student, policy, teacher, 1.0)
     found = looking.look(student, 4, None, CPU)
     assert found["fixed_states/gap"] == pytest.approx(0, abs=1e-9)
@@ -168,9 +175,7 @@ def test_weights_of_looks_that_are_forgotten_are_never_given_back(
     policy: QwenImage21Policy, teacher: Path, tmp_path: Path
 ) -> None:
     """Cut off after the best look, and worse the second time: the best is then the one before."""
-    student = learner(policy)
-    looking = watch(policy, teacher, tmp_path)
-    looking.look(student, 0, None, CPU)
+    student, looking = begun(policy, teacher, tmp_path)
     become(student, policy, teacher, 0.5)
     looking.look(student, 4, None, CPU)
     earlier = {name: p.detach().clone() for name, p in student.trainable()}

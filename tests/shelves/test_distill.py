@@ -63,6 +63,14 @@ def build(policy: QwenImage21Policy, teachers: dict[str, Path], **settings: Any)
     return Distill(DistillConfig(teachers=named, **settings), setting)
 
 
+def drawn_by(
+    algorithm: Distill, policy: QwenImage21Policy, asked: list[Prompt], plan: RolloutConfig
+) -> list[Group]:
+    """The groups that the loop would draw for an algorithm."""
+    drawer, own = algorithm.behaviour(policy, plan, asked, 0)
+    return sample(drawer, asked, own, seed=0, step=0)
+
+
 def targets(signals: list[Signal]) -> Tensor:
     return torch.cat([signal.fields["target"] for signal in signals])
 
@@ -292,7 +300,7 @@ def test_off_policy_the_path_and_its_target_are_the_teachers(
     algorithm = build(policy, {"t2i": folders["one"]}, states="teacher")
     asked = prompts("t2i", "general")
     plan = RolloutConfig(num_steps=STEPS, group_size=2, window=0, keep="all", guidance_scale=1.0)
-    drawn = algorithm.draw(policy, asked, plan, seed=0, step=0)
+    drawn = drawn_by(algorithm, policy, asked, plan)
     teacher = QwenImage21Policy.load(folders["one"], resolution=64)
     guided = plan.model_copy(update={"guidance_scale": SCALE})
     wanted = sample(teacher, asked, guided, seed=0, step=0)
@@ -305,7 +313,7 @@ def test_off_policy_the_path_and_its_target_are_the_teachers(
         torch.testing.assert_close(signal.fields["target"], path.guided)
     # The student asks the teacher at its own states; from pure noise on, they part.
     own = build(policy, {"t2i": folders["one"]})
-    ours, _ = own.credit(own.draw(policy, asked, plan, seed=0, step=0), 0)
+    ours, _ = own.credit(drawn_by(own, policy, asked, plan), 0)
     torch.testing.assert_close(ours[0].latents[0], signals[0].latents[0])
     assert not torch.allclose(ours[0].latents[1], signals[0].latents[1])
 
@@ -347,7 +355,7 @@ def test_a_negative_prompt_is_part_of_the_teacher(
     )  # fmt: skip
     plan = RolloutConfig(num_steps=STEPS, group_size=1, window=0, keep="all", guidance_scale=1.0)
     algorithm = Distill(DistillConfig(teachers={"t2i": teacher}, states="teacher"), setting)
-    (group,) = algorithm.draw(policy, [asked], plan, seed=0, step=0)
+    (group,) = drawn_by(algorithm, policy, [asked], plan)
     (path,) = group.trajectories
     wanted = QwenImage21Policy.load(folders["one"], resolution=64).pipeline_latents(
         asked,

@@ -6,7 +6,7 @@ only method that sees gradients. Distillation is an algorithm like any other.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -30,7 +30,7 @@ from burnish.looks import Watch
 from burnish.objectives import velocity_kl
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import RolloutConfig
 from burnish.types import Group, Guidance, LossOutput, Prompt, Signal, Task, Trajectory
 
 
@@ -169,21 +169,18 @@ class Anchor:
 
 
 class Algorithm(ABC):
-    """Draws groups, turns them into signals, and signals into a loss."""
+    """Turns groups into signals, and signals into a loss."""
 
-    def draw(
+    def behaviour(
         self,
         policy: Policy[Any, Any],
-        prompts: Sequence[Prompt],
         config: RolloutConfig,
-        *,
-        seed: int,
+        prompts: Sequence[Prompt],
         step: int,
-        on_batch: Callable[[list[Group]], None] | None = None,
-    ) -> list[Group]:
-        """The groups of one step, as `sample` draws them: from the policy itself, unless an
-        algorithm learns from somebody else's."""
-        return sample(policy, prompts, config, seed=seed, step=step, on_batch=on_batch)
+    ) -> tuple[Policy[Any, Any], RolloutConfig]:
+        """Who draws the groups of a step, and how: the policy itself, unless an algorithm learns
+        from somebody else's."""
+        return policy, config
 
     def watch(self, folder: Path, step: int, prompts: Sequence[Prompt]) -> Watch | None:
         """Who looks at the policy while it learns; None if the algorithm has no say in that.

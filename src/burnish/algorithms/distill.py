@@ -11,7 +11,7 @@ solver really visits; the paper's index skips pure noise. One teacher per optimi
 that one on the device.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -182,22 +182,19 @@ class Distill(Algorithm):
         share = min(1.0, (step + 1) / rising) if rising else 1.0
         return own._replace(scale=1 + (own.scale - 1) * share)
 
-    def draw(
+    def behaviour(
         self,
         policy: Policy[Any, Any],
-        prompts: Sequence[Prompt],
         config: RolloutConfig,
-        *,
-        seed: int,
+        prompts: Sequence[Prompt],
         step: int,
-        on_batch: Callable[[list[Group]], None] | None = None,
-    ) -> list[Group]:
-        """Paths of the student, or of the teacher of these prompts."""
-        if self._config.states == "teacher":
-            label = self._label(prompts)
-            policy = self._teachers.activate(label)
-            config = config.model_copy(update=self.guidance(label, step).settings())
-        return super().draw(policy, prompts, config, seed=seed, step=step, on_batch=on_batch)
+    ) -> tuple[Policy[Any, Any], RolloutConfig]:
+        """The student, or the teacher of these prompts as it is deployed."""
+        if self._config.states == "student":
+            return policy, config
+        label = self._label(prompts)
+        settings = self.guidance(label, step).settings()
+        return self._teachers.activate(label), config.model_copy(update=settings)
 
     def watch(self, folder: Path, step: int, prompts: Sequence[Prompt]) -> Watch | None:
         """The gap to the teachers on fixed states."""

@@ -17,6 +17,7 @@ import json
 import secrets
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,9 +84,10 @@ class Ballots:
             ConfigError: no database of this version, or that of another contest.
         """
         self._path, self._contest, self._gold = path, contest, gold
-        names = sorted(contest.pictures)
-        self._pairs = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
-        described = json.dumps([names, [prompt.id for prompt in contest.prompts]])
+        self._pairs = contest.matches
+        described = json.dumps(
+            [sorted(contest.pictures), [prompt.id for prompt in contest.prompts]]
+        )
         digest = hashlib.sha256(described.encode()).hexdigest()
         try:
             self._secret = self._begin(digest)
@@ -175,10 +177,9 @@ class Ballots:
             (row["prompt"], frozenset((row["a"], row["b"])))
             for row in database.execute("SELECT * FROM battles WHERE voter = ?", (voter,))
         }
-        met = dict.fromkeys(self._pairs, 0)
-        for row in database.execute("SELECT a, b, count(*) AS met FROM battles GROUP BY a, b"):
-            pair = tuple(sorted((row["a"], row["b"])))
-            met = {**met, pair: met[pair] + row["met"]} if pair in met else met
+        met = Counter(
+            frozenset((row["a"], row["b"])) for row in database.execute("SELECT a, b FROM battles")
+        )
         left = {
             pair: own
             for pair in self._pairs
@@ -187,7 +188,7 @@ class Ballots:
         if not left:
             return None
         pairs = list(left)
-        weights = np.array([1 / (1 + met[pair]) for pair in pairs])
+        weights = np.array([1 / (1 + met[frozenset(pair)]) for pair in pairs])
         chances = weights / weights.sum()
         place = int(draws.choice(len(pairs), p=chances))
         prompt = left[pairs[place]][int(draws.integers(len(left[pairs[place]])))]

@@ -6,7 +6,8 @@ to its own votes. What standing on the left is worth is fitted too, where pairs 
 so that a habit of voters is no rating.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,7 @@ def board(
     low, high = _intervals(votes, place, resamples, has_side=has_side)
     counts = whole.votes.sum(0) + whole.votes.sum(1)
     wins = whole.score.sum(1) + (whole.votes - whole.score).sum(0)
+    order = ratings.order(found.strength)
     rows = [
         {
             "model": players[player],
@@ -125,10 +127,8 @@ def board(
             "votes": int(counts[player]),
             "score": round(float(wins[player] / counts[player]), 4),
         }
-        for player in ratings.order(found.strength)
+        for player in order
     ]
-    names = [row["model"] for row in rows]
-    order = [list(players).index(name) for name in names]
     rates = ratings.win_rates(whole)[np.ix_(order, order)]
     return {
         "rows": rows,
@@ -175,7 +175,7 @@ def voters(battles: Sequence[Battle]) -> list[dict[str, Any]]:
         for voter, chosen in votes:
             others = [other == chosen for name, other in votes if name != voter]
             agreed.setdefault(voter, []).extend(others)
-    counts: Mapping[str, int] = _counted([battle.voter for battle in battles])
+    counts = Counter(battle.voter for battle in battles)
     return [
         {
             "voter": voter,
@@ -185,10 +185,3 @@ def voters(battles: Sequence[Battle]) -> list[dict[str, Any]]:
         }
         for voter, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     ]
-
-
-def _counted(names: Sequence[str]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name in names:
-        found[name] = found.get(name, 0) + 1
-    return found

@@ -5,6 +5,7 @@ pictures that are named by the ids of a set of prompts. Only prompts that all ha
 over, and all pictures of a prompt have one size, or the eye would know them by it.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,11 @@ class Contest:
     pictures: Mapping[str, Mapping[str, Path]]
     """By contestant, then by prompt."""
 
+    @property
+    def matches(self) -> list[tuple[str, str]]:
+        """Every two contestants, by name."""
+        return list(itertools.combinations(sorted(self.pictures), 2))
+
     def pairs(self, seed: int, per_prompt: int | None = None) -> Iterator[tuple[Prompt, str, str]]:
         """Prompt, left and right contestant of every meeting, in a random order.
 
@@ -35,8 +41,7 @@ class Contest:
             per_prompt: meetings of each prompt, drawn without repetition; None is all pairs.
         """
         draws = np.random.default_rng(seed)
-        names = sorted(self.pictures)
-        every = [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
+        every = self.matches
         meetings = []
         for prompt in self.prompts:
             count = len(every) if per_prompt is None else min(per_prompt, len(every))

@@ -98,6 +98,7 @@ def vote(
     }
     crowd = parse(CrowdConfig, settings)
     contest = _contest(places, prompts, task)
+    print(_power(contest))
     found = voted(
         contest,
         scores(contest, crowd.judge.build()),
@@ -139,6 +140,7 @@ def serve(
     from burnish.arena.server import app as served
 
     contest = _contest(places, prompts, task)
+    print(_power(contest))
     ballots = Ballots(votes, contest, gold=gold)
     print(f"Vote at http://{host}:{port}; votes go to {votes}", flush=True)
     # No log of requests: it would join voters to battles. No name of the program in headers.
@@ -166,6 +168,18 @@ def votes(
         print(f"{voter}: {right} of {asked} gold pairs")
 
 
+def _power(contest: "Contest") -> str:
+    """What so many prompts can show, told before anybody votes."""
+    from burnish import ratings
+
+    count = len(contest.prompts)
+    least = ratings.detectable(count)
+    return (
+        f"{count} prompts: two models must differ by {least:.0f} Elo to be told apart four times "
+        "in five if all votes on a prompt agree, by less if they do not"
+    )
+
+
 def _contest(places: list[str], prompts: str, task: str) -> "Contest":
     """The contestants that the command line names."""
     from burnish.arena.contest import gather
@@ -186,6 +200,12 @@ def _contest(places: list[str], prompts: str, task: str) -> "Contest":
             own = {p: Path(place) / "evaluation" / p / "pictures" for p in able}
             if len(places) > 1:
                 own = {p if p == BASE else f"{config.name}-{p}": f for p, f in own.items()}
-        twice = [name for name in own if name in folders and own[name] != folders[name]]
-        folders |= {name: folder for name, folder in own.items() if name not in twice}
+        for name, folder in own.items():
+            # Of several runs the first shows the base that they share.
+            if name in folders and (sign or name != BASE):
+                raise ConfigError(
+                    f"need one folder for each contestant, got two for {name!r}; name them "
+                    "NAME=FOLDER"
+                )
+            folders.setdefault(name, folder)
     return gather(folders, read_prompts(located(prompts)), tasks=(task,))

@@ -1,6 +1,5 @@
 """`burnish sample`: draw with a model, or edit a picture."""
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,8 +9,7 @@ from burnish.cli.program import app
 from burnish.config import EMBEDDED, ConfigError, located
 
 if TYPE_CHECKING:
-    from burnish.shelves import PolicyConfig
-    from burnish.types import Guidance
+    from burnish.exporting import Deployment
 
 
 @app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
@@ -51,8 +49,8 @@ def sample(
     rt = runtime.start()
     drawer = load_policy(policy, model_folder, rt)
     guidance = Guidance(
-        defaults.guidance.scale if guidance_scale is None else guidance_scale,
-        defaults.guidance.negative_prompt if negative_prompt is None else negative_prompt,
+        defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        defaults.negative_prompt if negative_prompt is None else negative_prompt,
     )
     asked = [
         Prompt(id=str(row), text=text, task="t2i" if picture is None else "edit", source=picture)
@@ -74,20 +72,11 @@ def sample(
     print(out)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Defaults:
-    """How a model is drawn with unless the command says otherwise."""
-
-    policy: "PolicyConfig"
-    num_steps: int
-    guidance: "Guidance"
-
-
-def _model(text: str) -> tuple[Path, _Defaults]:
+def _model(text: str) -> "tuple[Path, Deployment]":
     """The pipeline folder that `--model` means, and how its run draws with it."""
-    from burnish import exporting, stages, summary
+    from burnish import stages, summary
+    from burnish.exporting import Deployment
     from burnish.shelves import PolicyConfig
-    from burnish.types import Guidance
 
     place = located(text)
     options = (place, place / "model", place.parent / "stages" / place.name / "model")
@@ -103,10 +92,10 @@ def _model(text: str) -> tuple[Path, _Defaults]:
                 f"need a stage that is complete, {name} of {ran} is not; resume its run first"
             )
         config = summary.read_run(ran)
-        guidance = config.deployed(name)
-        return folder, _Defaults(config.policy, config.evaluation.num_steps, guidance)
-    if (exported := exporting.deployed(folder)) is not None:
-        return folder, _Defaults(*exported)
+        return folder, Deployment.of(config, name)
+    if (exported := Deployment.read(folder)) is not None:
+        return folder, exported
     if text.startswith(EMBEDDED):
-        return folder, _Defaults(PolicyConfig(resolution=64), 6, Guidance(2.5))
-    return folder, _Defaults(PolicyConfig(), 40, Guidance(4.0))
+        small = PolicyConfig(resolution=64)
+        return folder, Deployment(policy=small, num_steps=6, guidance_scale=2.5)
+    return folder, Deployment()
