@@ -12,9 +12,6 @@ from rich.text import Text
 from burnish import page
 from burnish.tracking import write_atomic, writing
 
-NUM_COLOURS = 10
-"""Of models in `page.css`; more begin again."""
-
 
 def leaderboard(found: Mapping[str, Any]) -> Table:
     """What the command prints."""
@@ -56,10 +53,8 @@ def write_arena_page(found: Mapping[str, Any], path: Path, command: str) -> Path
         found=found,
         command=command,
         names=names,
-        colours={name: f"arm-{place % NUM_COLOURS}" for place, name in enumerate(names)},
-        axis=axis(found),
-        place=lambda value: place(value, axis(found)),
-        bounds=bounds,
+        colours=page.colours(names),
+        **scale_of(found),
         shade=shade,
         boards={name: own for name, own in found["categories"].items() if own["rows"]},
         refused={name: own for name, own in found["categories"].items() if not own["rows"]},
@@ -69,6 +64,12 @@ def write_arena_page(found: Mapping[str, Any], path: Path, command: str) -> Path
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, text)
     return path
+
+
+def scale_of(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template of a leaderboard needs to place its marks."""
+    ends = axis(found)
+    return {"axis": ends, "place": lambda value: place(value, ends), "bounds": bounds}
 
 
 def axis(found: Mapping[str, Any]) -> tuple[float, float]:

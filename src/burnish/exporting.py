@@ -15,7 +15,7 @@ from torch import Tensor
 
 from burnish import images
 from burnish.adapters import adapted, read_adapter
-from burnish.config import Config, ConfigError, located, parse, read_yaml
+from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_yaml
 from burnish.model_card import SAMPLES, model_card
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
@@ -25,6 +25,7 @@ from burnish.shelves import PolicyConfig, load_policy
 from burnish.stages import is_complete, model_folder
 from burnish.summary import read_run
 from burnish.tracking import RunError, write_atomic, write_json, writing
+from burnish.types import Guidance
 
 DEPLOYED = "burnish.json"
 """Name of the file of an export that says how the model is drawn with."""
@@ -87,6 +88,11 @@ class Deployment(Config):
     guidance_scale: float = Field(default=4.0, ge=0)
     negative_prompt: str = ""
 
+    @property
+    def guidance(self) -> Guidance:
+        """Scale and negative prompt."""
+        return Guidance(self.guidance_scale, self.negative_prompt)
+
     @classmethod
     def of(cls, config: RunConfig, policy: str) -> "Deployment":
         """As a run deploys one of its policies."""
@@ -104,6 +110,38 @@ class Deployment(Config):
         if not path.is_file():
             return None
         return parse(cls, read_yaml(path), where=str(path))
+
+
+def deployed_model(text: str) -> tuple[Path, Deployment]:
+    """The pipeline folder that a text means, and how its run or its export draws with it.
+
+    Args:
+        text: a pipeline folder, RUN/STAGE of a run folder, or `embedded:...`.
+
+    Raises:
+        ConfigError: no pipeline there, or of a stage that is not complete.
+    """
+    place = located(text)
+    options = (place, place / "model", place.parent / "stages" / place.name / "model")
+    folder = next((path for path in options if (path / "model_index.json").is_file()), None)
+    if folder is None:
+        known = [str(place / path.parent.name) for path in sorted(place.glob("stages/*/model"))]
+        advice = f"take {known[-1]}" if known else "check the path"
+        raise ConfigError(f"need a folder that a pipeline was saved in, got {text}; {advice}")
+    name, ran = folder.parent.name, folder.parents[2] if len(folder.parents) > 2 else folder
+    if folder.name == "model" and (ran / "run.json").is_file():
+        if not is_complete(ran, f"train/{name}"):
+            raise ConfigError(
+                f"need a stage that is complete, {name} of {ran} is not; resume its run first"
+            )
+        config = read_run(ran)
+        return folder, Deployment.of(config, name)
+    if (exported := Deployment.read(folder)) is not None:
+        return folder, exported
+    if text.startswith(EMBEDDED):
+        small = PolicyConfig(resolution=64)
+        return folder, Deployment(policy=small, num_steps=6, guidance_scale=2.5)
+    return folder, Deployment()
 
 
 def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:

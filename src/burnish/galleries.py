@@ -9,7 +9,7 @@ from jinja2 import Template
 from burnish import images, page
 from burnish.config import located
 from burnish.evaluation import Row
-from burnish.prompts import read_prompts
+from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
 from burnish.stages import all_scores
 from burnish.summary import HEADLINE, KNOWLEDGE, knowledge_ids
@@ -89,17 +89,11 @@ def galleries(
             kind = prompt.tags[0] if is_knowledge and prompt.tags else prompt.category
             kinds.setdefault(kind, []).append(prompt)
         groups = [
-            (kind, [_row(folder, p, policies, scores, metrics) for p in _spread(members, count)])
+            (kind, [_row(folder, p, policies, scores, metrics) for p in spaced(members, count)])
             for kind, members in kinds.items()
         ]
         found.append({"task": task, "name": name, "is_knowledge": is_knowledge, "groups": groups})
     return found
-
-
-def _spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-    """Prompts at even distances, so that nobody chose them and neighbours are not alike."""
-    count = min(count, len(prompts))
-    return [prompts[place * len(prompts) // count] for place in range(count)]
 
 
 def _row(

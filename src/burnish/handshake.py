@@ -147,6 +147,27 @@ class Line:
         return await self.endpoint.call(self.client, path, body, until=self.until)
 
 
+async def find_model(line: Line, model: str) -> None:
+    """Look whether a server has a model.
+
+    Raises:
+        ConfigError: it has others.
+        Unanswered: the server does not answer.
+    """
+    listed = await line.call("/v1/models")
+    entries = listed.get("data") if isinstance(listed, dict) else None
+    known = [
+        str(entry.get("id"))
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict)
+    ]
+    if model not in known:
+        hint = nearest(model, known)
+        advice = f"did you mean {hint!r}?" if hint else "correct `model` or `url`"
+        names = ", ".join(known)[:200] or "no model"
+        raise ConfigError(f"need the model {model!r} on {line.endpoint.url}, got {names}; {advice}")
+
+
 def scored(answer: Answer | Failed, calibration: Calibration) -> Score:
     """The score that an answer stands for, with its reasoning as the note."""
     if isinstance(answer, Failed):
@@ -174,7 +195,7 @@ class Handshake:
             ConfigError: the model, the digits or the golden score are not as they should be.
             Unanswered: the server does not answer.
         """
-        await self._find_model(line)
+        await find_model(line, self.model)
         agreed = await self._score_golden(line, await self._alphabet(line))
         expected, tolerance = self.golden.score, self.golden.tolerance
         if expected is not None and abs(agreed.golden - expected) > tolerance:
@@ -183,22 +204,6 @@ class Handshake:
                 f"{agreed.golden:.3f}; serve the judge that was meant, or correct `golden.score`"
             )
         return agreed
-
-    async def _find_model(self, line: Line) -> None:
-        listed = await line.call("/v1/models")
-        entries = listed.get("data") if isinstance(listed, dict) else None
-        known = [
-            str(entry.get("id"))
-            for entry in (entries if isinstance(entries, list) else [])
-            if isinstance(entry, dict)
-        ]
-        if self.model not in known:
-            hint = nearest(self.model, known)
-            advice = f"did you mean {hint!r}?" if hint else "correct `model` or `url`"
-            names = ", ".join(known)[:200] or "no model"
-            raise ConfigError(
-                f"need the model {self.model!r} on {line.endpoint.url}, got {names}; {advice}"
-            )
 
     async def _alphabet(self, line: Line) -> Alphabet | None:
         """The tokens of marker and digits; None where the server has no tokenizer to ask."""

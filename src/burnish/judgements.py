@@ -51,7 +51,7 @@ def expected_score(logits: FiveLogits) -> PerRow:
 
     Reference: arXiv:2606.27608, section 3.1 (the read-out of the pointwise reward).
 
-    >>> expected_score(torch.zeros(1, 5))
+    >>> expected_score(torch.zeros(1, 5)).round(decimals=4)
     tensor([3.])
     """
     shares = _float32(logits).softmax(dim=-1)
@@ -69,7 +69,7 @@ def expected_score_loss(logits: FiveLogits, target: PerRow) -> PerRow:
 
     Reference: arXiv:2606.27608, section 3.1 (the pointwise objective).
 
-    >>> expected_score_loss(torch.zeros(1, 5), torch.tensor([5.0]))
+    >>> expected_score_loss(torch.zeros(1, 5), torch.tensor([5.0])).round(decimals=4)
     tensor([4.])
     """
     return (expected_score(logits) - _float32(target.detach())) ** 2

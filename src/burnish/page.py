@@ -4,6 +4,7 @@ Prompts, names and notes are other people's text: the templates escape all of it
 forbids itself scripts and anything that would be fetched.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 from burnish import images
 
 _MAX_SIDE = 192  # Pixels of a picture in the page; smaller ones are kept as they are.
+_NUM_COLOURS = 10
 _ENLARGED = 128  # Pictures of fewer pixels are enlarged without smoothing.
 
 
@@ -27,6 +29,11 @@ def template(name: str) -> Template:
     )
     environment.filters["plain"] = plain
     return environment.get_template(name)
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A class of `page.css` for each of several models; more than it has begin again."""
+    return {name: f"arm-{place % _NUM_COLOURS}" for place, name in enumerate(names)}
 
 
 def plain(value: float | int | None, digits: int = 3, sign: str = "") -> str:

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field
@@ -20,6 +20,8 @@ from pydantic import Field
 from burnish import images, runtime
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.types import Prompt, Task
+
+EntryT = TypeVar("EntryT")
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 _KEYS = ("id", "text", "task", "category", "source", "target", "tags", "facts")
@@ -181,6 +183,16 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
         lines.append(json.dumps(row))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def spaced(items: Sequence[EntryT], count: int) -> list[EntryT]:
+    """At most so many, at even distances: nobody chose them, and neighbours are not alike.
+
+    >>> spaced([0, 1, 2, 3, 4], 2)
+    [0, 2]
+    """
+    count = min(count, len(items))
+    return [items[place * len(items) // count] for place in range(count)]
 
 
 class GroupSampler:

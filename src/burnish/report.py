@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from burnish import page
+from burnish.arena_page import scale_of
+from burnish.bench_page import view
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.fixed_states import FOLDER as FIXED_STATES
 from burnish.galleries import TASKS, in_words, with_galleries
 from burnish.looks import LOOKS
 from burnish.run_config import BASE, UNGUIDED, RunConfig
+from burnish.standings import arena_results, bench_results
 from burnish.summary import Number, read_run, teachers, write_summary
 from burnish.tracking import Run, read_rows, write_atomic, writing
 
@@ -37,6 +40,9 @@ def write_report(folder: Path) -> Path:
     """Write `report.html` of the run in a folder, and its `summary.json`; returns the page."""
     config, summary = read_run(folder), write_summary(folder)
     template = page.template("report.html.j2")
+    command = f"burnish report {folder}"
+    benches = bench_results(config, folder, command)
+    arenas = arena_results(config, folder, command)
     context = {
         "summary": summary,
         "facts": _facts(folder),
@@ -45,6 +51,11 @@ def write_report(folder: Path) -> Path:
         "stages": [_stage(config, name) for name in config.stages],
         "panels": [_panel(summary, task) for task in config.tasks(BASE)],
         "charts": [c for name in config.stages for c in _charts(config, folder, name)],
+        "benches": {
+            name: {"found": own, **view(own, folder, shown)}
+            for name, (own, shown) in benches.items()
+        },
+        "arenas": {task: {"found": own, **scale_of(own)} for task, own in arenas.items()},
         "config": dump_yaml(config),
         "tasks": TASKS,
         "base": BASE,

@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from burnish.algorithms.distill import DistillConfig, TeacherConfig
+from burnish.arena.raters import CrowdConfig
+from burnish.bench.base import BenchConfig
 from burnish.config import Config, ConfigError, nearest
 from burnish.curation import CurationConfig
 from burnish.evaluation import EvaluationConfig
 from burnish.merging import MergeConfig
 from burnish.runtime import RuntimeConfig
-from burnish.shelves import AnyReward, PolicyConfig
+from burnish.shelves import AnyBench, AnyReward, PolicyConfig
 from burnish.training import StageConfig
 from burnish.types import Guidance
 
@@ -75,6 +77,10 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     judge: AnyReward
     """Scores the held-out pictures."""
+    benches: Mapping[str, AnyBench] = {}
+    """What the base and every policy that is able takes, under names of yours."""
+    arena: CrowdConfig | None = None
+    """Votes on the pictures that were measured: a reward, and the raters who see its scores."""
     study: StudyConfig | None = None
     """For recipes that `burnish study` runs with several seeds."""
 
@@ -113,6 +119,13 @@ class RunConfig(Config):
                     f"merges.{name}.scales: need {len(merge.of)}, one for each stage, got "
                     f"{len(merge.scales or ())}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _benches_have_names(self) -> "RunConfig":
+        for name in self.benches:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"need a bench name of letters, digits, _ and -, got {name!r}")
         return self
 
     @model_validator(mode="after")
@@ -214,7 +227,23 @@ class RunConfig(Config):
         jobs[f"measure/{BASE}"] = ()
         for name in self.policies():
             jobs[f"measure/{name}"] = (self._job_of(name),)
+        for name in (BASE, *self.policies()):
+            if self.benches_of(name):
+                jobs[f"bench/{name}"] = () if name == BASE else (self._job_of(name),)
+        for task in self.tasks(BASE) if self.arena is not None else ():
+            meeting = self.able(task)
+            jobs[f"arena/{task}"] = tuple(f"measure/{n}" for n in meeting if n != UNGUIDED)
         return jobs
+
+    def benches_of(self, policy: str) -> dict[str, BenchConfig]:
+        """The benches that a policy is able to take."""
+        tasks = self.tasks(policy)
+        return {name: bench for name, bench in self.benches.items() if bench.asks() in tasks}
+
+    def able(self, task: str) -> tuple[str, ...]:
+        """All that can do a task: the base, guided and not, and policies of the run."""
+        every = (BASE, UNGUIDED, *self.policies())
+        return tuple(name for name in every if task in self.tasks(name))
 
     def _job_of(self, policy: str) -> str:
         """The job that makes a policy."""

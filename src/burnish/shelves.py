@@ -1,4 +1,4 @@
-"""What stands on the shelves of algorithms, rewards and policies, as a recipe names it.
+"""What stands on the shelves of algorithms, benches, rewards and policies, as a recipe names it.
 
 Nothing else lists them: a new file is a new kind.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from burnish.algorithms.base import AlgorithmConfig
+from burnish.bench.base import BenchConfig
 from burnish.config import Config, ConfigError, shelf
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig
@@ -21,16 +22,33 @@ if TYPE_CHECKING:
     from burnish.algorithms.distill import DistillConfig
     from burnish.algorithms.grpo import GrpoConfig
     from burnish.algorithms.nft import NftConfig
+    from burnish.bench.gedit import GeditConfig
+    from burnish.bench.geneval import GenevalConfig
+    from burnish.bench.imgedit import ImgeditConfig
+    from burnish.bench.miniature import MiniatureConfig
+    from burnish.bench.qwen_image_bench import QwenImageBenchConfig
+    from burnish.bench.unigenbench import UnigenbenchConfig
     from burnish.rewards.face import FaceConfig
     from burnish.rewards.oracle import OracleConfig
     from burnish.rewards.remote import RemoteConfig
     from burnish.rewards.vlm import VlmConfig
 
     AnyAlgorithm = GrpoConfig | NftConfig | DistillConfig
+    AnyBench = (
+        GeditConfig
+        | GenevalConfig
+        | ImgeditConfig
+        | MiniatureConfig
+        | QwenImageBenchConfig
+        | UnigenbenchConfig
+    )
     AnyReward = FaceConfig | OracleConfig | RemoteConfig | VlmConfig
 else:
     AnyAlgorithm = Annotated[
         reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
+    ]
+    AnyBench = Annotated[
+        reduce(or_, shelf("burnish.bench", BenchConfig)), Field(discriminator="kind")
     ]
     AnyReward = Annotated[
         reduce(or_, shelf("burnish.rewards", RewardConfig)), Field(discriminator="kind")

@@ -1,4 +1,4 @@
-"""The jobs of a run: curate, train, merge, measure, and what each leaves.
+"""The jobs of a run: curate, train, merge, measure, take benches, meet; and what each leaves.
 
 Stages and measurements are jobs. A job that has its inputs runs in a process of its own, as many at
 a time as there are cores (or GPUs); a job that is complete is not run again. Everything a job
@@ -7,6 +7,8 @@ leaves is in the run folder:
     curation/<stage>/     every prompt as the stage's start draws it, and the prompts that are kept
     stages/<stage>/       run folder of the stage, its pipeline in model/; that of a merge, too
     evaluation/<policy>/  scores.jsonl and pictures/
+    benches/<policy>/     pictures and replies of every bench that it took
+    arena/<task>/         battles.jsonl
     summary.json          the table of the report
 """
 
@@ -14,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from burnish.algorithms.distill import DistillConfig
+from burnish.arena.battles import write_battles
+from burnish.arena.contest import gather
+from burnish.arena.raters import scores, vote
+from burnish.benching import Drawing, Taken, draw_pictures, judge_pictures, model_facts
 from burnish.config import located
 from burnish.curation import measure_prompts, num_drawn, write_kept
 from burnish.evaluation import Row, measure, read_scores, write_rows
@@ -28,11 +34,14 @@ from burnish.tracking import Run, read_rows, write_atomic
 from burnish.training import StageConfig, train
 from burnish.types import Prompt
 
+BATTLES = "battles.jsonl"
 _FOLDERS = {
     "curate": "curation",
     "train": "stages",
     "merge": "stages",
     "measure": "evaluation",
+    "bench": "benches",
+    "arena": "arena",
 }
 PARTS = ("rollout", "credit", "update")
 """Parts of a training step that are timed."""
@@ -73,7 +82,14 @@ def job_folder(folder: Path, job: str) -> Path:
 def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
     """Do one job in this process and mark it complete."""
     kind, name = job.split("/", 1)
-    work = {"train": _run_stage, "merge": _merge, "measure": _measure, "curate": _curate}[kind]
+    work = {
+        "train": _run_stage,
+        "merge": _merge,
+        "measure": _measure,
+        "curate": _curate,
+        "bench": _take_benches,
+        "arena": _meet,
+    }[kind]
     work(config, folder, name, rt)
     write_atomic(job_folder(folder, job) / "DONE", "")
 
@@ -153,6 +169,41 @@ def _measure_role(
             pictures=None if is_best_of else target / "pictures",
         )
     write_rows(target / "scores.jsonl", rows)
+
+
+def contestants(config: RunConfig, folder: Path, task: str) -> dict[str, Path]:
+    """The folder of pictures of everybody who can do a task."""
+    return {name: folder / "evaluation" / name / "pictures" for name in config.able(task)}
+
+
+def _meet(config: RunConfig, folder: Path, task: str, rt: Runtime) -> None:
+    assert config.arena is not None, "a run without an arena has no such job"
+    prompts = read_prompts(located(config.evaluation.prompts))
+    contest = gather(contestants(config, folder, task), prompts, tasks=(task,))
+    judge = config.arena.judge
+    seen = scores(contest, judge.build())
+    battles = vote(contest, seen, config.arena.raters, crowd=judge.kind)
+    write_battles(job_folder(folder, f"arena/{task}") / BATTLES, battles)
+
+
+def bench_places(folder: Path, policy: str, bench: str) -> tuple[Path, Path]:
+    """Where a policy's pictures of a bench are, and the replies about them."""
+    place = job_folder(folder, f"bench/{policy}") / bench
+    return place / "pictures", place
+
+
+def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
+    path = config.policy.path if name == BASE else STAGE + name
+    model = model_folder(folder, path)
+    policy = load_policy(config.policy, model, rt)
+    drawing = Drawing(config.deployed(name), config.evaluation.num_steps, config.evaluation.seed)
+    facts = model_facts(model, drawing)
+    for bench, settings in config.benches_of(name).items():
+        taken = Taken.of(settings)
+        pictures, place = bench_places(folder, name, bench)
+        label = f"{name} on {bench}"
+        draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=label)
+        judge_pictures(taken, pictures, place / taken.replies_folder, rt, label=label)
 
 
 def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Prompt]:

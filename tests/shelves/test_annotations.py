@@ -23,10 +23,10 @@ from burnish.annotations.base import (
     split,
     write_annotations,
 )
-from burnish.annotations.files import json_entries
 from burnish.annotations.schema import KINDS, Annotation
 from burnish.config import ConfigError
 from burnish.images import encode_png, encode_webp
+from burnish.records import json_entries
 
 pyarrow: Any = pytest.importorskip("pyarrow")
 parquet: Any = importlib.import_module("pyarrow.parquet")

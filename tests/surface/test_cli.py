@@ -219,7 +219,7 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("nft stages.teacher.start=teachr", "need stages that come before 'teacher'"),
         ("report .", "without run.json"),
         ("job . train/teacher", "without run.json"),
-        ("sample cat --model missing", "got missing; check --model"),
+        ("sample cat --model missing", "got missing; check the path"),
         ("sample cat --steps 0", "Invalid value for '--steps'"),
         ("sample cat --out cat.jpg", "ends in .png, got cat.jpg"),
         ("sample cat --source missing.png", "got missing.png: No such file"),

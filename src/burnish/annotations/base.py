@@ -16,8 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from burnish import images
-from burnish.annotations import files
+from burnish import images, records
 from burnish.annotations.schema import KINDS, Annotation, check_groups, check_keys, checked, row_of
 from burnish.config import ConfigError, nearest
 
@@ -57,7 +56,7 @@ def read_annotations(path: Path) -> list[Annotation]:
             group; sources that do not fit the task; a broken image; an id that stands twice; a
             group of several prompts; no annotation at all; or, for Parquet, no `pyarrow`.
     """
-    rows = files.parquet_rows(path) if is_parquet(path) else _rows_with_images(path)
+    rows = records.parquet_rows(path) if is_parquet(path) else _rows_with_images(path)
     return checked(path, rows)
 
 
@@ -79,7 +78,7 @@ def write_annotations(path: Path, annotations: Sequence[Annotation]) -> None:
     checked(path, ((f"{path}, annotation {n}", row) for n, row in enumerate(rows, start=1)))
     path.parent.mkdir(parents=True, exist_ok=True)
     if as_parquet:
-        files.write_parquet(path, KINDS, rows)
+        records.write_parquet(path, KINDS, rows)
         return
     written: set[Path] = set()
     partial = path.with_name(path.name + ".partial")
@@ -107,7 +106,7 @@ def split(
     image by different instructions may stand on both sides.
 
     Args:
-        annotations: from any number of files.
+        annotations: from any number of records.
         held_out: expected share of the prompts that is held out, in [0, 1).
         seed: another seed, another split.
 
@@ -204,19 +203,19 @@ def check_place(path: Path) -> None:
         ConfigError: another suffix, or, for Parquet, no `pyarrow`.
     """
     if is_parquet(path):
-        files.parquet_modules()
+        records.parquet_modules()
 
 
-def _rows_with_images(path: Path) -> Iterator[tuple[str, files.Row]]:
+def _rows_with_images(path: Path) -> Iterator[tuple[str, records.Row]]:
     """The rows of a JSONL file, with the bytes of the images in the place of their paths."""
-    for where, row in files.json_lines(path):
+    for where, row in records.json_lines(path):
         check_keys(row, where)
         loaded = dict(row)
         if "output" in row:
-            loaded["output"] = files.image_file(path.parent, row, "output", where)
+            loaded["output"] = records.image_file(path.parent, row, "output", where)
         if isinstance(row.get("sources"), list):
             loaded["sources"] = [
-                files.image_file(path.parent, {"sources": given}, "sources", where)
+                records.image_file(path.parent, {"sources": given}, "sources", where)
                 for given in row["sources"]
             ]
         yield where, loaded

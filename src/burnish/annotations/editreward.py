@@ -26,7 +26,7 @@ not in this format: its overall scores are not on that scale.
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.annotations import files
+from burnish import records
 from burnish.annotations.comparisons import Candidate, collect, comparison, rescaled
 from burnish.annotations.schema import Annotation
 
@@ -54,13 +54,13 @@ def read(path: Path, *, limit: int | None = None) -> list[Annotation]:
 
 
 def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
-    for number, (where, entry) in enumerate(files.json_entries(path), start=1):
+    for number, (where, entry) in enumerate(records.json_entries(path), start=1):
         is_tie = entry.get("tie_case", False)
         if not isinstance(is_tie, bool):
-            raise files.wrong(where, "tie_case", "true or false", is_tie, "mend it")
+            raise records.wrong(where, "tie_case", "true or false", is_tie, "mend it")
         candidates = [
             Candidate(
-                output=files.image_file(path.parent, entry, f"path{place}", where),
+                output=records.image_file(path.parent, entry, f"path{place}", where),
                 judged=_judged(entry, where, place, 1 if is_tie else place),
             )
             for place in (1, 2)
@@ -71,8 +71,8 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
                 f"editreward-{path.stem}-{number}",
                 candidates,
                 task="edit",
-                prompt=files.text(entry, "prompt", where),
-                sources=(files.image_file(path.parent, entry, "path_src", where),),
+                prompt=records.text(entry, "prompt", where),
+                sources=(records.image_file(path.parent, entry, "path_src", where),),
                 licence=LICENCE,
                 origin=ORIGIN,
             ),
@@ -80,13 +80,13 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
 
 
 def _judged(
-    entry: files.Row, where: str, place: int, rank: int
+    entry: records.Row, where: str, place: int, rank: int
 ) -> dict[str, tuple[float | None, int | None]]:
     """Score and rank of one image in each dimension; a dimension needs one of them."""
     judged: dict[str, tuple[float | None, int | None]] = {}
     for dimension, (name, low, high) in _SCORES.items():
         key = f"model{place}_{name}_score"
-        score = files.number(entry, key, where, low=low, high=high)
+        score = records.number(entry, key, where, low=low, high=high)
         score = None if score is None else rescaled(score, low, high)
         if dimension == "preference":
             judged[dimension] = (score, rank)

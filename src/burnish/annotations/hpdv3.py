@@ -18,7 +18,7 @@ and the reader of opendilab/LightRFT, not against the files themselves. The imag
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.annotations import files
+from burnish import records
 from burnish.annotations.comparisons import Candidate, collect, comparison
 from burnish.annotations.schema import Annotation
 
@@ -40,10 +40,10 @@ def read(path: Path, *, limit: int | None = None) -> list[Annotation]:
 
 
 def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
-    for number, (where, entry) in enumerate(files.json_entries(path), start=1):
+    for number, (where, entry) in enumerate(records.json_entries(path), start=1):
         candidates = [
             Candidate(
-                output=files.image_file(path.parent, entry, key, where),
+                output=records.image_file(path.parent, entry, key, where),
                 judged={"preference": (None, rank)},
             )
             for key, rank in (("path1", 1), ("path2", 2))
@@ -53,7 +53,7 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
             comparison(
                 f"hpdv3-{path.stem}-{number}",
                 candidates,
-                prompt=files.text(entry, "prompt", where),
+                prompt=records.text(entry, "prompt", where),
                 num_raters=_num_raters(entry, where),
                 licence=LICENCE,
                 origin=ORIGIN,
@@ -61,11 +61,11 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
         )
 
 
-def _num_raters(entry: files.Row, where: str) -> int:
+def _num_raters(entry: records.Row, where: str) -> int:
     votes = entry.get("choice_dist")
     if votes is None:
         return 1
     if not isinstance(votes, list) or len(votes) != 2:
-        raise files.wrong(where, "choice_dist", "two numbers of votes", votes, "write null")
-    counts = [files.whole({"choice_dist": vote}, "choice_dist", where, low=0) for vote in votes]
+        raise records.wrong(where, "choice_dist", "two numbers of votes", votes, "write null")
+    counts = [records.whole({"choice_dist": vote}, "choice_dist", where, low=0) for vote in votes]
     return max(1, sum(count or 0 for count in counts))

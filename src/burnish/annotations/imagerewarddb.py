@@ -21,7 +21,7 @@ was seen. How many people rated an image is not in the files, so `num_raters` is
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from burnish.annotations import files
+from burnish import records
 from burnish.annotations.comparisons import Candidate, collect, comparison, rescaled
 from burnish.annotations.schema import Annotation
 
@@ -50,40 +50,40 @@ def read(path: Path, *, limit: int | None = None) -> list[Annotation]:
 
 
 def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
-    groups: dict[str, list[tuple[str, files.Row]]] = {}
-    for where, entry in files.json_entries(path):
-        groups.setdefault(files.text(entry, "prompt_id", where), []).append((where, entry))
+    groups: dict[str, list[tuple[str, records.Row]]] = {}
+    for where, entry in records.json_entries(path):
+        groups.setdefault(records.text(entry, "prompt_id", where), []).append((where, entry))
     for name, entries in groups.items():
         where, first = entries[0]
-        prompt = files.text(first, "prompt", where)
+        prompt = records.text(first, "prompt", where)
         for other, entry in entries:
             if entry.get("prompt") != prompt:
                 needed = f"the prompt of the others with prompt_id {name!r}"
-                raise files.wrong(other, "prompt", needed, entry.get("prompt"), "mend it")
+                raise records.wrong(other, "prompt", needed, entry.get("prompt"), "mend it")
         yield (
             where,
             comparison(
                 f"imagerewarddb-{name}",
                 [_candidate(path.parent, entry, place) for place, entry in entries],
                 prompt=prompt,
-                category=files.text(first, "classification", where, default="general").lower(),
+                category=records.text(first, "classification", where, default="general").lower(),
                 licence=LICENCE,
                 origin=ORIGIN,
             ),
         )
 
 
-def _candidate(folder: Path, entry: files.Row, where: str) -> Candidate:
-    rank = files.whole(entry, "rank", where, low=1)
+def _candidate(folder: Path, entry: records.Row, where: str) -> Candidate:
+    rank = records.whole(entry, "rank", where, low=1)
     if rank is None:
-        raise files.wrong(where, "rank", "a whole number of at least 1", None, "write it")
+        raise records.wrong(where, "rank", "a whole number of at least 1", None, "write it")
     judged: dict[str, tuple[float | None, int | None]] = {}
     for dimension, key in _RATINGS.items():
-        rating = files.number(entry, key, where, low=_LOWEST, high=_HIGHEST)
+        rating = records.number(entry, key, where, low=_LOWEST, high=_HIGHEST)
         if rating is None:
-            raise files.wrong(where, key, "a number from 1 to 7", None, "write it")
+            raise records.wrong(where, key, "a number from 1 to 7", None, "write it")
         score = rescaled(rating, _LOWEST, _HIGHEST)
         judged[dimension] = (score, rank if dimension == "preference" else None)
-    name = PurePosixPath(files.text(entry, "image_path", where)).name
-    output = files.image_file(folder, {"image_path": name}, "image_path", where)
+    name = PurePosixPath(records.text(entry, "image_path", where)).name
+    output = records.image_file(folder, {"image_path": name}, "image_path", where)
     return Candidate(output=output, judged=judged)

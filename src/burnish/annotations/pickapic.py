@@ -16,7 +16,7 @@ code of yuvalkirstain/PickScore, not against the files themselves.
 from collections.abc import Iterator
 from pathlib import Path
 
-from burnish.annotations import files
+from burnish import records
 from burnish.annotations.comparisons import Candidate, collect, comparison
 from burnish.annotations.schema import Annotation
 
@@ -40,7 +40,7 @@ def read(path: Path, *, limit: int | None = None) -> list[Annotation]:
 
 
 def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
-    for number, (where, row) in enumerate(files.parquet_rows(path, _COLUMNS), start=1):
+    for number, (where, row) in enumerate(records.parquet_rows(path, _COLUMNS), start=1):
         if row.get("has_label") is False:
             continue
         labels = [_label(row, key, where) for key in ("label_0", "label_1")]
@@ -56,22 +56,22 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
             comparison(
                 f"pickapic-{path.stem}-{number}",
                 candidates,
-                prompt=files.text(row, "caption", where),
+                prompt=records.text(row, "caption", where),
                 licence=LICENCE,
                 origin=ORIGIN,
             ),
         )
 
 
-def _label(row: files.Row, key: str, where: str) -> float:
-    label = files.number(row, key, where, low=0.0, high=1.0)
+def _label(row: records.Row, key: str, where: str) -> float:
+    label = records.number(row, key, where, low=0.0, high=1.0)
     if label is None:
-        raise files.wrong(where, key, "a number from 0 to 1", None, "set has_label to false")
+        raise records.wrong(where, key, "a number from 0 to 1", None, "set has_label to false")
     return label
 
 
-def _image(row: files.Row, key: str, where: str) -> bytes:
+def _image(row: records.Row, key: str, where: str) -> bytes:
     data = row.get(key)
     if not isinstance(data, bytes):
-        raise files.wrong(where, key, "an encoded image", data, "take the set with its images")
+        raise records.wrong(where, key, "an encoded image", data, "take the set with its images")
     return data

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from burnish import images
-from burnish.annotations import files
+from burnish import images, records
 from burnish.config import ConfigError, nearest
 from burnish.types import Task
 
@@ -76,7 +75,7 @@ KINDS: Mapping[str, str] = {
     "licence": "text",
     "origin": "text",
 }
-"""The columns of a file, in order, and what `files` calls the kind of each."""
+"""The columns of a file, in order, and what `records` calls the kind of each."""
 
 
 def annotation_digest(annotation: Annotation) -> str:
@@ -91,7 +90,7 @@ def row_of(annotation: Annotation) -> dict[str, Any]:
     return {key: getattr(annotation, key) for key in KINDS}
 
 
-def checked(path: Path, rows: Iterable[tuple[str, files.Row]]) -> list[Annotation]:
+def checked(path: Path, rows: Iterable[tuple[str, records.Row]]) -> list[Annotation]:
     """The annotations of rows; equal images share their bytes and are decoded once.
 
     Args:
@@ -110,7 +109,7 @@ def checked(path: Path, rows: Iterable[tuple[str, files.Row]]) -> list[Annotatio
         annotation = _annotation(row, where, known)
         if annotation.id in seen:
             needed = "an id that no other row has"
-            raise files.wrong(where, "id", needed, annotation.id, "rename one of the two")
+            raise records.wrong(where, "id", needed, annotation.id, "rename one of the two")
         seen.add(annotation.id)
         found.append(annotation)
     if not found:
@@ -119,53 +118,53 @@ def checked(path: Path, rows: Iterable[tuple[str, files.Row]]) -> list[Annotatio
     return found
 
 
-def _annotation(row: files.Row, where: str, known: dict[bytes, bytes]) -> Annotation:
+def _annotation(row: records.Row, where: str, known: dict[bytes, bytes]) -> Annotation:
     check_keys(row, where)
     task = row.get("task", "t2i")
     if task not in ("t2i", "edit"):
-        raise files.wrong(where, "task", "t2i or edit", task, "write one of them")
+        raise records.wrong(where, "task", "t2i or edit", task, "write one of them")
     given = () if row.get("sources") is None else row["sources"]
     if not isinstance(given, list | tuple):
-        raise files.wrong(where, "sources", "a list of images", given, "write []")
+        raise records.wrong(where, "sources", "a list of images", given, "write []")
     if bool(given) != (task == "edit"):
         needed = "source images for an edit only"
-        raise files.wrong(where, "sources", needed, f"{len(given)} for {task}", "mend the task")
-    score = files.number(row, "score_mean", where, low=LOWEST, high=HIGHEST)
-    rank = files.whole(row, "rank", where, low=1)
+        raise records.wrong(where, "sources", needed, f"{len(given)} for {task}", "mend the task")
+    score = records.number(row, "score_mean", where, low=LOWEST, high=HIGHEST)
+    rank = records.whole(row, "rank", where, low=1)
     group = row.get("pair_group")
-    group = None if group is None else files.text(row, "pair_group", where)
+    group = None if group is None else records.text(row, "pair_group", where)
     if rank is not None and group is None:
-        raise files.wrong(where, "pair_group", "a group for the rank", None, "name the group")
+        raise records.wrong(where, "pair_group", "a group for the rank", None, "name the group")
     if score is None and rank is None:
         needed = "a score, or a pair_group and a rank"
-        raise files.wrong(where, "score_mean", needed, None, "write either")
+        raise records.wrong(where, "score_mean", needed, None, "write either")
     author = row.get("reasoned_by", "raters")
     if author not in get_args(Author):
-        raise files.wrong(where, "reasoned_by", "raters or judge", author, "write one of them")
-    raters = files.whole({"num_raters": 1, **row}, "num_raters", where, low=1)
+        raise records.wrong(where, "reasoned_by", "raters or judge", author, "write one of them")
+    raters = records.whole({"num_raters": 1, **row}, "num_raters", where, low=1)
     if raters is None:
-        raise files.wrong(where, "num_raters", "a whole number of at least 1", None, "write it")
+        raise records.wrong(where, "num_raters", "a whole number of at least 1", None, "write it")
     return Annotation(
-        id=files.text(row, "id", where),
+        id=records.text(row, "id", where),
         task=task,
-        prompt=files.text(row, "prompt", where),
+        prompt=records.text(row, "prompt", where),
         sources=tuple(_picture(data, "sources", where, known) for data in given),
         output=_picture(row.get("output"), "output", where, known),
-        dimension=files.text(row, "dimension", where),
+        dimension=records.text(row, "dimension", where),
         score_mean=score,
-        score_std=files.number(row, "score_std", where, low=0.0),
+        score_std=records.number(row, "score_std", where, low=0.0),
         num_raters=raters,
-        reasoning=files.text(row, "reasoning", where, default="", may_be_empty=True),
+        reasoning=records.text(row, "reasoning", where, default="", may_be_empty=True),
         reasoned_by=author,
         pair_group=group,
         rank=rank,
-        category=files.text(row, "category", where, default="general"),
-        licence=files.text(row, "licence", where),
-        origin=files.text(row, "origin", where),
+        category=records.text(row, "category", where, default="general"),
+        licence=records.text(row, "licence", where),
+        origin=records.text(row, "origin", where),
     )
 
 
-def check_keys(row: files.Row, where: str) -> None:
+def check_keys(row: records.Row, where: str) -> None:
     """Refuse a key that is not of the schema, and name the nearest.
 
     Raises:
@@ -180,7 +179,7 @@ def check_keys(row: files.Row, where: str) -> None:
 
 def _picture(data: object, key: str, where: str, known: dict[bytes, bytes]) -> bytes:
     if not isinstance(data, bytes):
-        raise files.wrong(where, key, "an encoded image", data, "write it")
+        raise records.wrong(where, key, "an encoded image", data, "write it")
     digest = hashlib.sha256(data).digest()
     if digest not in known:
         try:

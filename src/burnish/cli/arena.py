@@ -184,7 +184,8 @@ def _contest(places: list[str], prompts: str, task: str) -> "Contest":
     """The contestants that the command line names."""
     from burnish.arena.contest import gather
     from burnish.prompts import read_prompts
-    from burnish.run_config import BASE, UNGUIDED
+    from burnish.run_config import BASE
+    from burnish.stages import contestants
     from burnish.summary import read_run
 
     if task not in ("t2i", "edit"):
@@ -196,8 +197,7 @@ def _contest(places: list[str], prompts: str, task: str) -> "Contest":
             own = {name: Path(path)}
         else:
             config = read_run(Path(place))
-            able = [p for p in (BASE, UNGUIDED, *config.policies()) if task in config.tasks(p)]
-            own = {p: Path(place) / "evaluation" / p / "pictures" for p in able}
+            own = contestants(config, Path(place), task)
             if len(places) > 1:
                 own = {p if p == BASE else f"{config.name}-{p}": f for p, f in own.items()}
         for name, folder in own.items():

@@ -1,15 +1,12 @@
 """`burnish sample`: draw with a model, or edit a picture."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from burnish.cli.program import app
-from burnish.config import EMBEDDED, ConfigError, located
-
-if TYPE_CHECKING:
-    from burnish.exporting import Deployment
+from burnish.config import ConfigError
 
 
 @app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
@@ -38,11 +35,12 @@ def sample(
     if out.suffix.lower() != ".png":
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
     from burnish import images, rollout, runtime, tracking
+    from burnish.exporting import deployed_model
     from burnish.shelves import load_policy
     from burnish.types import Guidance, Prompt
 
     picture = None if source is None else images.encode_png(images.read(source))
-    model_folder, defaults = _model(model)
+    model_folder, defaults = deployed_model(model)
     policy = defaults.policy.model_copy(
         update={"resolution": resolution or defaults.policy.resolution}
     )
@@ -70,32 +68,3 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         tracking.write_atomic(out, images.encode_png(sheet))
     print(out)
-
-
-def _model(text: str) -> "tuple[Path, Deployment]":
-    """The pipeline folder that `--model` means, and how its run draws with it."""
-    from burnish import stages, summary
-    from burnish.exporting import Deployment
-    from burnish.shelves import PolicyConfig
-
-    place = located(text)
-    options = (place, place / "model", place.parent / "stages" / place.name / "model")
-    folder = next((path for path in options if (path / "model_index.json").is_file()), None)
-    if folder is None:
-        known = [str(place / path.parent.name) for path in sorted(place.glob("stages/*/model"))]
-        advice = f"take {known[-1]}" if known else "check --model"
-        raise ConfigError(f"need a folder that a pipeline was saved in, got {text}; {advice}")
-    name, ran = folder.parent.name, folder.parents[2] if len(folder.parents) > 2 else folder
-    if folder.name == "model" and (ran / "run.json").is_file():
-        if not stages.is_complete(ran, f"train/{name}"):
-            raise ConfigError(
-                f"need a stage that is complete, {name} of {ran} is not; resume its run first"
-            )
-        config = summary.read_run(ran)
-        return folder, Deployment.of(config, name)
-    if (exported := Deployment.read(folder)) is not None:
-        return folder, exported
-    if text.startswith(EMBEDDED):
-        small = PolicyConfig(resolution=64)
-        return folder, Deployment(policy=small, num_steps=6, guidance_scale=2.5)
-    return folder, Deployment()

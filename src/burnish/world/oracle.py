@@ -26,7 +26,7 @@ Measures = dict[str, float]
 
 _MIN_CONTRAST = 2e-5
 """Mean squared difference below which two scenes look the same and an alternative says nothing."""
-_PORTRAIT = ("fingers", "eye_line")
+PORTRAIT = ("fingers", "eye_line")
 """Attributes that the portrait dimension checks, as the paper's portrait reward does."""
 
 
@@ -92,7 +92,7 @@ def _detail(scene: Scene) -> _Detail:
     return _Detail(fine, energy, np.abs(fine).max(axis=2) < 0.02)
 
 
-def quality(pixels: np.ndarray, seen: Scene) -> float:
+def quality(pixels: np.ndarray, seen: Scene) -> dict[str, float]:
     """Sharpness, speckle, bands and any other misfit against what is seen; the worst counts.
 
     Args:
@@ -100,7 +100,7 @@ def quality(pixels: np.ndarray, seen: Scene) -> float:
         seen: the scene that explains the picture best.
 
     Returns:
-        A value in [0, 1].
+        Values in [0, 1]: 1 is as good as a clean picture.
     """
     right = _detail(seen)
     sharpness = float((_highpass(pixels) * right.fine).sum()) / right.energy
@@ -110,12 +110,12 @@ def quality(pixels: np.ndarray, seen: Scene) -> float:
     smooth = np.convolve(rows, np.ones(8) / 8, mode="same")
     bands = float(np.sqrt(((rows - smooth)[4:-4] ** 2).mean()))
     misfit = float(np.sqrt((rest**2).mean()))
-    return min(
-        _ramp(sharpness, *_SHARPNESS[seen.category]),
-        1 - _ramp(speckle, 0.020, 0.036),
-        1 - _ramp(bands, 0.025, 0.060),
-        1 - _ramp(misfit, 0.045, 0.090),
-    )
+    return {
+        "sharpness": _ramp(sharpness, *_SHARPNESS[seen.category]),
+        "speckle": 1 - _ramp(speckle, 0.020, 0.036),
+        "bands": 1 - _ramp(bands, 0.025, 0.060),
+        "misfit": 1 - _ramp(misfit, 0.045, 0.090),
+    }
 
 
 def _explain(pixels: np.ndarray, scene: Scene, suspects: list[dict[str, Value]]) -> Scene:
@@ -164,13 +164,13 @@ def measure_scene(pixels: np.ndarray, scene: Scene) -> Measures:
     """
     right = resolve(pixels, scene)
     scores, seen = attribute_scores(pixels, right)
-    stated = [v for k, v in scores.items() if k not in scene.free and attribute(k) not in _PORTRAIT]
+    stated = [v for k, v in scores.items() if k not in scene.free and attribute(k) not in PORTRAIT]
     measures = {
         "alignment": _strict_mean(stated),
-        "quality": quality(pixels, seen),
+        "quality": min(quality(pixels, seen).values()),
     }
     if scene.category == "portrait":
-        measures["portrait"] = _strict_mean([v for k, v in scores.items() if k in _PORTRAIT])
+        measures["portrait"] = _strict_mean([v for k, v in scores.items() if k in PORTRAIT])
     measures["composite"] = float(np.mean(list(measures.values())))
     if scene.person is not None:
         measures["likeness"] = _strict_mean([v for k, v in scores.items() if k in LOOK])
@@ -195,7 +195,7 @@ def measure_edit(pixels: np.ndarray, edit: Edit) -> Measures:
     measures = {
         "instruction": instruction,
         "preservation": instruction * _strict_mean(list(kept.values())),
-        "quality": quality(pixels, seen),
+        "quality": min(quality(pixels, seen).values()),
     }
     measures["composite"] = float(np.mean(list(measures.values())))
     if edit.source.category == "portrait":

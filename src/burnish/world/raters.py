@@ -144,7 +144,7 @@ def rate_edit(
 def _aesthetic(
     pixels: np.ndarray, seen: Scene, raters: Raters, rng: np.random.Generator
 ) -> Opinion:
-    found = quality(pixels, seen)
+    found = min(quality(pixels, seen).values())
     words = "clean" if found > 0.75 else "slightly spoilt" if found > 0.35 else "spoilt"
     return raters.rate("aesthetic", 1 + 4 * found, f"picture {words}", rng)
 

@@ -1,10 +1,11 @@
-"""Rows out of JSON lines, JSON lists and Parquet, and single fields and images out of rows.
+"""Rows out of JSON lines, JSON lists, CSV and Parquet, and single fields and images out of rows.
 
 Data sets come from strangers, so every fault is a `ConfigError` of one line that names the file,
 the line or row, and the field. Rows come one after the other: the first thousand of a large set
 cost no more than that. Parquet needs `pyarrow`, the extra `burnish[parquet]`.
 """
 
+import csv
 import importlib
 import json
 import math
@@ -149,6 +150,66 @@ def json_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with path.open(encoding="utf-8") as file:
             yield from _elements(file, path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The one object of a JSON file.
+
+    Raises:
+        ConfigError: no readable UTF-8 file, or something else in it.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise _unreadable(path, error) from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: need one JSON object, got something else; copy the file again")
+    return found
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file with a header, each with its place for messages.
+
+    Raises:
+        ConfigError: no readable UTF-8 file, or a row with more or fewer fields than the header.
+    """
+    try:
+        # Spreadsheets write a mark before the first name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for count, row in enumerate(csv.DictReader(file, strict=True), start=1):
+                if None in row or None in row.values():
+                    raise ConfigError(
+                        f"{path}, row {count}: need as many fields as the header names, got "
+                        f"{'more' if None in row else 'fewer'}; mend the row"
+                    )
+                yield f"{path}, row {count}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise _unreadable(path, error) from None
+
+
+def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file in the form that its name tells: .csv, .parquet, .jsonl, or .json.
+
+    Files that end in .json are lists or, as many data sets have them, JSON lines.
+
+    Raises:
+        ConfigError: as the readers of those forms.
+    """
+    if path.suffix == ".csv":
+        return csv_rows(path)
+    if path.suffix == ".parquet":
+        return parquet_rows(path)
+    return json_entries(path) if _is_list(path) else json_lines(path)
+
+
+def _is_list(path: Path) -> bool:
+    try:
+        with path.open(encoding="utf-8") as file:
+            return path.suffix == ".json" and file.read(_CHUNK).lstrip().startswith("[")
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, error) from None
 

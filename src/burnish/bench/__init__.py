@@ -1,0 +1,1 @@
+"""Benches: one file each, whose name is its key; `burnish.bench.base` has what they share."""

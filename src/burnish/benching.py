@@ -1,0 +1,320 @@
+"""Take a bench: draw its pictures, have them judged, and say what came out.
+
+    OUT/pictures/MODEL/           in the layout of the official scorer
+    OUT/judged-KEY/MODEL/         every reply as it was given, a line each
+    OUT/bench.json, bench.html    the newest result
+
+The key of a result is a digest of the bench, of everything that is asked, and of who answers: the
+replies of another judge, or to other questions, lie elsewhere. A reply counts for the picture it
+was given to, so that a picture that is drawn again is judged again, and nothing else is. Questions
+without a reply are asked again by the same command; replies that cannot be read are not, because a
+judge at temperature 0 would say the same.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from burnish import images
+from burnish.bench.base import Bench, BenchConfig
+from burnish.bench_tree import Replies, Scores, examples, read, spread, tabulate
+from burnish.config import Config, ConfigError
+from burnish.ledger import Ledger, pin, read_ledger
+from burnish.policies.base import Policy
+from burnish.progress import progress
+from burnish.questions import Asked, Item
+from burnish.rollout import draw
+from burnish.runtime import Runtime, derived_seed
+from burnish.shelves import AnyBench
+from burnish.tracking import write_atomic, writing
+from burnish.types import Failed, Guidance
+
+_BLOCK = 64  # Pictures that are drawn at once.
+_LARGE = 64 << 20  # Bytes of a file above which its size and time stand for its content.
+_REPLIES = "replies"
+_EXAMPLES = 6  # Items shown behind the whole and each pillar.
+
+
+class BenchChoice(Config):
+    """Which bench, and its settings."""
+
+    bench: AnyBench
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A bench with the items that are asked."""
+
+    config: BenchConfig
+    bench: Bench
+    items: Sequence[Item]
+
+    @classmethod
+    def of(cls, config: BenchConfig) -> "Taken":
+        """Build it.
+
+        Raises:
+            ConfigError: its files are not as they should be.
+        """
+        bench = config.build()
+        return cls(config, bench, config.chosen(bench))
+
+    @property
+    def kind(self) -> str:
+        """Name of the bench."""
+        return str(getattr(self.config, "kind", ""))
+
+    @property
+    def judge(self) -> dict[str, Any]:
+        """Who answers; empty where nobody is named."""
+        judge = self.bench.judge()
+        return dict(judge.identity) if judge else {}
+
+    @property
+    def replies_folder(self) -> str:
+        """Name of the folder of the replies to these questions by this judge."""
+        return f"judged-{self.key(self.judge)}"
+
+    def places(self) -> Iterator[tuple[Item, int, str]]:
+        """Every picture: its item, number and path."""
+        for item in self.items:
+            for number in range(self.config.num_images):
+                yield item, number, self.bench.layout(item, number)
+
+    def identity(self, judge: Mapping[str, Any]) -> dict[str, Any]:
+        """What a result depends on, besides the pictures."""
+        asked = hashlib.sha256()
+        for item in self.items:
+            for question in self.bench.questions(item):
+                parts = [part if isinstance(part, str) else part.value for part in question.parts]
+                row = [item.id, item.prompt.text, question.name, question.system, parts]
+                asked.update(json.dumps(row).encode())
+        return {
+            "bench": self.kind,
+            "items": len(self.items),
+            "num_images": self.config.num_images,
+            "questions": asked.hexdigest()[:16],
+            "judge": dict(judge),
+        }
+
+    def key(self, judge: Mapping[str, Any]) -> str:
+        """Short digest of the identity."""
+        text = json.dumps(self.identity(judge), sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a model draws its pictures of a bench."""
+
+    guidance: Guidance
+    num_steps: int
+    seed: int = 0
+
+
+def model_facts(folder: Path, drawing: Drawing) -> dict[str, str]:
+    """What a model's pictures depend on, as digests by the words of a message."""
+    found = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        about = path.stat()
+        found.update(str(path.relative_to(folder)).encode() + b"\0")
+        if about.st_size > _LARGE:
+            found.update(f"{about.st_size} {about.st_mtime_ns}".encode())
+            continue
+        with path.open("rb") as file:
+            found.update(hashlib.file_digest(file, "sha256").digest())
+    settings = json.dumps([drawing.guidance.settings(), drawing.num_steps, drawing.seed])
+    return {"the model": found.hexdigest()[:16], "how it draws": settings}
+
+
+def draw_pictures(
+    taken: Taken,
+    policy: Policy[Any, Any],
+    rt: Runtime,
+    folder: Path,
+    drawing: Drawing,
+    *,
+    facts: Mapping[str, str],
+    label: str,
+) -> None:
+    """Draw the pictures of a bench that are not there yet.
+
+    Args:
+        taken: the bench.
+        policy: that draws.
+        rt: device and precision.
+        folder: for the pictures.
+        drawing: guidance, steps and seed.
+        facts: of `model_facts`.
+        label: name of the model on the screen.
+
+    Raises:
+        RunError: the folder has pictures of another model, or that were drawn otherwise.
+    """
+    pin(folder, "drawn", facts)
+    wanted = [place for place in taken.places() if not (folder / place[2]).is_file()]
+    for path, content in taken.bench.companions(taken.items):
+        with writing(folder / path):
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / path, content)
+    with progress(f"draw {label}", len(wanted)) as bar:
+        for first in range(0, len(wanted), _BLOCK):
+            block = wanted[first : first + _BLOCK]
+            prompts = [
+                replace(item.prompt, source=taken.bench.source(item)) for item, _, _ in block
+            ]
+            seeds = [
+                derived_seed(drawing.seed, "bench", taken.kind, item.id, number)
+                for item, number, _ in block
+            ]
+            with rt.autocast():
+                drawn = draw(
+                    policy,
+                    prompts,
+                    num_steps=drawing.num_steps,
+                    guidance=drawing.guidance,
+                    seeds=seeds,
+                )
+            for (_, _, name), image in zip(block, drawn, strict=True):
+                path = folder / name
+                with writing(path):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    picture = images.to_pil(image)
+                    write_atomic(path, images.encode_png(picture))
+            bar.advance(len(block))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is a pipeline, or a stage of a run."""
+    return any((place / "model_index.json").is_file() for place in (folder, folder / "model"))
+
+
+def are_drawn(taken: Taken, folder: Path, facts: Mapping[str, str]) -> bool:
+    """Whether a model has drawn all its pictures."""
+    path = folder / "drawn.json"
+    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != facts:
+        return False
+    return all((folder / name).is_file() for _, _, name in taken.places())
+
+
+def check_pictures(taken: Taken, folder: Path) -> None:
+    """Look whether a folder has a picture of every item.
+
+    Raises:
+        ConfigError: some are missing.
+    """
+    missing = [path for _, _, path in taken.places() if not (folder / path).is_file()]
+    if missing:
+        raise ConfigError(
+            f"need every picture of the bench in {folder}, got {len(missing)} missing, such as "
+            f"{missing[0]}; draw them, or give a model instead"
+        )
+
+
+def judge_pictures(taken: Taken, folder: Path, place: Path, rt: Runtime, *, label: str) -> None:
+    """Ask the judge whatever has no reply yet, and write each reply down.
+
+    Args:
+        taken: the bench.
+        folder: of the pictures, which are all there.
+        place: for the replies.
+        rt: whose rank this is.
+        label: name of the model on the screen.
+
+    Raises:
+        ConfigError: the bench has no judge here, or it does not answer.
+    """
+    known = read_replies(taken, folder, place)
+    digests = _digests(taken, folder)
+    wanted = [
+        Asked(item, number, question, folder / path, read_source=partial(taken.bench.source, item))
+        for item, number, path in taken.places()
+        for question in taken.bench.questions(item)
+        if isinstance(known.get((item.id, number, question.name), _NOTHING), Failed)
+    ]
+    if not wanted:
+        return
+    judge = taken.bench.judge()
+    if judge is None:
+        raise ConfigError(
+            f"need a judge for {taken.kind}, got none; name its server with `judge: {{url: ..., "
+            "model: ...}`, or read what the official program leaves with `burnish bench read`"
+        )
+    ledger = Ledger(place, _REPLIES, rt)
+    with progress(f"judge {label}", len(wanted)) as bar:
+        for one, reply in judge.answer(wanted):
+            item, number, question = one.key
+            said = {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply}
+            digest = digests[item, number]
+            row = {"item": item, "number": number, "question": question, "picture": digest}
+            ledger.add([row | said])
+            bar.advance(1)
+
+
+_NOTHING = Failed(reason="no reply")
+
+
+def _digests(taken: Taken, folder: Path) -> dict[tuple[str, int], str]:
+    """Of every picture."""
+    return {
+        (item.id, number): hashlib.sha256((folder / path).read_bytes()).hexdigest()[:16]
+        for item, number, path in taken.places()
+        if (folder / path).is_file()
+    }
+
+
+def read_replies(taken: Taken, folder: Path, place: Path) -> Replies:
+    """The newest reply to every question about the pictures as they are now."""
+    digests = _digests(taken, folder)
+    found: dict[tuple[str, int, str], str | Failed] = {}
+    for row in read_ledger(place, _REPLIES):
+        key = (row["item"], row["number"], row["question"])
+        if digests.get(key[:2]) == row["picture"]:
+            found[key] = row["reply"] if "reply" in row else Failed(reason=row["failed"])
+    return found
+
+
+def result(
+    taken: Taken, replies: Mapping[str, Replies], *, base: str, judge: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The tree of several models as plain data.
+
+    Args:
+        taken: the bench.
+        replies: by model.
+        base: that the others are compared with.
+        judge: its identity.
+    """
+    scores: dict[str, Scores] = {
+        name: read(taken.bench, taken.items, taken.config.num_images, own)
+        for name, own in replies.items()
+    }
+    return {
+        "format": 1,
+        "bench": taken.kind,
+        "key": taken.key(judge),
+        "identity": taken.identity(judge),
+        "spread": spread(taken.bench, scores[base]),
+        **tabulate(taken.bench, scores, base),
+        "examples": examples(taken.bench, taken.items, scores, base, _EXAMPLES),
+    }
+
+
+def released(taken: Taken, path: Path) -> Mapping[str, Replies]:
+    """Replies out of a file of the official program, by model.
+
+    Raises:
+        ConfigError: not such a file, or replies to nothing that the bench asks.
+    """
+    known = {item.id for item in taken.items}
+    found: dict[str, dict[tuple[str, int, str], str | Failed]] = {}
+    for model, item, number, question, reply in taken.bench.responses(path):
+        if item in known:
+            found.setdefault(model, {})[item, number, question] = reply
+    if not found:
+        raise ConfigError(f"need replies to the items of {taken.kind}, got none in {path}")
+    return found

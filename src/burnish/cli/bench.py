@@ -1,0 +1,224 @@
+"""Commands of the benches: draw, judge, compare."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from burnish.cli.options import Json
+from burnish.cli.program import app
+from burnish.config import ConfigError, nearest, parse, parse_yaml, read_yaml
+
+if TYPE_CHECKING:
+    from burnish.bench_tree import Replies
+    from burnish.benching import Taken
+    from burnish.runtime import Runtime
+
+bench = typer.Typer(help="Benches: draw, judge, compare.", rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+Which = Annotated[
+    str,
+    typer.Argument(
+        metavar="BENCH",
+        help="A bench's name, its settings as YAML, or a YAML file; see `burnish bench list`.",
+    ),
+]
+Base = Annotated[
+    str | None, typer.Option(help="Model that the others are compared with; the first if left out.")
+]
+Place = Annotated[Path | None, typer.Option("--out", help="Folder for everything.", metavar="DIR")]
+
+
+@bench.command("list")
+def list_benches() -> None:
+    """Show the benches, and what of yours each needs."""
+    from burnish.bench.base import BenchConfig
+    from burnish.config import shelf
+
+    for config in shelf("burnish.bench", BenchConfig):
+        needed = [name for name, field in config.model_fields.items() if field.is_required()]
+        told = sys.modules[config.__module__].__doc__ or ""
+        print(f"{config.__module__.rpartition('.')[2]}: {told.splitlines()[0]}")
+        for name in needed:
+            print(f"    needs {name}")
+
+
+@bench.command(epilog="Example: burnish bench run '{kind: miniature, task: edit}' runs/miniature")
+def run(
+    which: Which,
+    places: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN | NAME=FOLDER",
+            help="Run folders, whose policies are measured, pipelines, or folders of pictures.",
+        ),
+    ],
+    base: Base = None,
+    out: Place = None,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw the pictures of a bench, have them judged, and compare the models.
+
+    Pictures and replies that are there are kept: the same command goes on where it stopped. A
+    pipeline draws as its run or its export says; pictures of yours are judged as they are.
+    """
+    from burnish import benching, runtime
+    from burnish.bench_page import power
+
+    taken = _taken(which)
+    folder = out or Path("bench") / taken.kind
+    rt = runtime.start()
+    print(power(len(taken.items), _known_spread(folder), taken.bench.scale))
+    replies, shown = {}, {}
+    for name, place in _models(places, taken).items():
+        pictures = _pictures(taken, name, place, folder, rt, seed)
+        kept = folder / taken.replies_folder / name
+        benching.judge_pictures(taken, pictures, kept, rt, label=name)
+        replies[name] = benching.read_replies(taken, pictures, kept)
+        shown[name] = {i.id: pictures / path for i, number, path in taken.places() if not number}
+    _finish(taken, replies, taken.judge, folder, base, shown, as_json)
+
+
+@bench.command(epilog="Example: burnish bench read geneval.yaml results.jsonl")
+def read(
+    which: Which,
+    replies: Annotated[
+        Path, typer.Argument(metavar="FILE", help="What the official program left.")
+    ],
+    base: Base = None,
+    out: Place = None,
+    as_json: Json = False,
+) -> None:
+    """Read the replies of an official program, and compare the models in them.
+
+    Of Qwen-Image-Bench the released response file, or what its judge.py writes; of GenEval its
+    results.jsonl.
+    """
+    from burnish import benching
+    from burnish.ledger import digest_of
+
+    taken = _taken(which)
+    found = benching.released(taken, replies)
+    folder = out or Path("bench") / taken.kind
+    judge = {"model": "official program", "file": digest_of([replies])}
+    _finish(taken, found, judge, folder, base, {}, as_json)
+
+
+def _taken(which: str) -> "Taken":
+    """The bench that the command line names."""
+    from burnish.benching import BenchChoice, Taken
+
+    if which.endswith((".yaml", ".yml")):
+        settings: Any = read_yaml(which)
+    elif which.lstrip().startswith("{"):
+        settings = parse_yaml(which, where="BENCH")
+    else:
+        settings = {"kind": which}
+    return Taken.of(parse(BenchChoice, {"bench": settings}, where="BENCH").bench)
+
+
+def _models(places: list[str], taken: "Taken") -> dict[str, str]:
+    """What the command line names: where each model or folder of pictures is, by name."""
+    from burnish.run_config import BASE
+    from burnish.summary import read_run
+
+    tasks = {item.prompt.task for item in taken.items}
+    found: dict[str, str] = {}
+    for place in places:
+        name, sign, path = place.partition("=")
+        own = {name: path}
+        if not sign:
+            config = read_run(Path(place))
+            able = [p for p in (BASE, *config.policies()) if tasks <= set(config.tasks(p))]
+            own = {policy: f"{place}/{policy}" for policy in able}
+            if len(places) > 1:
+                own = {p if p == BASE else f"{config.name}-{p}": path for p, path in own.items()}
+        for name, path in own.items():
+            # Of several runs the first shows the base that they share.
+            if name in found and (sign or name != BASE):
+                raise ConfigError(f"need one place for each model, got two for {name!r}")
+            if not name or Path(name).name != name:
+                raise ConfigError(f"need a name that can name a folder, got {name!r}; rename it")
+            found.setdefault(name, path)
+    if not found:
+        raise ConfigError(
+            f"need models that do {' and '.join(sorted(tasks))}, got none in {', '.join(places)}"
+        )
+    return found
+
+
+def _pictures(
+    taken: "Taken", name: str, place: str, folder: Path, rt: "Runtime", seed: int
+) -> Path:
+    """The folder of a model's pictures, which are drawn where they are not there."""
+    from burnish import benching
+    from burnish.exporting import deployed_model
+    from burnish.shelves import load_policy
+
+    own = Path(place)
+    if own.is_dir() and not benching.is_model(own):
+        benching.check_pictures(taken, own)
+        return own
+    model, deployed = deployed_model(place)
+    drawing = benching.Drawing(deployed.guidance, deployed.num_steps, seed)
+    facts = benching.model_facts(model, drawing)
+    pictures = folder / "pictures" / name
+    if benching.are_drawn(taken, pictures, facts):
+        return pictures
+    policy = load_policy(deployed.policy, model, rt)
+    benching.draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=name)
+    return pictures
+
+
+def _known_spread(folder: Path) -> float | None:
+    """How much prompts differ in the newest result there."""
+    path = folder / "bench.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["spread"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _finish(
+    taken: "Taken",
+    replies: "Mapping[str, Replies]",
+    judge: Mapping[str, Any],
+    folder: Path,
+    base: str | None,
+    pictures: Mapping[str, Mapping[str, Path]],
+    as_json: bool,
+) -> None:
+    """Write and show a result; one that is invalid ends the command with an error."""
+    from rich.console import Console
+
+    from burnish import benching
+    from burnish.bench_page import heading, tree_table, why_invalid, write_bench_page
+    from burnish.tracking import write_json, writing
+
+    base = next(iter(replies)) if base is None else base
+    if base not in replies:
+        near = nearest(base, list(replies)) or next(iter(replies))
+        raise ConfigError(f"--base: need one of the models, got {base!r}; did you mean {near!r}?")
+    found = benching.result(taken, replies, base=base, judge=judge)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "bench.json", found)
+    command = shlex.join(["burnish", *sys.argv[1:]])
+    page = write_bench_page(found, folder / "bench.html", command, pictures)
+    print(heading(found))
+    Console(width=None if sys.stdout.isatty() else 120).print(tree_table(found))
+    print(f"Page: {page}")
+    if as_json:
+        print(json.dumps({"page": str(page), **found}))
+    invalid = [name for name, own in found["models"].items() if not own["is_valid"]]
+    if invalid:
+        raise ConfigError(
+            f"need a verdict on every question, got an invalid result for {invalid[0]}: "
+            f"{why_invalid(found, invalid[0])}; mend the judge and start the same command again"
+        )

@@ -1,0 +1,398 @@
+"""Taking a bench, from pictures to a result, with real judges behind real HTTP."""
+
+import base64
+import hashlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+import yaml
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from tests.checkouts import CHECKOUTS, picture
+
+from burnish import images
+from burnish.bench.base import Node
+from burnish.bench.geneval import Geneval
+from burnish.bench_tree import RESAMPLES, Scores, means, tabulate
+from burnish.benching import BenchChoice, Taken
+from burnish.cli import main
+from burnish.config import parse
+
+
+class Server:
+    """An OpenAI-compatible server whose replies a test writes; it keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+        self.reply: Callable[[dict[str, Any]], str | int] = lambda body: "nothing"
+        self._lock = threading.Lock()
+        app = FastAPI()
+        app.get("/v1/models")(self._models)
+        app.post("/v1/chat/completions")(self._chat)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="critical", port=_free_port()))
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.config.port}"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def _models(self) -> dict[str, Any]:
+        return {"data": [{"id": "q-judger"}]}
+
+    async def _chat(self, request: Request) -> Response:
+        body = await request.json()
+        with self._lock:
+            self.sent.append(body)
+            said = self.reply(body)
+        if isinstance(said, int):
+            return Response(status_code=said)
+        choice = {"index": 0, "message": {"role": "assistant", "content": said}}
+        return JSONResponse({"model": "q-judger", "choices": [choice | {"finish_reason": "stop"}]})
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    found = Server()
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, server: Server) -> Path:
+    """Settings of Qwen-Image-Bench with a served judge, as a file."""
+    settings = CHECKOUTS["qwen_image_bench"](tmp_path / "checkout")
+    judge = {"url": server.url, "model": "q-judger", "retries": 0, "timeout": 20.0}
+    path = tmp_path / "bench.yaml"
+    path.write_text(yaml.safe_dump(settings | {"judge": judge}))
+    return path
+
+
+def pictures(folder: Path, settings: Path, side: int = 32) -> Path:
+    """A picture for every item of a bench."""
+    found = _taken(settings)
+    for place, (_, _, name) in enumerate(found.places()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(place, side).save(folder / name)
+    return folder
+
+
+def _taken(settings: Path) -> Taken:
+    return Taken.of(parse(BenchChoice, {"bench": yaml.safe_load(settings.read_text())}).bench)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """The JSON of its last line."""
+        return json.loads(self.out.splitlines()[-1])
+
+
+Burnish = Callable[..., Done]
+
+
+@pytest.fixture
+def burnish(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Burnish:
+    """The program in this process."""
+
+    def run(*words: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["burnish", *map(str, words)])
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        told = capsys.readouterr()
+        return Done(code, told.out, told.err)
+
+    return run
+
+
+def grades(body: dict[str, Any], score: int = 2) -> str:
+    """All facets of the pillar that is asked about."""
+    text = body["messages"][-1]["content"][-1]["text"]
+    facets = [line[2:].partition(":")[0] for line in text.splitlines() if line.startswith("- ")]
+    return json.dumps({"any": {facet: {"score": score} for facet in facets}})
+
+
+# --- Through a judge -------------------------------------------------------------------------
+
+
+def test_the_official_judge_is_asked_as_officially_and_its_grades_become_a_tree(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn = pictures(tmp_path / "mine", checkout)
+    picture(99, 1030).resize((1030, 20)).save(drawn / "1.png")
+    server.reply = lambda body: f"<think>hm</think>{grades(body)}"
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    found, asked = done.found, _taken(checkout)
+    assert found["rows"][0]["models"]["mine"]["mean"] == 100
+    assert found["models"]["mine"]["coverage"] == 1
+    questions = sum(len(asked.bench.questions(item)) for item in asked.items)
+    assert len(server.sent) == questions
+    body = server.sent[0]
+    wanted = {
+        "model": "q-judger", "max_tokens": 4096, "temperature": 0.0, "top_p": 1.0, "top_k": 1,
+        "repetition_penalty": 1.05, "seed": 42, "chat_template_kwargs": {"enable_thinking": True},
+    }  # fmt: skip
+    assert {key: body[key] for key in wanted} == wanted
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+    sizes = set()
+    for one in server.sent:
+        parts = one["messages"][1]["content"]
+        assert [part["type"] for part in parts] == ["text", "image_url", "text"]
+        data = base64.b64decode(parts[1]["image_url"]["url"].partition(",")[2])
+        sizes.add(images.decode(data, where="sent").size)
+    assert sizes == {(32, 32), (1024, 1024)}
+
+
+def test_a_finished_bench_is_not_judged_again_and_a_changed_picture_is(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    server.reply = grades
+    first = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out, "--json")
+    count = len(server.sent)
+    again = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out, "--json")
+    assert len(server.sent) == count
+    last = [done.found for done in (first, again)]
+    assert last[0] == last[1]
+    picture(500).save(drawn / "3.png")
+    burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    found = _taken(checkout)
+    assert len(server.sent) - count == len(found.bench.questions(found.items[2]))
+
+
+def test_an_interrupted_bench_goes_on_where_it_stopped(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    settings = yaml.safe_load(checkout.read_text())
+    settings["judge"]["concurrency"] = 1
+    checkout.write_text(yaml.safe_dump(settings))
+
+    def slow(body: dict[str, Any]) -> str:
+        time.sleep(0.05)
+        return grades(body)
+
+    server.reply = slow
+    words = [sys.executable, "-m", "burnish", "bench", "run", str(checkout), f"mine={drawn}"]
+    process = subprocess.Popen([*words, "--out", str(out)], stderr=subprocess.DEVNULL)
+    while len(server.sent) < 12:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    kept = next(out.glob("judged-*/mine/replies-0.jsonl"))
+    known = kept.read_text().count("\n")
+    # A line that was cut is asked again.
+    with kept.open("a") as file:
+        file.write('{"item": "1", "num')
+    asked, total = len(server.sent), 0
+    found = _taken(checkout)
+    total = sum(len(found.bench.questions(item)) for item in found.items)
+    assert 0 < known <= asked < total
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert done.code == 0, done.err
+    assert len(server.sent) - asked == total - known
+
+
+def test_lost_replies_make_a_result_invalid_until_they_are_asked_again(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    server.reply = lambda body: 500 if len(server.sent) <= 3 else grades(body)
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert done.code == 2
+    assert "invalid result for mine" in done.err and "99% are needed" in done.err
+    assert not json.loads((out / "bench.json").read_text())["models"]["mine"]["is_valid"]
+    assert "has no valid result" in (out / "bench.html").read_text()
+    count = len(server.sent)
+    again = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert again.code == 0, again.err
+    assert len(server.sent) - count == 3
+
+
+def test_an_unreadable_reply_is_a_failure_that_is_not_asked_again(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    server.reply = lambda body: "I would rather not" if len(server.sent) <= 3 else grades(body)
+    assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", out).code == 2
+    count = len(server.sent)
+    assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", out).code == 2
+    assert len(server.sent) == count
+
+
+# --- Without a judge, or with the wrong one --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"judge": None}, "need a judge for qwen_image_bench, got none"),
+        ({"judge": {"url": "http://127.0.0.1:9", "model": "x", "retries": 0}}, "need a judge at"),
+        ({"judge": {"url": "URL", "model": "q-judge"}}, "did you mean 'q-judger'"),
+        ({"checkout": "/nowhere"}, "need a readable file /nowhere/checklists.py"),
+        ({"num_image": 1}, "did you mean"),
+        ({"kind": "qwen_bench"}, "qwen_image_bench"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    change: dict[str, Any],
+    message: str,
+    server: Server,
+    checkout: Path,
+    tmp_path: Path,
+    burnish: Burnish,
+) -> None:
+    drawn = pictures(tmp_path / "mine", checkout)
+    settings = yaml.safe_load(checkout.read_text()) | change
+    if (settings.get("judge") or {}).get("url") == "URL":
+        settings["judge"]["url"] = server.url
+    checkout.write_text(yaml.safe_dump(settings))
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert len(done.err.splitlines()) == 1 and message in done.err, done.err
+
+
+def test_missing_pictures_are_named(checkout: Path, tmp_path: Path, burnish: Burnish) -> None:
+    drawn = pictures(tmp_path / "mine", checkout)
+    (drawn / "5.png").unlink()
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "got 1 missing, such as 5.png" in done.err
+
+
+def test_the_released_file_is_read_without_any_judge(
+    checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    settings = yaml.safe_load(checkout.read_text())
+    checkout.write_text(yaml.safe_dump(settings | {"judge": None}))
+    out = tmp_path / "out"
+    done = burnish("bench", "read", checkout, settings["prompts"], "--out", out, "--base", "one")
+    # Some of the reference's replies cannot be read, so the result is marked.
+    assert done.code == 2 and "invalid result" in done.err
+    found = json.loads((out / "bench.json").read_text())
+    assert set(found["models"]) == {"one", "two"} and found["rows"][0]["gains"]["two"]["mean"]
+
+
+# --- The miniature ---------------------------------------------------------------------------
+
+
+def test_the_same_seed_draws_the_same_pictures_and_gives_the_same_numbers(
+    tmp_path: Path, burnish: Burnish
+) -> None:
+    results, drawn = [], []
+    for name in ("first", "second"):
+        out = tmp_path / name
+        done = burnish(
+            "bench",
+            "run",
+            "{kind: miniature, limit: 12}",
+            "base=embedded:weights/base",
+            "--out",
+            out,
+        )
+        assert done.code == 0, done.err
+        results.append(json.loads((out / "bench.json").read_text()))
+        files = sorted((out / "pictures" / "base").glob("*.png"))
+        drawn.append([hashlib.sha256(file.read_bytes()).hexdigest() for file in files])
+    assert results[0] == results[1] and drawn[0] == drawn[1] and len(drawn[0]) == 12
+    # An unfinished folder: only what is missing is drawn and judged.
+    out = tmp_path / "second"
+    lost = sorted((out / "pictures" / "base").glob("*.png"))[0]
+    lost.unlink()
+    burnish(
+        "bench", "run", "{kind: miniature, limit: 12}", "base=embedded:weights/base", "--out", out
+    )
+    assert hashlib.sha256(lost.read_bytes()).hexdigest() == drawn[0][0]
+    kept = next(out.glob("judged-*/base/replies-0.jsonl")).read_text()
+    assert kept.count("\n") == 12
+    other = burnish(
+        "bench", "run", "{kind: miniature, limit: 12}", "base=embedded:weights/base", "--out", out,
+        "--seed", "1",
+    )  # fmt: skip
+    assert other.code == 2 and "need how it draws as" in other.err
+
+
+# --- The numbers -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Any:
+    """A tree of a whole and six tasks, each a mean over prompts."""
+
+    class Flat(Geneval):
+        def averages(self) -> dict[Node, Sequence[Node]]:
+            return {}
+
+    CHECKOUTS["geneval"](tmp_path)
+    return Flat(tmp_path / "prompts" / "evaluation_metadata.jsonl")
+
+
+def scores(values: np.ndarray) -> Scores:
+    return Scores(values, np.ones_like(values), 1, {})
+
+
+def test_differences_are_paired_by_prompt(flat: Any) -> None:
+    """Prompts differ a hundred times as much as the models do, which pairing takes out."""
+    rng = np.random.default_rng(0)
+    hard = 20 * rng.standard_normal((80, 1)) + 50 + np.zeros((80, 7))
+    models = {
+        "base": scores(hard),
+        "other": scores(hard + 0.5 + 0.2 * rng.standard_normal((80, 7))),
+    }
+    found = tabulate(flat, models, "base")
+    row = found["rows"][0]
+    assert row["gains"]["other"]["low"] > 0.4 and row["gains"]["other"]["p"] < 0.001
+    own = row["models"]["other"]
+    assert own["high"] - own["low"] > 5
+
+
+def test_pillars_are_held_to_holm_and_the_whole_is_not(flat: Any) -> None:
+    rng = np.random.default_rng(1)
+    base = rng.standard_normal((60, 7))
+    models = {"base": scores(base), "other": scores(base + 0.3 * rng.standard_normal((60, 7)))}
+    found = tabulate(flat, models, "base")["rows"]
+    ones = np.ones(60)
+    for k, row in enumerate(found):
+        gain = row["gains"]["other"]
+        wanted = means(flat, models["other"], ones)[k] - means(flat, models["base"], ones)[k]
+        assert gain["mean"] == pytest.approx(wanted)
+    pillars = [row["gains"]["other"]["p"] for row in found[1:]]
+    whole = found[0]["gains"]["other"]["p"]
+    assert all(p >= 6 * 2 / (RESAMPLES + 1) or p == 1 for p in pillars) and 0 < whole <= 1
+
+
+def test_few_prompts_have_no_interval(flat: Any) -> None:
+    values = np.ones((9, 7))
+    found = tabulate(flat, {"base": scores(values)}, "base")["rows"][0]
+    assert found["models"]["base"] == {"mean": 1.0, "low": None, "high": None, "num_prompts": 9}
