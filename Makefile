@@ -10,7 +10,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 
-.PHONY: demo test check format
+.PHONY: demo test browser check format
 
 demo: $(INSTALLED)  ## run the miniature end to end and leave its report
 	$(BIN)/burnish run miniature
@@ -18,8 +18,14 @@ demo: $(INSTALLED)  ## run the miniature end to end and leave its report
 # Two workers with one thread each: torch takes all cores for every process otherwise.
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
-test: $(INSTALLED_DEV)  ## all tests that need no GPU
+test: $(INSTALLED_DEV) browser  ## all tests that need no GPU
 	$(BIN)/pytest -n 2 $(TESTS)
+
+# The voting page is driven in a real browser, which no Python package brings along.
+browser:
+	@command -v chromedriver >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && apt-get update -q && apt-get install -qy --no-install-recommends chromium chromium-driver; } \
+	  || echo "No chromium and chromedriver: the tests in a browser are skipped. Install both to run them."
 
 check: $(INSTALLED_DEV)  ## format, lint, types, import contracts
 	$(BIN)/ruff format --check .

@@ -70,7 +70,8 @@ async def _guarded(request: Request, answer: Callable[[Request], Awaitable[Respo
     response = await answer(request)
     headers = {
         "Cache-Control": "no-store",
-        "Referrer-Policy": "no-referrer",
+        # Not stricter: without any referrer browsers hide the origin of the page's own forms.
+        "Referrer-Policy": "same-origin",
         "X-Content-Type-Options": "nosniff",
     }
     for name, value in headers.items():
