@@ -174,8 +174,9 @@ class ChatJudge(Judge):
     def _picture(self, one: Asked, slot: Slot) -> str:
         given = one.source()
         source = None if given is None else images.decode(given, where=one.item.id)
-        if slot is Slot.OUTPUT:
-            picture = self._preparation.apply(images.read(one.picture), source)
+        path = {Slot.OUTPUT: one.picture, Slot.OTHER: one.other}.get(slot)
+        if path is not None:
+            picture = self._preparation.apply(images.read(path), source)
         elif source is None:
             raise ImageError(f"need the source picture of {one.item.id}, got none")
         else:

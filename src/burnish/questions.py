@@ -30,6 +30,8 @@ class Slot(Enum):
 
     SOURCE = "source"
     OUTPUT = "output"
+    OTHER = "other"
+    """What another model drew for the same prompt."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Asked:
     """Which of the item's pictures."""
     question: Question
     picture: Path
+    other: Path | None = None
+    """Another model's picture, where two are compared."""
     read_source: Callable[[], bytes | None] | None = None
     """Reads the encoded picture that an edit changes."""
 

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,6 +14,7 @@ from burnish.cli.program import app
 from burnish.config import ConfigError, located, parse, parse_yaml
 
 if TYPE_CHECKING:
+    from burnish.arena.battles import Battle
     from burnish.arena.contest import Contest
 
 arena = typer.Typer(help="Battles of pictures and ratings from votes.", rich_markup_mode=None)
@@ -25,6 +27,18 @@ Places = Annotated[
         help="Run folders, whose policies meet, or folders of pictures named by prompt ids.",
     ),
 ]
+
+TaskOption = Annotated[str, typer.Option("--task", help="t2i or edit: each is its own arena.")]
+Prompts = Annotated[
+    str, typer.Option("--prompts", help="Set of prompts of the pictures.", metavar="FILE")
+]
+PerPrompt = Annotated[
+    int | None,
+    typer.Option("--per-prompt", min=1, help="Meetings of a prompt; all if left out."),
+]
+Battles = Annotated[Path, typer.Option("--out", help="JSONL file to write.", metavar="FILE")]
+HELD_OUT = "embedded:prompts/held-out.jsonl"
+BATTLES = Path("battles.jsonl")
 
 
 @arena.command(epilog="Example: burnish arena rate battles.jsonl --json")
@@ -70,28 +84,20 @@ def vote(
         str,
         typer.Option(help="The crowd: count, noise, margin, bad, seed.", metavar="YAML"),
     ] = "{}",
-    task: Annotated[str, typer.Option(help="t2i or edit: each is an arena of its own.")] = "t2i",
-    prompts: Annotated[
-        str, typer.Option(help="Set of prompts of the pictures.", metavar="FILE")
-    ] = "embedded:prompts/held-out.jsonl",
-    per_prompt: Annotated[
-        int | None, typer.Option(min=1, help="Meetings of a prompt for a rater; all if left out.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="JSONL file to write.", metavar="FILE")] = Path(
-        "battles.jsonl"
-    ),
+    task: TaskOption = "t2i",
+    prompts: Prompts = HELD_OUT,
+    per_prompt: PerPrompt = None,
+    out: Battles = BATTLES,
 ) -> None:
     """Let a reward vote on pictures of several models, as a crowd of simulated raters.
 
     The voters are named after the reward, so that nobody takes them for people. Rate the votes
     with `burnish arena rate`.
     """
-    from burnish.arena.battles import write_battles
     from burnish.arena.raters import CrowdConfig, scores
     from burnish.arena.raters import vote as voted
 
-    if out.exists():
-        raise ConfigError(f"need a file that does not exist yet, got {out}; change --out")
+    _check_new(out)
     settings = {
         "judge": parse_yaml(judge, where="--judge"),
         "raters": parse_yaml(raters, where="--raters"),
@@ -99,16 +105,41 @@ def vote(
     crowd = parse(CrowdConfig, settings)
     contest = _contest(places, prompts, task)
     print(_power(contest))
-    found = voted(
-        contest,
-        scores(contest, crowd.judge.build()),
-        crowd.raters,
-        crowd=crowd.judge.kind,
-        per_prompt=per_prompt,
-    )
-    write_battles(out, found)
-    names = ", ".join(sorted(contest.pictures))
-    print(f"{len(found)} votes on {len(contest.prompts)} prompts between {names}: {out}")
+    seen = scores(contest, crowd.judge.build())
+    kind = crowd.judge.kind
+    _write(out, contest, voted(contest, seen, crowd.raters, crowd=kind, per_prompt=per_prompt))
+
+
+@arena.command(
+    epilog="Example: burnish arena judge runs/miniature --judge '{url: http://127.0.0.1:8000, "
+    "model: Qwen/Qwen3-VL-32B-Instruct}'"
+)
+def judge(
+    places: Places,
+    judge: Annotated[
+        str, typer.Option(help="Served judge: url, model, thinking, ...", metavar="YAML")
+    ],
+    task: TaskOption = "t2i",
+    prompts: Prompts = HELD_OUT,
+    per_prompt: PerPrompt = None,
+    out: Battles = BATTLES,
+) -> None:
+    """Let a judge in words vote, which sees both pictures of a pair, in both orders.
+
+    The judge is behind an OpenAI-compatible server. Its replies are kept beside --out: the same
+    command goes on where it stopped.
+    """
+    from burnish import runtime
+    from burnish.arena.duels import DuelConfig, duel
+
+    _check_new(out)
+    served = parse(DuelConfig, parse_yaml(judge, where="--judge"), where="--judge").build()
+    contest = _contest(places, prompts, task)
+    print(_power(contest))
+    replies = out.with_suffix(".replies")
+    found = duel(contest, served, replies, runtime.start(), per_prompt=per_prompt)
+    _write(out, contest, found.battles)
+    print(f"The judge chose alike in both orders on {found.agreement:.0%} of the pairs")
 
 
 @arena.command(epilog="Example: burnish arena serve runs/miniature --task t2i --votes votes.sqlite")
@@ -117,10 +148,8 @@ def serve(
     votes: Annotated[Path, typer.Option(help="SQLite file of the votes; made if missing.")] = Path(
         "votes.sqlite"
     ),
-    task: Annotated[str, typer.Option(help="t2i or edit: each is an arena of its own.")] = "t2i",
-    prompts: Annotated[
-        str, typer.Option(help="Set of prompts of the pictures.", metavar="FILE")
-    ] = "embedded:prompts/held-out.jsonl",
+    task: TaskOption = "t2i",
+    prompts: Prompts = HELD_OUT,
     gold: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of pairs that tell who looks.")
     ] = 0.05,
@@ -153,9 +182,7 @@ def serve(
 @arena.command(epilog="Example: burnish arena votes votes.sqlite --out battles.jsonl")
 def votes(
     database: Annotated[Path, typer.Argument(metavar="VOTES", help="SQLite file of the votes.")],
-    out: Annotated[Path, typer.Option(help="JSONL file to write.", metavar="FILE")] = Path(
-        "battles.jsonl"
-    ),
+    out: Battles = BATTLES,
 ) -> None:
     """Write the votes of a voting page as battles, and tell how voters did on gold pairs."""
     from burnish.arena.ballots import read_votes
@@ -166,6 +193,19 @@ def votes(
     print(f"{len(found)} votes: {out}")
     for voter, (right, asked) in sorted(gold.items()):
         print(f"{voter}: {right} of {asked} gold pairs")
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise ConfigError(f"need a file that does not exist yet, got {out}; change --out")
+
+
+def _write(out: Path, contest: "Contest", battles: "Sequence[Battle]") -> None:
+    from burnish.arena.battles import write_battles
+
+    write_battles(out, battles)
+    names = ", ".join(sorted(contest.pictures))
+    print(f"{len(battles)} votes on {len(contest.prompts)} prompts between {names}: {out}")
 
 
 def _power(contest: "Contest") -> str:
