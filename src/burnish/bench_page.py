@@ -32,7 +32,7 @@ def tree_table(found: Mapping[str, Any]) -> Table:
     for row in found["rows"]:
         if len(row["node"]) > 1:
             continue
-        cells = [_cell(row, name, found["base"]) for name in found["models"]]
+        cells = [_cell(row, name) for name in found["models"]]
         table.add_row(Text(name_of(row["node"])), *cells)
     return table
 
@@ -48,13 +48,13 @@ def heading(found: Mapping[str, Any]) -> str:
     )
 
 
-def _cell(row: Mapping[str, Any], name: str, base: str) -> str:
+def _cell(row: Mapping[str, Any], name: str) -> str:
     own = row["models"][name]
     if own["mean"] is None:
         return "none"
-    if name == base or own["low"] is None:
+    gain = row["gains"].get(name)
+    if gain is None or gain["low"] is None:
         return f"{own['mean']:.1f}"
-    gain = row["gains"][name]
     star = "*" if is_clear(gain) else ""
     return f"{own['mean']:.1f}  {shown(gain, signed=True, digits=1)}{star}"
 

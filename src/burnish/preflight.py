@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from burnish import __version__, images, rollout, runtime
 from burnish.adapters import read_adapter
+from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import RewardConfig, check_weights
@@ -65,6 +66,21 @@ def check_inputs(config: RunConfig) -> None:
             reward.check()
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
+    for name, bench in config.benches.items():
+        _check_bench(f"benches.{name}", bench)
+
+
+def _check_bench(key: str, config: BenchConfig) -> None:
+    """A bench is taken at the end of a run, and should not fail there."""
+    try:
+        judge = config.build().judge()
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
+    if judge is None:
+        raise ConfigError(
+            f"{key}: need a bench with a judge, got one without; name its server with `judge`, or "
+            "take the bench after the run with `burnish bench`"
+        )
 
 
 def _rewards(config: RunConfig) -> Iterator[tuple[str, RewardConfig]]:

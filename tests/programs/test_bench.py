@@ -257,7 +257,6 @@ def test_an_unreadable_reply_is_a_failure_that_is_not_asked_again(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"judge": None}, "need a judge for qwen_image_bench, got none"),
         ({"judge": {"url": "http://127.0.0.1:9", "model": "x", "retries": 0}}, "need a judge at"),
         ({"judge": {"url": "URL", "model": "q-judge"}}, "did you mean 'q-judger'"),
         ({"checkout": "/nowhere"}, "need a readable file /nowhere/checklists.py"),
@@ -281,6 +280,17 @@ def test_what_is_missing_is_one_line(
     done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", tmp_path / "out")
     assert done.code == 2
     assert len(done.err.splitlines()) == 1 and message in done.err, done.err
+
+
+def test_without_a_judge_the_official_program_is_next(
+    checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    settings = yaml.safe_load(checkout.read_text())
+    checkout.write_text(yaml.safe_dump(settings | {"judge": None}))
+    drawn = pictures(tmp_path / "mine", checkout)
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", tmp_path / "out")
+    assert done.code == 0 and f"Pictures of mine: {drawn}" in done.out
+    assert "then `burnish bench read`" in done.out
 
 
 def test_missing_pictures_are_named(checkout: Path, tmp_path: Path, burnish: Burnish) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,17 @@ from burnish.cli import recipes
 from burnish.config import located
 from burnish.launcher import STOPPED, JobError, launch
 
-GROUPED = ("miniature build", "miniature annotate", "reward train", "reward report", "reward serve")
+GROUPED = (
+    "arena judge",
+    "arena rate",
+    "bench read",
+    "bench run",
+    "miniature build",
+    "miniature annotate",
+    "reward train",
+    "reward report",
+    "reward serve",
+)
 COMMANDS = ("run", "grpo", "nft", "distill", "report", "recipes", "sample", "doctor")
 
 
@@ -72,6 +83,8 @@ def recipe(tmp_path: Path, model: Path, prompts: Path) -> Path:
             }
         },
         "judge": {"kind": "oracle"},
+        "benches": {"truth": {"kind": "miniature", "prompts": str(prompts), "knowledge": None}},
+        "arena": {"judge": {"kind": "oracle"}, "raters": {"count": 2, "margin": 0.02}},
         "evaluation": {
             "prompts": str(prompts),
             "knowledge": None,
@@ -217,6 +230,20 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("nft stages.teacher.prompts.limit=0", "prompts.limit: need"),
         ("nft stages.teacher.prompts.tasks=[]", "prompts.tasks: need"),
         ("nft stages.teacher.start=teachr", "need stages that come before 'teacher'"),
+        ("run smoke benches.t2i.kind=minature", "did you mean"),
+        (
+            'run smoke benches={"b":{"kind":"geneval","checkout":"missing"}}',
+            "benches.b: missing/prompts",
+        ),
+        ('run smoke benches={"a/b":{"kind":"miniature"}}', "need a bench name"),
+        ("run smoke arena.raters.count=0", "arena.raters.count: need"),
+        ("bench run minature runs/x", "got 'minature'"),
+        ("bench run miniature missing", "missing"),
+        ("bench run miniature base=missing", "got missing; check the path"),
+        ('bench run {"kind":"miniature","task":"t2j"} base=missing', "bench.task: need"),
+        ("bench run missing.yaml base=missing", "missing.yaml does not exist"),
+        ("bench read miniature missing", "got Miniature; judge the pictures"),
+        ("arena judge missing --judge {}", "url: need a value"),
         ("report .", "without run.json"),
         ("job . train/teacher", "without run.json"),
         ("sample cat --model missing", "got missing; check the path"),
@@ -348,9 +375,16 @@ def test_a_run_is_trained_measured_and_reported(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["folder"] == str(out) and Path(found["report"]).is_file()
     assert (out / "config.yaml").is_file() and found["summary"]["name"] == "tiny"
-    rows = (out / "stages" / "student" / "metrics.jsonl").read_bytes()
+    page = (out / "report.html").read_text()
+    assert "Bench: truth" in page and "Arena: text to image" in page
+    for link in re.findall(r'href="([^"#][^"]*)"', page):
+        assert (out / link).is_file(), link
+    replies = next(out.glob("benches/student/truth/judged-*/replies-0.jsonl"))
+    kept = (out / "stages" / "student" / "metrics.jsonl", replies)
+    rows = [path.read_bytes() for path in kept]
+    assert replies.read_text().count("\n") == 2
     assert cli.main(["run", str(recipe), "--out", str(out)]) == 0
-    assert (out / "stages" / "student" / "metrics.jsonl").read_bytes() == rows
+    assert [path.read_bytes() for path in kept] == rows
     capsys.readouterr()
     assert cli.main(["run", str(recipe), "seed=1", "--out", str(out)]) == 2
     said = capsys.readouterr().err

@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +16,7 @@ from burnish.config import ConfigError, nearest, parse, parse_yaml, read_yaml
 if TYPE_CHECKING:
     from burnish.bench_tree import Replies
     from burnish.benching import Taken
+    from burnish.exporting import Deployment
     from burnish.runtime import Runtime
 
 bench = typer.Typer(help="Benches: draw, judge, compare.", rich_markup_mode=None)
@@ -73,15 +74,24 @@ def run(
 
     taken = _taken(which)
     folder = out or Path("bench") / taken.kind
-    rt = runtime.start()
+    found = {name: _source(taken, place) for name, place in _models(places, taken).items()}
+    base = _base(base, list(found))
     print(power(len(taken.items), _known_spread(folder), taken.bench.scale))
+    rt = runtime.start()
+    pictures = {
+        name: _pictures(taken, name, source, folder, rt, seed) for name, source in found.items()
+    }
+    if taken.bench.judge() is None:
+        for name, place in pictures.items():
+            print(f"Pictures of {name}: {place}")
+        print("No judge: run the official program on them, then `burnish bench read` on its result")
+        return
     replies, shown = {}, {}
-    for name, place in _models(places, taken).items():
-        pictures = _pictures(taken, name, place, folder, rt, seed)
+    for name, place in pictures.items():
         kept = folder / taken.replies_folder / name
-        benching.judge_pictures(taken, pictures, kept, rt, label=name)
-        replies[name] = benching.read_replies(taken, pictures, kept)
-        shown[name] = {i.id: pictures / path for i, number, path in taken.places() if not number}
+        benching.judge_pictures(taken, place, kept, rt, label=name)
+        replies[name] = benching.read_replies(taken, place, kept)
+        shown[name] = {i.id: place / path for i, number, path in taken.places() if not number}
     _finish(taken, replies, taken.judge, folder, base, shown, as_json)
 
 
@@ -107,7 +117,7 @@ def read(
     found = benching.released(taken, replies)
     folder = out or Path("bench") / taken.kind
     judge = {"model": "official program", "file": digest_of([replies])}
-    _finish(taken, found, judge, folder, base, {}, as_json)
+    _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json)
 
 
 def _taken(which: str) -> "Taken":
@@ -153,27 +163,50 @@ def _models(places: list[str], taken: "Taken") -> dict[str, str]:
     return found
 
 
-def _pictures(
-    taken: "Taken", name: str, place: str, folder: Path, rt: "Runtime", seed: int
-) -> Path:
-    """The folder of a model's pictures, which are drawn where they are not there."""
+def _source(taken: "Taken", place: str) -> "Path | tuple[Path, Deployment]":
+    """A folder of pictures that is complete, or a pipeline and how it draws."""
     from burnish import benching
     from burnish.exporting import deployed_model
-    from burnish.shelves import load_policy
 
     own = Path(place)
     if own.is_dir() and not benching.is_model(own):
         benching.check_pictures(taken, own)
         return own
-    model, deployed = deployed_model(place)
+    return deployed_model(place)
+
+
+def _pictures(
+    taken: "Taken",
+    name: str,
+    source: "Path | tuple[Path, Deployment]",
+    folder: Path,
+    rt: "Runtime",
+    seed: int,
+) -> Path:
+    """The folder of a model's pictures, which are drawn where they are not there."""
+    from burnish import benching
+    from burnish.shelves import load_policy
+
+    if isinstance(source, Path):
+        return source
+    model, deployed = source
     drawing = benching.Drawing(deployed.guidance, deployed.num_steps, seed)
     facts = benching.model_facts(model, drawing)
     pictures = folder / "pictures" / name
-    if benching.are_drawn(taken, pictures, facts):
-        return pictures
-    policy = load_policy(deployed.policy, model, rt)
-    benching.draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=name)
+    if not benching.are_drawn(taken, pictures, facts):
+        policy = load_policy(deployed.policy, model, rt)
+        benching.draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=name)
     return pictures
+
+
+def _base(given: str | None, names: Sequence[str]) -> str:
+    """The model that the others are compared with."""
+    if given is None:
+        return names[0]
+    if given not in names:
+        near = nearest(given, names) or names[0]
+        raise ConfigError(f"--base: need one of the models, got {given!r}; did you mean {near!r}?")
+    return given
 
 
 def _known_spread(folder: Path) -> float | None:
@@ -190,7 +223,7 @@ def _finish(
     replies: "Mapping[str, Replies]",
     judge: Mapping[str, Any],
     folder: Path,
-    base: str | None,
+    base: str,
     pictures: Mapping[str, Mapping[str, Path]],
     as_json: bool,
 ) -> None:
@@ -201,10 +234,6 @@ def _finish(
     from burnish.bench_page import heading, tree_table, why_invalid, write_bench_page
     from burnish.tracking import write_json, writing
 
-    base = next(iter(replies)) if base is None else base
-    if base not in replies:
-        near = nearest(base, list(replies)) or next(iter(replies))
-        raise ConfigError(f"--base: need one of the models, got {base!r}; did you mean {near!r}?")
     found = benching.result(taken, replies, base=base, judge=judge)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
