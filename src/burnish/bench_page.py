@@ -11,6 +11,7 @@ from rich.text import Text
 
 from burnish import images, page
 from burnish.bench_tree import MIN_COVERAGE
+from burnish.benching import Sources
 from burnish.significance import detectable
 from burnish.tables import shown
 from burnish.tracking import write_atomic, writing
@@ -99,6 +100,7 @@ def write_bench_page(
     path: Path,
     command: str,
     pictures: Mapping[str, Mapping[str, Path]],
+    sources: Sources,
 ) -> Path:
     """Write the page of a result; returns it.
 
@@ -107,12 +109,13 @@ def write_bench_page(
         path: of the page.
         command: that makes it again.
         pictures: file of every item's first picture, by model and item.
+        sources: of edits.
     """
     text = page.template("bench.html.j2").render(
         found=found,
         command=command,
         colours=page.colours(list(found["models"])),
-        **view(found, path.parent, pictures),
+        **view(found, path.parent, pictures, sources),
     )
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +124,10 @@ def write_bench_page(
 
 
 def view(
-    found: Mapping[str, Any], folder: Path, pictures: Mapping[str, Mapping[str, Path]]
+    found: Mapping[str, Any],
+    folder: Path,
+    pictures: Mapping[str, Mapping[str, Path]],
+    sources: Sources,
 ) -> dict[str, Any]:
     """What the templates need besides the result, so that a report can show it, too."""
     names = list(found["models"])
@@ -138,7 +144,7 @@ def view(
             {
                 "name": name_of(own["node"]),
                 "newest": own["newest"],
-                "rows": [_example(row, names, folder, pictures) for row in own["items"]],
+                "rows": [_example(row, names, folder, pictures, sources) for row in own["items"]],
             }
             for own in found["examples"]
         ],
@@ -150,6 +156,7 @@ def _example(
     names: Sequence[str],
     folder: Path,
     pictures: Mapping[str, Mapping[str, Path]],
+    sources: Sources,
 ) -> dict[str, Any]:
     shots = []
     for name in names:
@@ -163,4 +170,7 @@ def _example(
                 "link": os.path.relpath(path, folder) if path and is_there else None,
             }
         )
-    return {"text": row["text"], "item": row["item"], "shots": shots}
+    # Without pictures of the models a source would say nothing.
+    data = sources(row["item"]) if pictures else None
+    source = data and page.embedded(images.decode(data, where=row["item"]))
+    return {"text": row["text"], "item": row["item"], "source": source, "shots": shots}

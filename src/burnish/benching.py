@@ -13,7 +13,7 @@ judge at temperature 0 would say the same.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,10 @@ _BLOCK = 64  # Pictures that are drawn at once.
 _LARGE = 64 << 20  # Bytes of a file above which its size and time stand for its content.
 _REPLIES = "replies"
 _EXAMPLES = 6  # Items shown behind the whole and each pillar.
+
+
+Sources = Callable[[str], bytes | None]
+"""The encoded source of an item by its id; None where nothing is changed."""
 
 
 class BenchChoice(Config):
@@ -78,6 +82,12 @@ class Taken:
     def replies_folder(self) -> str:
         """Name of the folder of the replies to these questions by this judge."""
         return f"judged-{self.key(self.judge)}"
+
+    @property
+    def sources(self) -> Sources:
+        """Reads the picture that an item changes, by its id."""
+        known = {item.id: item for item in self.items}
+        return lambda name: self.bench.source(known[name])
 
     def places(self) -> Iterator[tuple[Item, int, str]]:
         """Every picture: its item, number and path."""

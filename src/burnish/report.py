@@ -52,8 +52,8 @@ def write_report(folder: Path) -> Path:
         "panels": [_panel(summary, task) for task in config.tasks(BASE)],
         "charts": [c for name in config.stages for c in _charts(config, folder, name)],
         "benches": {
-            name: {"found": own, **view(own, folder, shown)}
-            for name, (own, shown) in benches.items()
+            name: {"found": own, **view(own, folder, shown, sources)}
+            for name, (own, shown, sources) in benches.items()
         },
         "arenas": {task: {"found": own, **scale_of(own)} for task, own in arenas.items()},
         "config": dump_yaml(config),

@@ -8,7 +8,7 @@ from burnish.arena.battles import read_battles
 from burnish.arena.board import rate
 from burnish.arena_page import write_arena_page
 from burnish.bench_page import write_bench_page
-from burnish.benching import Taken, read_replies, result
+from burnish.benching import Sources, Taken, read_replies, result
 from burnish.run_config import BASE, RunConfig
 from burnish.stages import BATTLES, bench_places, is_complete, job_folder
 from burnish.tracking import write_json
@@ -19,7 +19,7 @@ Pictures = Mapping[str, Mapping[str, Path]]
 
 def bench_results(
     config: RunConfig, folder: Path, command: str
-) -> dict[str, tuple[dict[str, Any], Pictures]]:
+) -> dict[str, tuple[dict[str, Any], Pictures, Sources]]:
     """The result of every bench that somebody has taken, by its name.
 
     Leaves `benches/NAME.json` and `.html`, which lead to the pictures behind the numbers.
@@ -42,8 +42,8 @@ def bench_results(
         }
         own = result(taken, replies, base=BASE, judge=taken.judge)
         write_json(folder / "benches" / f"{name}.json", own)
-        write_bench_page(own, folder / "benches" / f"{name}.html", command, shown)
-        found[name] = (own, shown)
+        write_bench_page(own, folder / "benches" / f"{name}.html", command, shown, taken.sources)
+        found[name] = (own, shown, taken.sources)
     return found
 
 

@@ -239,7 +239,7 @@ def _finish(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "bench.json", found)
     command = shlex.join(["burnish", *sys.argv[1:]])
-    page = write_bench_page(found, folder / "bench.html", command, pictures)
+    page = write_bench_page(found, folder / "bench.html", command, pictures, taken.sources)
     print(heading(found))
     Console(width=None if sys.stdout.isatty() else 120).print(tree_table(found))
     print(f"Page: {page}")
