@@ -1,9 +1,11 @@
 """The page and the table of a bench's result: the tree with intervals, and pictures behind it."""
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich import box
 from rich.table import Table
@@ -12,6 +14,7 @@ from rich.text import Text
 from burnish import images, page
 from burnish.bench_tree import MIN_COVERAGE
 from burnish.benching import Sources
+from burnish.images import ImageError
 from burnish.significance import detectable
 from burnish.tables import shown
 from burnish.tracking import write_atomic, writing
@@ -82,8 +85,8 @@ def power(num_prompts: int, spread: float | None, scale: float) -> str:
 
     Args:
         num_prompts: of the bench.
-        spread: standard deviation over prompts of an earlier result; None takes a quarter of the
-            scale.
+        spread: standard deviation over prompts of differences in an earlier result; None takes a
+            quarter of the scale.
         scale: the best score.
     """
     assumed = scale / 4 if spread is None else spread
@@ -161,15 +164,13 @@ def _example(
     shots = []
     for name in names:
         path = pictures.get(name, {}).get(row["item"])
-        is_there = path is not None and path.is_file()
-        shots.append(
-            {
-                "model": name,
-                "value": row["values"].get(name),
-                "picture": page.embedded(images.read(path)) if path and is_there else None,
-                "link": os.path.relpath(path, folder) if path and is_there else None,
-            }
-        )
+        picture = None
+        # A broken one was counted as a failure, and is told as missing.
+        with contextlib.suppress(ImageError):
+            picture = None if path is None else page.embedded(images.read(path))
+        link = None if path is None else quote(os.path.relpath(path, folder))
+        value = row["values"].get(name)
+        shots.append({"model": name, "value": value, "picture": picture, "link": link})
     # Without pictures of the models a source would say nothing.
     data = sources(row["item"]) if pictures else None
     source = data and page.embedded(images.decode(data, where=row["item"]))

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from burnish import significance
-from burnish.bench.base import OVERALL, Bench, Node, Share
+from burnish.bench.base import Bench, Node, Share
 from burnish.questions import Item
 from burnish.types import Failed
 
@@ -150,14 +150,16 @@ def tabulate(
         for k, node in enumerate(bench.nodes())
     ]
     _adjust(rows, [name for name in models if name != base])
+    newest = next((name for name in reversed(list(models)) if name != base), None)
     return {
         "scale": bench.scale,
         "base": base,
         "prompts": num,
+        "spread": None if newest is None else _spread(again[newest][:, 0] - again[base][:, 0], num),
         "models": {
             name: {
                 "coverage": scores.coverage,
-                "is_valid": scores.coverage >= MIN_COVERAGE,
+                "is_valid": scores.coverage >= MIN_COVERAGE and not np.isnan(every[name][0]),
                 "expected": scores.expected,
                 "failed": dict(scores.failed),
             }
@@ -177,7 +179,9 @@ def _resampled(bench: Bench, scores: Scores, resamples: int) -> Float[ndarray, "
     is_few = (scores.weight > 0).sum(0) < MIN_PROMPTS
     place = {node: number for number, node in enumerate(bench.nodes())}
     for node, parts in bench.averages().items():
-        is_few[place[node]] = all(is_few[place[part]] for part in parts)
+        there = [part for part in parts if scores.weight[:, place[part]].any()]
+        # A small part would drop out of resamples, and the mean would be of others.
+        is_few[place[node]] = not there or any(is_few[place[part]] for part in there)
     found[:, is_few] = np.nan
     return found
 
@@ -206,14 +210,9 @@ def _adjust(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
                 del own["p"]
 
 
-def spread(bench: Bench, scores: Scores) -> float | None:
-    """Standard deviation over prompts of the whole; None where it is no mean over prompts."""
-    place = list(bench.nodes()).index(OVERALL)
-    weight = scores.weight[:, place]
-    if (weight > 0).sum() < 2:
-        return None
-    values = scores.total[weight > 0, place] / weight[weight > 0]
-    return float(values.std(ddof=1))
+def _spread(differences: Float[ndarray, " resample"], num: int) -> float | None:
+    """Standard deviation over prompts that a mean difference behaves as if it had."""
+    return None if np.isnan(differences).any() else float(differences.std() * np.sqrt(num))
 
 
 def examples(
@@ -231,8 +230,7 @@ def examples(
         count: items of each node, at most.
     """
     newest = next((name for name in reversed(list(models)) if name != base), base)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        values = {name: scores.total / scores.weight for name, scores in models.items()}
+    values = {name: _by_prompt(bench, scores) for name, scores in models.items()}
     found = []
     for k, node in enumerate(bench.nodes()):
         if len(node) > 1:
@@ -255,3 +253,15 @@ def examples(
         if rows:
             found.append({"node": list(node), "newest": newest, "items": rows})
     return found
+
+
+def _by_prompt(bench: Bench, scores: Scores) -> Float[ndarray, "prompt node"]:
+    """The value of every prompt on every node; of an average the mean of its parts."""
+    place = {node: number for number, node in enumerate(bench.nodes())}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        values = scores.total / scores.weight
+        for node, parts in bench.averages().items():
+            own = values[:, [place[part] for part in parts]]
+            here = ~np.isnan(own)
+            values[:, place[node]] = np.where(here, own, 0).sum(1) / here.sum(1)
+    return values

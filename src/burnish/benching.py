@@ -4,11 +4,11 @@
     OUT/judged-KEY/MODEL/         every reply as it was given, a line each
     OUT/bench.json, bench.html    the newest result
 
-The key of a result is a digest of the bench, of everything that is asked, and of who answers: the
-replies of another judge, or to other questions, lie elsewhere. A reply counts for the picture it
-was given to, so that a picture that is drawn again is judged again, and nothing else is. Questions
-without a reply are asked again by the same command; replies that cannot be read are not, because a
-judge at temperature 0 would say the same.
+The key of a result is a digest of the bench, of everything that is asked, and of who answers; the
+replies of another judge lie elsewhere. A picture counts for the prompt it was drawn for, and a
+reply for the picture and the question it was given to: whatever has changed is drawn or asked
+again, and nothing else is. Questions without a reply are asked again by the same command; replies
+that cannot be read only where that is wanted, because a judge at temperature 0 says the same.
 """
 
 import hashlib
@@ -21,12 +21,12 @@ from typing import Any
 
 from burnish import images
 from burnish.bench.base import Bench, BenchConfig
-from burnish.bench_tree import Replies, Scores, examples, read, spread, tabulate
+from burnish.bench_tree import Replies, Scores, examples, read, tabulate
 from burnish.config import Config, ConfigError
-from burnish.ledger import Ledger, pin, read_ledger
+from burnish.ledger import Ledger, pin, read_ledger, read_pin
 from burnish.policies.base import Policy
 from burnish.progress import progress
-from burnish.questions import Asked, Item
+from burnish.questions import Asked, Item, Question
 from burnish.rollout import draw
 from burnish.runtime import Runtime, derived_seed
 from burnish.shelves import AnyBench
@@ -35,7 +35,7 @@ from burnish.types import Failed, Guidance
 
 _BLOCK = 64  # Pictures that are drawn at once.
 _LARGE = 64 << 20  # Bytes of a file above which its size and time stand for its content.
-_REPLIES = "replies"
+_REPLIES, _PICTURES = "replies", "pictures"
 _EXAMPLES = 6  # Items shown behind the whole and each pillar.
 
 
@@ -80,8 +80,8 @@ class Taken:
 
     @property
     def replies_folder(self) -> str:
-        """Name of the folder of the replies to these questions by this judge."""
-        return f"judged-{self.key(self.judge)}"
+        """Name of the folder of the replies of this judge."""
+        return f"judged-{_digest(self.kind, dict(self.judge))}"
 
     @property
     def sources(self) -> Sources:
@@ -97,24 +97,37 @@ class Taken:
 
     def identity(self, judge: Mapping[str, Any]) -> dict[str, Any]:
         """What a result depends on, besides the pictures."""
-        asked = hashlib.sha256()
-        for item in self.items:
-            for question in self.bench.questions(item):
-                parts = [part if isinstance(part, str) else part.value for part in question.parts]
-                row = [item.id, item.prompt.text, question.name, question.system, parts]
-                asked.update(json.dumps(row).encode())
+        asked = [
+            self.digest_of_question(item, question)
+            for item in self.items
+            for question in self.bench.questions(item)
+        ]
         return {
             "bench": self.kind,
             "items": len(self.items),
             "num_images": self.config.num_images,
-            "questions": asked.hexdigest()[:16],
+            "questions": _digest(*asked),
             "judge": dict(judge),
         }
 
     def key(self, judge: Mapping[str, Any]) -> str:
         """Short digest of the identity."""
-        text = json.dumps(self.identity(judge), sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return _digest(self.identity(judge))
+
+    def digest_of_item(self, item: Item) -> str:
+        """Changes with the prompt and with the picture that it changes."""
+        source = hashlib.sha256(self.bench.source(item) or b"").hexdigest()
+        return _digest(self.kind, item.id, item.prompt.text, source)
+
+    def digest_of_question(self, item: Item, question: Question) -> str:
+        """Changes with all that a judge is shown, but the output."""
+        parts = [part if isinstance(part, str) else part.value for part in question.parts]
+        return _digest(self.digest_of_item(item), question.name, question.system, parts)
+
+
+def _digest(*parts: Any) -> str:
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -166,7 +179,7 @@ def draw_pictures(
         RunError: the folder has pictures of another model, or that were drawn otherwise.
     """
     pin(folder, "drawn", facts)
-    wanted = [place for place in taken.places() if not (folder / place[2]).is_file()]
+    wanted, ledger = missing(taken, folder), Ledger(folder, _PICTURES, rt)
     for path, content in taken.bench.companions(taken.items):
         with writing(folder / path):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -195,6 +208,9 @@ def draw_pictures(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     picture = images.to_pil(image)
                     write_atomic(path, images.encode_png(picture))
+            ledger.add(
+                {"path": name, "item": taken.digest_of_item(item)} for item, _, name in block
+            )
             bar.advance(len(block))
 
 
@@ -205,10 +221,17 @@ def is_model(folder: Path) -> bool:
 
 def are_drawn(taken: Taken, folder: Path, facts: Mapping[str, str]) -> bool:
     """Whether a model has drawn all its pictures."""
-    path = folder / "drawn.json"
-    if not path.is_file() or json.loads(path.read_text(encoding="utf-8")) != facts:
-        return False
-    return all((folder / name).is_file() for _, _, name in taken.places())
+    return read_pin(folder, "drawn") == facts and not missing(taken, folder)
+
+
+def missing(taken: Taken, folder: Path) -> list[tuple[Item, int, str]]:
+    """Places without a picture that was drawn for the prompt as it is now."""
+    drawn = {row.get("path"): row.get("item") for row in read_ledger(folder, _PICTURES)}
+    return [
+        (item, number, name)
+        for item, number, name in taken.places()
+        if not (folder / name).is_file() or drawn.get(name) != taken.digest_of_item(item)
+    ]
 
 
 def check_pictures(taken: Taken, folder: Path) -> None:
@@ -217,15 +240,17 @@ def check_pictures(taken: Taken, folder: Path) -> None:
     Raises:
         ConfigError: some are missing.
     """
-    missing = [path for _, _, path in taken.places() if not (folder / path).is_file()]
-    if missing:
+    lost = [path for _, _, path in taken.places() if not (folder / path).is_file()]
+    if lost:
         raise ConfigError(
-            f"need every picture of the bench in {folder}, got {len(missing)} missing, such as "
-            f"{missing[0]}; draw them, or give a model instead"
+            f"need every picture of the bench in {folder}, got {len(lost)} missing, such as "
+            f"{lost[0]}; draw them, or give a model instead"
         )
 
 
-def judge_pictures(taken: Taken, folder: Path, place: Path, rt: Runtime, *, label: str) -> None:
+def judge_pictures(
+    taken: Taken, folder: Path, place: Path, rt: Runtime, *, label: str, again: bool = False
+) -> None:
     """Ask the judge whatever has no reply yet, and write each reply down.
 
     Args:
@@ -234,6 +259,7 @@ def judge_pictures(taken: Taken, folder: Path, place: Path, rt: Runtime, *, labe
         place: for the replies.
         rt: whose rank this is.
         label: name of the model on the screen.
+        again: ask anew where a reply cannot be read.
 
     Raises:
         ConfigError: the bench has no judge here, or it does not answer.
@@ -244,7 +270,7 @@ def judge_pictures(taken: Taken, folder: Path, place: Path, rt: Runtime, *, labe
         Asked(item, number, question, folder / path, read_source=partial(taken.bench.source, item))
         for item, number, path in taken.places()
         for question in taken.bench.questions(item)
-        if isinstance(known.get((item.id, number, question.name), _NOTHING), Failed)
+        if _is_wanted(taken, item, question, known.get((item.id, number, question.name)), again)
     ]
     if not wanted:
         return
@@ -259,13 +285,20 @@ def judge_pictures(taken: Taken, folder: Path, place: Path, rt: Runtime, *, labe
         for one, reply in judge.answer(wanted):
             item, number, question = one.key
             said = {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply}
-            digest = digests[item, number]
-            row = {"item": item, "number": number, "question": question, "picture": digest}
+            row = {"item": item, "number": number, "question": question}
+            row["picture"] = digests[item, number]
+            row["asked"] = taken.digest_of_question(one.item, one.question)
             ledger.add([row | said])
             bar.advance(1)
 
 
-_NOTHING = Failed(reason="no reply")
+def _is_wanted(
+    taken: Taken, item: Item, question: Question, reply: str | Failed | None, again: bool
+) -> bool:
+    """Whether a question is to be asked."""
+    if reply is None or isinstance(reply, Failed):
+        return True
+    return again and isinstance(taken.bench.parse(item, question.name, reply), Failed)
 
 
 def _digests(taken: Taken, folder: Path) -> dict[tuple[str, int], str]:
@@ -278,13 +311,21 @@ def _digests(taken: Taken, folder: Path) -> dict[tuple[str, int], str]:
 
 
 def read_replies(taken: Taken, folder: Path, place: Path) -> Replies:
-    """The newest reply to every question about the pictures as they are now."""
-    digests = _digests(taken, folder)
-    found: dict[tuple[str, int, str], str | Failed] = {}
+    """The newest reply to every question as it is asked now, about the pictures as they are."""
+    digests: dict[Any, str] = dict(_digests(taken, folder))
+    asked: dict[Any, str] = {
+        (item.id, question.name): taken.digest_of_question(item, question)
+        for item in taken.items
+        for question in taken.bench.questions(item)
+    }
+    found: dict[Any, str | Failed] = {}
     for row in read_ledger(place, _REPLIES):
-        key = (row["item"], row["number"], row["question"])
-        if digests.get(key[:2]) == row["picture"]:
-            found[key] = row["reply"] if "reply" in row else Failed(reason=row["failed"])
+        item, number, question = (row.get(name) for name in ("item", "number", "question"))
+        is_shown = digests.get((item, number)) == row.get("picture", "")
+        if is_shown and asked.get((item, question)) == row.get("asked", ""):
+            reply = row.get("reply")
+            said = reply if isinstance(reply, str) else Failed(reason=str(row.get("failed")))
+            found[item, number, question] = said
     return found
 
 
@@ -308,7 +349,6 @@ def result(
         "bench": taken.kind,
         "key": taken.key(judge),
         "identity": taken.identity(judge),
-        "spread": spread(taken.bench, scores[base]),
         **tabulate(taken.bench, scores, base),
         "examples": examples(taken.bench, taken.items, scores, base, _EXAMPLES),
     }

@@ -8,14 +8,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from pydantic import Field
 
 from burnish import images
 from burnish.config import Config, ConfigError
-from burnish.endpoint import Endpoint, Patience, Unanswered, token_from
+from burnish.endpoint import Endpoint, Patience, Refused, Unanswered, token_from
 from burnish.handshake import Line, find_model
 from burnish.images import ImageError
 from burnish.protocol import (
@@ -29,6 +29,11 @@ from burnish.protocol import (
 from burnish.questions import Asked, Judge, Slot
 from burnish.types import Failed
 
+MAX_REPLY = 200_000
+"""Characters of a reply; a judge that thinks for 4,096 tokens writes a tenth of that."""
+_OF_ONE_QUESTION = (400, 413, 422)
+_OPENAI = frozenset({"model", "messages", "max_tokens", "temperature", "top_p", "seed"})
+
 
 class ChatJudgeConfig(Config):
     """Where a judge is served, and how long it is waited for; decoding belongs to the bench."""
@@ -39,6 +44,8 @@ class ChatJudgeConfig(Config):
     """The judge's name on the server; serve a revision that stays, as it is part of the result."""
     token_env: str | None = None
     """Name of the environment variable that holds the server's token; never the token itself."""
+    dialect: Literal["vllm", "openai"] = "vllm"
+    """openai leaves out what only vLLM knows (top_k, repetition penalty, templates)."""
     timeout: float = Field(default=600.0, gt=0)
     """Seconds for one reply; a judge that thinks takes its time."""
     retries: int = Field(default=3, ge=0)
@@ -101,6 +108,7 @@ class ChatJudge(Judge):
         """Model, decoding, and what is done to pictures."""
         return {
             "model": self._config.model,
+            "dialect": self._config.dialect,
             "decoding": asdict(self._decoding),
             "pictures": self._preparation.name,
         }
@@ -115,11 +123,16 @@ class ChatJudge(Judge):
             asyncio.run(self._greet())
             self._is_known = True
         # Small enough that little is asked again after a kill.
-        size = 4 * self._config.concurrency
+        size = self._config.concurrency
         for first in range(0, len(asked), size):
             block = asked[first : first + size]
             replies = asyncio.run(self._ask_all(block))
-            yield from zip(block, replies, strict=True)
+            errors = [reply for reply in replies if isinstance(reply, BaseException)]
+            for one, reply in zip(block, replies, strict=True):
+                if not isinstance(reply, BaseException):
+                    yield one, reply
+            if errors:
+                raise errors[0]
 
     async def _greet(self) -> None:
         async with self._endpoint.client(1) as client:
@@ -135,23 +148,38 @@ class ChatJudge(Judge):
         until = time.monotonic() + tries * (self._config.timeout + 60)
         return Line(self._endpoint, client, until)
 
-    async def _ask_all(self, block: Sequence[Asked]) -> list[str | Failed]:
+    async def _ask_all(self, block: Sequence[Asked]) -> list[str | Failed | BaseException]:
         gate = asyncio.Semaphore(self._config.concurrency)
         async with self._endpoint.client(self._config.concurrency) as client:
             line = self._line(client)
-            return await asyncio.gather(*(self._ask(line, gate, one) for one in block))
+            every = (self._ask(line, gate, one) for one in block)
+            # What came is kept, even if one of them shows that the server is the wrong one.
+            return await asyncio.gather(*every, return_exceptions=True)
 
     async def _ask(self, line: Line, gate: asyncio.Semaphore, one: Asked) -> str | Failed:
         async with gate:
             try:
                 request = await asyncio.to_thread(self._request, one)
-                data = await line.call("/v1/chat/completions", request.body())
+                data = await line.call("/v1/chat/completions", self._body(request))
             except (ImageError, Unanswered) as error:
                 return Failed(reason=str(error))
+            except Refused as error:
+                # A filter, or a text that is too long: of this question, not of the server.
+                if error.status not in _OF_ONE_QUESTION:
+                    raise
+                return Failed(reason=f"the server refuses the question: {error}")
         reply = data if isinstance(data, Failed) else read_reply(data)
         if isinstance(reply, Failed):
             return reply
+        if len(reply.text) > MAX_REPLY:
+            return Failed(reason=f"need at most {MAX_REPLY} characters, got {len(reply.text)}")
         return Failed(reason="the answer was cut off") if reply.is_cut_off else reply.text
+
+    def _body(self, request: ThoughtfulRequest) -> dict[str, Any]:
+        body = request.body()
+        if self._config.dialect == "vllm":
+            return body
+        return {name: value for name, value in body.items() if name in _OPENAI}
 
     def _request(self, one: Asked) -> ThoughtfulRequest:
         parts: list[TextPart | ImagePart] = []

@@ -122,6 +122,9 @@ def deployed_model(text: str) -> tuple[Path, Deployment]:
         ConfigError: no pipeline there, or of a stage that is not complete.
     """
     place = located(text)
+    if place.name == BASE and (place.parent / "run.json").is_file():
+        config = read_run(place.parent)
+        return located(config.policy.path), Deployment.of(config, BASE)
     options = (place, place / "model", place.parent / "stages" / place.name / "model")
     folder = next((path for path in options if (path / "model_index.json").is_file()), None)
     if folder is None:

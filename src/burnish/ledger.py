@@ -69,13 +69,31 @@ def pin(folder: Path, name: str, facts: Mapping[str, str]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(path, facts)
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_pin(folder, name)
     changed = sorted(key for key in known.keys() | facts.keys() if known.get(key) != facts.get(key))
     if changed:
         raise RunError(
             f"need {', '.join(changed)} as they were when {folder} was begun, got changed ones; "
             "choose another folder with --out"
         )
+
+
+def read_pin(folder: Path, name: str) -> dict[str, str]:
+    """What a job was begun with; nothing if it was not.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return {}
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        known = None
+    if not isinstance(known, dict):
+        raise RunError(f"{path}: need one JSON object, got something else; restore the file")
+    return known
 
 
 def digest_of(paths: Iterable[Path]) -> str:

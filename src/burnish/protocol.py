@@ -284,7 +284,8 @@ def read_reply(data: Any) -> ChatReply | Failed:
         return Failed(reason=f"need one choice in the reply, got {len(reply.choices)}")
     refusal = reply.choices[0].message.refusal
     if refusal:
-        return Failed(reason=f"the judge refused: {' '.join(refusal.split())[:80]}")
+        words = "".join(letter for letter in " ".join(refusal.split()) if letter.isprintable())
+        return Failed(reason=f"the judge refused: {words[:80]}")
     if not reply.text:
         return Failed(reason="need words in the reply, got none")
     return reply

@@ -19,7 +19,8 @@ from burnish.shelves import AnyBench, AnyReward, PolicyConfig
 from burnish.training import StageConfig
 from burnish.types import Guidance
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
+"""Of runs, stages, merges, benches: what can name a folder everywhere."""
 
 BASE = "base"
 UNGUIDED = "base-unguided"
@@ -64,7 +65,7 @@ class RunMergeConfig(MergeConfig):
 class RunConfig(Config):
     """One complete run; recipes are files of this."""
 
-    name: str = Field(pattern=rf"^{_NAME.pattern}$")
+    name: str = Field(pattern=rf"^{NAME.pattern}$")
     """Also that of its folder."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     evidence: Literal["measured", "runs", "untested"] = "untested"
@@ -124,7 +125,7 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _benches_have_names(self) -> "RunConfig":
         for name in self.benches:
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise ValueError(f"need a bench name of letters, digits, _ and -, got {name!r}")
         return self
 
@@ -251,7 +252,7 @@ class RunConfig(Config):
 
 
 def _check_name(name: str) -> None:
-    if name in BASES or not _NAME.fullmatch(name):
+    if name in BASES or not NAME.fullmatch(name):
         raise ValueError(
             f"need a stage name of letters, digits, _ and -, and not {BASE}..., got {name!r}; "
             "rename the stage"

@@ -30,8 +30,8 @@ def draws(num: int, resamples: int, seed: int = 0) -> Float[ndarray, "resample p
 def two_sided(differences: Float[ndarray, " resample"]) -> float:
     """P-value of no difference: twice the share of resamples on the other side of zero.
 
-    It is below 5 % where the 95 % percentile interval leaves zero out, and never 0, as finitely
-    many resamples do not show that. NaN where a resample has no value.
+    It agrees with the 95 % percentile interval up to the last resample or two, and is never 0, as
+    finitely many resamples do not show that. NaN where a resample has no value.
 
     >>> two_sided(np.array([-1.0, 1.0, 2.0]))
     1.0

@@ -1,5 +1,6 @@
 """What the benches and arenas of a run say: their results, and a page of each beside the report."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from burnish.arena.board import rate
 from burnish.arena_page import write_arena_page
 from burnish.bench_page import write_bench_page
 from burnish.benching import Sources, Taken, read_replies, result
+from burnish.config import ConfigError
 from burnish.run_config import BASE, RunConfig
 from burnish.stages import BATTLES, bench_places, is_complete, job_folder
 from burnish.tracking import write_json
@@ -30,7 +32,15 @@ def bench_results(
         done = [policy for policy in able if is_complete(folder, f"bench/{policy}")]
         if BASE not in done:
             continue
-        taken = Taken.of(settings)
+        try:
+            taken = Taken.of(settings)
+        except ConfigError:
+            # A report is also written where the files of the bench are not.
+            kept = folder / "benches" / f"{name}.json"
+            if kept.is_file():
+                found[name] = (json.loads(kept.read_text(encoding="utf-8")), {}, lambda _: None)
+                continue
+            raise
         places = {policy: bench_places(folder, policy, name) for policy in done}
         replies = {
             policy: read_replies(taken, pictures, place / taken.replies_folder)

@@ -231,15 +231,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError:
         return []
+    except UnicodeDecodeError:
+        raise RunError(f"{path}: need UTF-8 text, got other bytes; restore the file") from None
     rows = []
     # After the last line break stands nothing, or what a killed process left of a row.
     for number, line in enumerate(lines[:-1], start=1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
             raise RunError(
                 f"{path}, line {number}: need a JSON object, got {line[:40]!r}; restore the file"
-            ) from None
+            )
+        rows.append(row)
     return rows
 
 

@@ -27,7 +27,10 @@ from burnish.bench.geneval import Geneval
 from burnish.bench_tree import RESAMPLES, Scores, means, tabulate
 from burnish.benching import BenchChoice, Taken
 from burnish.cli import main
-from burnish.config import parse
+from burnish.cli.recipes import recipe_path
+from burnish.config import load, located, parse
+from burnish.run_config import RunConfig
+from burnish.tracking import Run
 
 
 class Server:
@@ -240,7 +243,7 @@ def test_lost_replies_make_a_result_invalid_until_they_are_asked_again(
     assert len(server.sent) - count == 3
 
 
-def test_an_unreadable_reply_is_a_failure_that_is_not_asked_again(
+def test_an_unreadable_reply_is_asked_again_only_where_that_is_wanted(
     server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
 ) -> None:
     drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
@@ -249,6 +252,94 @@ def test_an_unreadable_reply_is_a_failure_that_is_not_asked_again(
     count = len(server.sent)
     assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", out).code == 2
     assert len(server.sent) == count
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out, "--again")
+    assert done.code == 0, done.err
+    assert len(server.sent) - count == 3
+
+
+def test_a_question_that_the_server_refuses_is_lost_and_no_other(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    server.reply = lambda body: 400 if len(server.sent) == 3 else grades(body)
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert done.code == 2 and "the server refuses the question" in done.err
+    kept = [json.loads(row) for row in next(out.glob("judged-*/mine/*.jsonl")).open()]
+    assert sum("reply" in row for row in kept) == len(server.sent) - 1
+    # A server that wants a token is another matter: what came before it is kept.
+    server.reply = lambda body: 401
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert done.code == 2 and "need a token" in done.err
+
+
+def test_another_prompt_is_asked_anew_and_drawn_anew(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    server.reply = grades
+    assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", out).code == 0
+    count = len(server.sent)
+    settings = yaml.safe_load(checkout.read_text())
+    checkout.write_text(yaml.safe_dump(settings | {"limit": 6}))
+    assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", out).code == 0
+    assert len(server.sent) == count
+    checkout.write_text(yaml.safe_dump(settings | {"language": "cn"}))
+    assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", out).code == 0
+    assert len(server.sent) == 2 * count
+    text = (tmp_path / "prompts.jsonl").write_text
+    line = next(row for row in located("embedded:prompts/held-out.jsonl").open() if '"t2i"' in row)
+    first, second = line, line.replace('"text": "', '"text": "now ')
+    words = (
+        "bench",
+        "run",
+        f"{{kind: miniature, prompts: {tmp_path}/prompts.jsonl, knowledge: null}}",
+    )
+    seen = []
+    for rows in (first, first, second):
+        text(rows)
+        done = burnish(*words, "base=embedded:weights/base", "--out", tmp_path / "drawn")
+        assert done.code == 0, done.err
+        folder = tmp_path / "drawn" / "pictures" / "base"
+        seen.append([path.read_bytes() for path in sorted(folder.glob("*.png"))])
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_servers_that_know_no_extras_are_sent_none(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    drawn = pictures(tmp_path / "mine", checkout)
+    settings = yaml.safe_load(checkout.read_text()) | {"limit": 2}
+    settings["judge"]["dialect"] = "openai"
+    checkout.write_text(yaml.safe_dump(settings))
+    server.reply = grades
+    assert burnish("bench", "run", checkout, f"mine={drawn}", "--out", tmp_path / "o").code == 0
+    assert set(server.sent[0]) == {
+        "model", "messages", "max_tokens", "temperature", "top_p", "seed"
+    }  # fmt: skip
+
+
+def test_every_policy_of_a_run_is_measured_and_a_broken_picture_is_told(
+    tmp_path: Path, burnish: Burnish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The documented command, on a run with a base alone, then with a picture that is none."""
+    run = tmp_path / "run"
+    Run.create(run, load(RunConfig, recipe_path("smoke")))
+    bench = "{kind: miniature, limit: 12}"
+    out = tmp_path / "out"
+    done = burnish("bench", "run", bench, f"base={run}/base", "--out", out)
+    assert done.code == 0, done.err
+    guided = json.loads((out / "pictures" / "base" / "drawn.json").read_text())["how it draws"]
+    assert '"guidance_scale": 2.5' in guided
+    done = burnish("bench", "run", bench, run, "--out", out)
+    assert done.code == 2 and "need a stage that is complete" in done.err
+    mine = out / "pictures" / "base"
+    sorted(mine.glob("*.png"))[0].write_bytes(b"no picture")
+    done = burnish("bench", "run", bench, f"mine={mine}", "--out", out)
+    assert done.code == 2 and "invalid result for mine" in done.err
+    assert "missing" in (out / "bench.html").read_text()
+    picture(1, 33).save(sorted(mine.glob("*.png"))[0])
+    done = burnish("bench", "run", bench, f"mine={mine}", "--out", out)
+    assert done.code == 2 and "need a picture of 64 x 64 pixels, got 33 x 33" in done.err
 
 
 # --- Without a judge, or with the wrong one --------------------------------------------------
@@ -400,6 +491,24 @@ def test_pillars_are_held_to_holm_and_the_whole_is_not(flat: Any) -> None:
     pillars = [row["gains"]["other"]["p"] for row in found[1:]]
     whole = found[0]["gains"]["other"]["p"]
     assert all(p >= 6 * 2 / (RESAMPLES + 1) or p == 1 for p in pillars) and 0 < whole <= 1
+
+
+def test_an_average_of_tasks_has_no_interval_where_a_task_is_small(tmp_path: Path) -> None:
+    CHECKOUTS["geneval"](tmp_path)
+    bench = Geneval(tmp_path / "prompts" / "evaluation_metadata.jsonl")
+    rng = np.random.default_rng(5)
+
+    def of_tasks(*counts: int) -> Scores:
+        weight = np.zeros((sum(counts), 7))
+        weight[np.arange(sum(counts)), 1 + np.repeat(np.arange(len(counts)), counts)] = 1
+        return Scores(weight * rng.random(weight.shape), weight, 1, {})
+
+    for counts, is_told in (((12, 12, 12, 12, 12, 12), True), ((40, 2, 12, 12, 12, 12), False)):
+        row = tabulate(bench, {"base": of_tasks(*counts)}, "base")["rows"][0]
+        assert (row["models"]["base"]["low"] is not None) == is_told
+    # A bench that is asked in part may leave whole tasks out.
+    row = tabulate(bench, {"base": of_tasks(40, 0, 40)}, "base")["rows"][0]
+    assert row["models"]["base"]["low"] is not None
 
 
 def test_few_prompts_have_no_interval(flat: Any) -> None:

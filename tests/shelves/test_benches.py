@@ -121,6 +121,10 @@ def test_the_best_replies_give_the_best_score_and_none_give_none(kind: str, tmp_
         "[" * 10_000,
         '{"score": [11, 5]}',
         '{"score": ["ten", 5]}',
+        '{"sorry": "I cannot"}',
+        '{"x": {"y": {"score": "great"}}}',
+        "{" * 200_000,
+        "<analysis>" * 20_000,
         "A: 6\nB: 1\nC: 1",
         "A: 5\nB: 5",
         "<analysis>['a']</analysis><score>[1, 1, 1, 1, 1, 1]</score>",
@@ -133,9 +137,27 @@ def test_what_cannot_be_read_is_a_failure_and_no_number(
     found = taken(tmp_path, kind)
     item = found.items[0]
     for question in found.bench.questions(item):
-        said = found.bench.parse(item, question.name, reply)
-        # Q-Judger's parser takes any object; a facet without a grade does not apply.
-        assert isinstance(said, Failed) or said == {}
+        assert isinstance(found.bench.parse(item, question.name, reply), Failed)
+
+
+@pytest.mark.parametrize("key", ["../../out", "/tmp/out", "1000"])
+def test_a_picture_stays_in_its_folder_and_has_a_place_of_its_own(key: str, tmp_path: Path) -> None:
+    settings = CHECKOUTS["imgedit"](tmp_path)
+    path = tmp_path / "Benchmark" / "Basic" / "basic_edit.json"
+    edits = json.loads(path.read_text())
+    first = edits.pop("1000")
+    # A number of its own, and a place that another one has: `1000-1` is the second of `1000`.
+    edits |= {key: first, "1000-1": first} if key == "1000" else {key: first}
+    path.write_text(json.dumps(edits))
+    with pytest.raises(ConfigError, match="need a place of its own for every picture"):
+        Taken.of(parse(BenchChoice, {"bench": settings | {"num_images": 2}}).bench)
+
+
+def test_a_bench_without_items_is_refused(tmp_path: Path) -> None:
+    settings = CHECKOUTS["qwen_image_bench"](tmp_path)
+    (tmp_path / "released.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="need items, got none"):
+        Taken.of(parse(BenchChoice, {"bench": settings}).bench)
 
 
 def test_items_of_one_id_are_refused(tmp_path: Path) -> None:
@@ -291,11 +313,13 @@ def test_gedit_is_the_root_of_the_lower_grades_and_the_mean_of_tasks(tmp_path: P
         for name, own in zip(names, both, strict=True)
     }
     own = values(found, replies)
-    assert own["Overall", "subject-add"] == pytest.approx((6 + 2) / 2)
-    assert own[OVERALL] == own["Overall",] == pytest.approx((4 + 10) / 2)
-    assert own["Overall, intersection",] == pytest.approx(6)
+    assert own["subject-add",] == pytest.approx((6 + 2) / 2)
+    assert own[OVERALL] == pytest.approx((4 + 10) / 2)
+    assert own["subject-add", names[0]] == pytest.approx((4 + 1) / 2)
+    assert own["Other means", names[1]] == pytest.approx(((9 + 4) / 2 + 10) / 2)
+    assert own["Other means", "Overall, intersection"] == pytest.approx(6)
     del replies["text_change/en/k2", 0, names[1]]
-    assert ("Overall", "text_change") not in values(found, replies)
+    assert ("text_change",) not in values(found, replies)
 
 
 def test_gedit_lays_sources_beside_edits(tmp_path: Path) -> None:

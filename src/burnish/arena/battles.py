@@ -74,7 +74,9 @@ def _parsed(path: Path, text: str) -> Iterator[Battle]:
 def _battle(line: str, where: str) -> Battle:
     try:
         row = json.loads(line)
-    except ValueError:
+        line.encode("utf-8")
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError):
         raise ConfigError(f"{where}: need one JSON object a line, got {line[:60]!r}") from None
     missing = [key for key in _KEYS if not isinstance(row, dict) or key not in row]
     if missing:

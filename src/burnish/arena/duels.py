@@ -31,7 +31,7 @@ MIN_COVERAGE = 0.99
 _CHOICES: Mapping[str, Winner] = {
     "first": "a", "second": "b", "tie": "tie", "both bad": "both_bad",
 }  # fmt: skip
-_CHOICE = re.compile(r"^\W*choice\W+(first|second|tie|both bad)\b", re.IGNORECASE | re.MULTILINE)
+_CHOICE = re.compile(r"\W{0,9}choice\W{1,9}(first|second|tie|both bad)\b", re.IGNORECASE)
 _REPLIES = "replies"
 
 
@@ -87,10 +87,11 @@ def read_choice(reply: str) -> Winner | Failed:
     >>> read_choice("<think>Choice: second?</think>Choice: **First**")
     'a'
     """
-    found = _CHOICE.findall(reply.rpartition("</think>")[2])
-    if not found:
+    lines = reply.rpartition("</think>")[2].splitlines()
+    found = next((match for line in reversed(lines) if (match := _CHOICE.match(line))), None)
+    if found is None:
         return Failed(reason="need a line with a choice in the reply, got none")
-    return _CHOICES[found[-1].lower()]
+    return _CHOICES[found[1].lower()]
 
 
 def duel(
@@ -101,6 +102,7 @@ def duel(
     *,
     per_prompt: int | None = None,
     seed: int = 0,
+    again: bool = False,
 ) -> Duels:
     """Ask about every pair in both orders.
 
@@ -111,6 +113,7 @@ def duel(
         rt: whose rank this is.
         per_prompt: pairs of each prompt; None is all.
         seed: of which pairs meet.
+        again: ask anew where a reply has no choice.
 
     Raises:
         ConfigError: no judge, or one that does not choose.
@@ -123,16 +126,18 @@ def duel(
         for prompt, a, b in contest.pairs(seed, per_prompt)
         for one in (_asked(contest, prompt, a, b), _asked(contest, prompt, b, a))
     ]
-    digests = {one.key: _digest(one) for one in asked}
-    said: dict[tuple[str, int, str], str] = {
+    digests: dict[Any, str] = {one.key: _digest(one) for one in asked}
+    said: dict[Any, str] = {
         key: row["reply"]
         for row in read_ledger(folder, _REPLIES)
-        if "reply" in row and digests.get(key := (row["item"], 0, row["pair"])) == row["pictures"]
+        if digests.get(key := (row.get("item"), 0, row.get("pair"))) == row.get("asked", "")
+        and isinstance(row.get("reply"), str)
+        and not (again and isinstance(read_choice(row["reply"]), Failed))
     }
     ledger = Ledger(folder, _REPLIES, rt)
     with progress("judge pairs", len(asked), done=len(said)) as bar:
         for one, reply in judge.answer([one for one in asked if one.key not in said]):
-            row = {"item": one.item.id, "pair": one.question.name, "pictures": digests[one.key]}
+            row = {"item": one.item.id, "pair": one.question.name, "asked": digests[one.key]}
             if isinstance(reply, Failed):
                 ledger.add([row | {"failed": reply.reason}])
             else:
@@ -155,10 +160,11 @@ def _asked(contest: Contest, prompt: Prompt, a: str, b: str) -> Asked:
 
 
 def _digest(one: Asked) -> str:
-    found = hashlib.sha256()
-    for path in (one.picture, one.other):
-        if path is not None:
-            found.update(hashlib.sha256(path.read_bytes()).digest())
+    """Changes with all that the judge is shown."""
+    found = hashlib.sha256(repr(one.question.parts).encode())
+    pictures = [path.read_bytes() for path in (one.picture, one.other) if path is not None]
+    for data in (*pictures, one.source() or b""):
+        found.update(hashlib.sha256(data).digest())
     return found.hexdigest()[:16]
 
 
@@ -175,7 +181,7 @@ def _counted(
         failed = next((own.reason for own in choices.values() if isinstance(own, Failed)), "lost")
         raise ConfigError(
             f"need a choice on {MIN_COVERAGE:.0%} of {len(asked)} questions, got {len(told)} "
-            f"({failed}); mend the judge and start the same command again"
+            f"({failed}); mend the judge and start the same command with --again"
         )
     battles, agreed = [], []
     for number, one in enumerate(asked):

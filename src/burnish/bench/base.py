@@ -143,14 +143,25 @@ class BenchConfig(Config, ABC):
         """The items that are asked.
 
         Raises:
-            ConfigError: two items have one id.
+            ConfigError: there are none, or two have one id or one place.
         """
         items = list(bench.items())
+        if not items:
+            raise ConfigError("need items, got none: the files of the bench have no prompts")
         seen: set[str] = set()
+        paths: set[str] = set()
         for item in items:
             if item.id in seen:
                 raise ConfigError(f"need items with ids of their own, got {item.id!r} twice")
             seen.add(item.id)
+            for path in (bench.layout(item, number) for number in range(self.num_images)):
+                # Ids are other people's text, and name files.
+                if Path(path).is_absolute() or ".." in Path(path).parts or path in paths:
+                    raise ConfigError(
+                        f"need a place of its own for every picture, got {path!r} for item "
+                        f"{item.id!r}; check the files of the bench"
+                    )
+                paths.add(path)
         return items if self.limit is None else spaced(items, self.limit)
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from burnish import images, records
-from burnish.bench.base import OVERALL, Bench, BenchConfig, Node, Share
+from burnish.bench.base import OVERALL, Bench, BenchConfig, Node, Share, ancestors
 from burnish.chat_judge import ChatJudge, ChatJudgeConfig, Decoding, Preparation
 from burnish.config import ConfigError
 from burnish.literals import constants
@@ -29,7 +29,12 @@ TASKS = (
     "style_change", "subject-add", "subject-remove", "subject-replace", "text_change",
     "tone_transfer",
 )  # fmt: skip
-MEASURES = ("Semantic consistency", "Perceptual quality", "Overall")
+MEASURES = ("Semantic consistency", "Perceptual quality")
+_OTHER, _SHARED = "Other means", "Overall, intersection"
+_OTHERS: tuple[Node, ...] = (
+    *((_OTHER, measure) for measure in MEASURES),
+    *((_OTHER, _SHARED, task) for task in TASKS),
+)
 _INSTRUCTION = "<instruction>"
 _WORDS = {
     MEASURES[0]: (
@@ -67,7 +72,8 @@ class Gedit(Bench):
         self._config = config
         path = config.checkout / "GEdit-Bench" / "viescore" / "vie_prompts.py"
         known = constants(path)
-        missing = [n for names in _WORDS.values() for n in names if not known.get(n)]
+        every = dict.fromkeys(name for names in _WORDS.values() for name in names)
+        missing = [name for name in every if not isinstance(known.get(name), str)]
         if missing:
             raise ConfigError(f"need {missing[0]} in {path}, got none; check `checkout`")
         self._words = {name: "\n".join(known[w] for w in own) for name, own in _WORDS.items()}
@@ -104,13 +110,14 @@ class Gedit(Bench):
         return self._items
 
     def nodes(self) -> Sequence[Node]:
-        """The whole, then for each measure its mean and its tasks."""
-        return [(), *((m, *t) for m in _TREE for t in ((), *((task,) for task in TASKS)))]
+        """The whole, its tasks with their two measures, and other means of all tasks."""
+        return ancestors([*((task, m) for task in TASKS for m in MEASURES), *_OTHERS])
 
     def averages(self) -> Mapping[Node, Sequence[Node]]:
-        """Every measure is the mean of the tasks, and the whole is the overall one."""
-        means = {(m,): [(m, task) for task in TASKS] for m in _TREE}
-        return {**means, OVERALL: [(MEASURES[2],)]}
+        """Means of the tasks."""
+        others = {(_OTHER, m): [(task, m) for task in TASKS] for m in MEASURES}
+        shared = {(_OTHER, _SHARED): [(_OTHER, _SHARED, task) for task in TASKS]}
+        return {OVERALL: [(task,) for task in TASKS], **others, **shared}
 
     def layout(self, item: Item, number: int) -> str:
         """`fullset/TASK/LANGUAGE/KEY.png`."""
@@ -160,17 +167,13 @@ class Gedit(Bench):
         """Each measure of its task; the overall one only where both are told."""
         task = item.facts["task"]
         told = {name: own[(name,)] for name, own in verdicts.items()}
-        found = {(name, task): Share(value) for name, value in told.items()}
+        found: dict[Node, Share] = {(task, name): Share(value) for name, value in told.items()}
         if len(told) == len(_WORDS):
             overall = Share(math.sqrt(told[MEASURES[0]] * told[MEASURES[1]]))
-            found[MEASURES[2], task] = overall
+            found[task,] = overall
             if item.facts["is_shared"]:
-                found[_SHARED, task] = overall
+                found[_OTHER, _SHARED, task] = overall
         return found
-
-
-_SHARED = "Overall, intersection"
-_TREE = (MEASURES[2], MEASURES[0], MEASURES[1], _SHARED)
 
 
 def _at_size(picture: Image.Image, source: Image.Image | None) -> Image.Image:

@@ -29,7 +29,7 @@ from burnish.questions import Item, Question
 from burnish.types import Failed, Prompt, Task
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-_PLACE = re.compile(r"(?:^|/)(\d+)/samples/(\d+)\.png$")
+_PLACE = re.compile(r"(?:^|/)(\d{1,9})/samples/(\d{1,9})\.png$")
 _QUESTION = Question(name="correct", parts=())
 
 
@@ -101,6 +101,7 @@ class Geneval(Bench):
     def responses(self, path: Path) -> Iterator[Response]:
         """Lines of a `results.jsonl`, in any order; the model is named after the file's folder."""
         by_id = {item.id: item for item in self._items}
+        seen: set[tuple[str, int]] = set()
         for where, row in records.json_lines(path):
             match = _PLACE.search(records.text(row, "filename", where))
             item = match and by_id.get(f"{int(match[1]):05d}")
@@ -114,6 +115,12 @@ class Geneval(Bench):
                     f"{where}: need the prompt of item {item.id}, got another; take the results of "
                     "this bench's pictures"
                 )
+            if (place := (item.id, int(match[2]))) in seen:
+                raise ConfigError(
+                    f"{where}: need one line for a picture, got a second for {match[0]}; give the "
+                    "results of each model as a file of its own, NAME=FILE"
+                )
+            seen.add(place)
             yield Response(
                 path.resolve().parent.name, item.id, int(match[2]), _QUESTION.name, json.dumps(row)
             )

@@ -27,6 +27,7 @@ from burnish.questions import Asked, Item, Judge, Question, Slot
 from burnish.types import Failed, Prompt, Task
 from burnish.world.edits import Edit
 from burnish.world.facets import FACETS, facets_of_edit, facets_of_scene
+from burnish.world.render import SIZE
 from burnish.world.scenes import Scene
 
 _QUESTION = Question(name="truth", parts=(Slot.OUTPUT,))
@@ -114,6 +115,10 @@ class _Truth(Judge):
                 picture = images.read(one.picture)
             except ImageError as error:
                 yield one, Failed(reason=str(error))
+                continue
+            if picture.size != (SIZE, SIZE):
+                got = " x ".join(map(str, picture.size))
+                yield one, Failed(reason=f"need a picture of {SIZE} x {SIZE} pixels, got {got}")
                 continue
             found = _facets(one.item.prompt.facts, np.asarray(picture, dtype=np.float32) / 255)
             yield one, json.dumps({"/".join(facet): value for facet, value in found.items()})

@@ -14,7 +14,6 @@ A checklist that was trimmed, as some forks do to save tokens, has other scores 
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -105,10 +104,11 @@ class QwenImageBench(Bench):
 
     def parse(self, item: Item, question: str, reply: str) -> Mapping[Node, float] | Failed:
         """Grades out of the JSON behind the thoughts, with the repairs of the official code."""
-        found = _object(reply)
-        if not found:
+        grades = self._words.repaired(_object(reply) or {}, question)
+        leaves = dict(_leaves(grades, question))
+        if not leaves and not any(_is_left_out(g) for own in grades.values() for g in own.values()):
             return Failed(reason="need a JSON object with grades in the reply, got none")
-        return dict(_leaves(self._words.repaired(found, question), question))
+        return leaves
 
     def shares(
         self, item: Item, verdicts: Mapping[str, Mapping[Node, float]]
@@ -273,14 +273,19 @@ def _id(row: records.Row, where: str) -> str:
 def _object(reply: str) -> dict[str, Any] | None:
     """The JSON object behind the thoughts; None where there is none."""
     text = reply.rpartition("</think>")[2].strip()
-    inside = re.search(r"\{.*\}", text, re.DOTALL)
-    for candidate in (text, inside[0] if inside else ""):
+    for candidate in (text, text[max(text.find("{"), 0) : text.rfind("}") + 1]):
         try:
             found = json.loads(candidate)
         except (ValueError, RecursionError):
             continue
         return found if isinstance(found, dict) else None
     return None
+
+
+def _is_left_out(given: Any) -> bool:
+    """Whether the judge says that a facet does not apply."""
+    grade = given.get("score") if isinstance(given, dict) else given
+    return isinstance(grade, str) and grade.upper() == "N/A"
 
 
 def _leaves(grades: Mapping[str, Mapping[str, Any]], pillar: str) -> Iterator[tuple[Node, float]]:

@@ -8,7 +8,6 @@ cannot be read after eleven tries; here that is a failure.
 """
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ from burnish.questions import Item, Judge, Question, Slot
 from burnish.types import Failed, Prompt, Task
 
 _KEYS = {"en": ("Testpoints", "Testpoint Description"), "zh": ("考点", "考点对应描述")}
-_TAGS = {name: re.compile(f"<{name}>(.*?)</{name}>", re.DOTALL) for name in ("analysis", "score")}
+_TAGS = ("analysis", "score")
 _NAME = "test points"
 
 
@@ -56,7 +55,9 @@ class Unigenbench(Bench):
         found, language = constants(path), config.language.upper()
         template = found.get(f"SYSTEM_PROMPT_{language}_TEMPLATE")
         meanings = found.get(f"EXPLANATION_DICT_{language}")
-        headers = (found.get("LANG_CONFIGS") or {}).get(config.language) or {}
+        configs = found.get("LANG_CONFIGS")
+        headers = configs.get(config.language) if isinstance(configs, dict) else None
+        headers = headers if isinstance(headers, dict) else {}
         names = ("checkpoint_header", "checkpoint_desc_header")
         is_told = isinstance(meanings, dict) and all(headers.get(name) for name in names)
         if not isinstance(template, str) or not is_told:
@@ -122,8 +123,7 @@ class Unigenbench(Bench):
     def parse(self, item: Item, question: str, reply: str) -> Mapping[Node, float] | Failed:
         """Right and wrong of each test point, by its place: a point may stand there twice."""
         points = item.facts["points"]
-        told = {name: tag.search(reply) for name, tag in _TAGS.items()}
-        lists = [plain(match[1]) if match else None for match in told.values()]
+        lists = [plain(_inside(reply, tag)) for tag in _TAGS]
         if not all(isinstance(own, list) and len(own) == len(points) for own in lists):
             return Failed(reason="need a score and a reason for every test point, got others")
         scores: Sequence[Any] = lists[-1] or ()
@@ -140,6 +140,13 @@ class Unigenbench(Bench):
                 before = found.get(node, Share(0.0, 0.0))
                 found[node] = Share(before.total + value, before.weight + 1)
         return found
+
+
+def _inside(reply: str, tag: str) -> str:
+    """What stands in the first element of a name; empty where there is none."""
+    _, begun, rest = reply.partition(f"<{tag}>")
+    inside, ended, _ = rest.partition(f"</{tag}>")
+    return inside if begun and ended else ""
 
 
 def _points(given: str, keys: tuple[str, str], where: str) -> tuple[list[str], list[str]]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from burnish.cli.options import Json
+from burnish.cli.options import Again, Json
+from burnish.cli.places import named
 from burnish.cli.program import app
 from burnish.config import ConfigError, located, parse, parse_yaml
 
@@ -123,6 +124,7 @@ def judge(
     prompts: Prompts = HELD_OUT,
     per_prompt: PerPrompt = None,
     out: Battles = BATTLES,
+    again: Again = False,
 ) -> None:
     """Let a judge in words vote, which sees both pictures of a pair, in both orders.
 
@@ -136,8 +138,8 @@ def judge(
     served = parse(DuelConfig, parse_yaml(judge, where="--judge"), where="--judge").build()
     contest = _contest(places, prompts, task)
     print(_power(contest))
-    replies = out.with_suffix(".replies")
-    found = duel(contest, served, replies, runtime.start(), per_prompt=per_prompt)
+    replies = out.with_name(f"{out.name}.replies")
+    found = duel(contest, served, replies, runtime.start(), per_prompt=per_prompt, again=again)
     _write(out, contest, found.battles)
     print(f"The judge chose alike in both orders on {found.agreement:.0%} of the pairs")
 
@@ -224,28 +226,9 @@ def _contest(places: list[str], prompts: str, task: str) -> "Contest":
     """The contestants that the command line names."""
     from burnish.arena.contest import gather
     from burnish.prompts import read_prompts
-    from burnish.run_config import BASE
     from burnish.stages import contestants
-    from burnish.summary import read_run
 
     if task not in ("t2i", "edit"):
         raise ConfigError(f"need the task t2i or edit, got {task!r}; change --task")
-    folders: dict[str, Path] = {}
-    for place in places:
-        name, sign, path = place.partition("=")
-        if sign:
-            own = {name: Path(path)}
-        else:
-            config = read_run(Path(place))
-            own = contestants(config, Path(place), task)
-            if len(places) > 1:
-                own = {p if p == BASE else f"{config.name}-{p}": f for p, f in own.items()}
-        for name, folder in own.items():
-            # Of several runs the first shows the base that they share.
-            if name in folders and (sign or name != BASE):
-                raise ConfigError(
-                    f"need one folder for each contestant, got two for {name!r}; name them "
-                    "NAME=FOLDER"
-                )
-            folders.setdefault(name, folder)
+    folders = named(places, lambda config, folder: contestants(config, folder, task))
     return gather(folders, read_prompts(located(prompts)), tasks=(task,))

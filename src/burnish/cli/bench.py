@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from burnish.cli.options import Json
+from burnish.cli.options import Again, Json
+from burnish.cli.places import named
 from burnish.cli.program import app
 from burnish.config import ConfigError, nearest, parse, parse_yaml, read_yaml
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from burnish.bench_tree import Replies
     from burnish.benching import Taken
     from burnish.exporting import Deployment
+    from burnish.run_config import RunConfig
     from burnish.runtime import Runtime
 
 bench = typer.Typer(help="Benches: draw, judge, compare.", rich_markup_mode=None)
@@ -42,11 +44,12 @@ def list_benches() -> None:
     from burnish.config import shelf
 
     for config in shelf("burnish.bench", BenchConfig):
-        needed = [name for name, field in config.model_fields.items() if field.is_required()]
+        fields = config.model_fields
+        needed = [name for name in fields if fields[name].is_required() or name == "judge"]
         told = sys.modules[config.__module__].__doc__ or ""
         print(f"{config.__module__.rpartition('.')[2]}: {told.splitlines()[0]}")
         for name in needed:
-            print(f"    needs {name}")
+            print(f"    needs {name}{': url and model of a server' if name == 'judge' else ''}")
 
 
 @bench.command(epilog="Example: burnish bench run '{kind: miniature, task: edit}' runs/miniature")
@@ -62,6 +65,7 @@ def run(
     base: Base = None,
     out: Place = None,
     seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    again: Again = False,
     as_json: Json = False,
 ) -> None:
     """Draw the pictures of a bench, have them judged, and compare the models.
@@ -89,7 +93,7 @@ def run(
     replies, shown = {}, {}
     for name, place in pictures.items():
         kept = folder / taken.replies_folder / name
-        benching.judge_pictures(taken, place, kept, rt, label=name)
+        benching.judge_pictures(taken, place, kept, rt, label=name, again=again)
         replies[name] = benching.read_replies(taken, place, kept)
         shown[name] = {i.id: place / path for i, number, path in taken.places() if not number}
     _finish(taken, replies, taken.judge, folder, base, shown, as_json)
@@ -98,8 +102,9 @@ def run(
 @bench.command(epilog="Example: burnish bench read geneval.yaml results.jsonl")
 def read(
     which: Which,
-    replies: Annotated[
-        Path, typer.Argument(metavar="FILE", help="What the official program left.")
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE | NAME=FILE", help="What the official program left."),
     ],
     base: Base = None,
     out: Place = None,
@@ -114,9 +119,21 @@ def read(
     from burnish.ledger import digest_of
 
     taken = _taken(which)
-    found = benching.released(taken, replies)
-    folder = out or Path("bench") / taken.kind
-    judge = {"model": "official program", "file": digest_of([replies])}
+    given = [(name if sign else None, Path(path if sign else name))
+             for name, sign, path in (file.partition("=") for file in files)]  # fmt: skip
+    found: dict[str, Replies] = {}
+    for name, path in given:
+        own = benching.released(taken, path)
+        if name is not None and len(own) > 1:
+            raise ConfigError(f"need one model in {path} to call it {name}, got {len(own)}")
+        for model, said in own.items():
+            if (name or model) in found:
+                raise ConfigError(
+                    f"need one file a model, got two for {name or model!r}; NAME=FILE"
+                )
+            found[name or model] = said
+    folder = out or Path("bench") / f"{taken.kind}-read"
+    judge = {"model": "official program", "file": digest_of([path for _, path in given])}
     _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json)
 
 
@@ -124,7 +141,7 @@ def _taken(which: str) -> "Taken":
     """The bench that the command line names."""
     from burnish.benching import BenchChoice, Taken
 
-    if which.endswith((".yaml", ".yml")):
+    if which.lower().endswith((".yaml", ".yml")):
         settings: Any = read_yaml(which)
     elif which.lstrip().startswith("{"):
         settings = parse_yaml(which, where="BENCH")
@@ -133,29 +150,17 @@ def _taken(which: str) -> "Taken":
     return Taken.of(parse(BenchChoice, {"bench": settings}, where="BENCH").bench)
 
 
-def _models(places: list[str], taken: "Taken") -> dict[str, str]:
+def _models(places: list[str], taken: "Taken") -> dict[str, Path]:
     """What the command line names: where each model or folder of pictures is, by name."""
     from burnish.run_config import BASE
-    from burnish.summary import read_run
 
     tasks = {item.prompt.task for item in taken.items}
-    found: dict[str, str] = {}
-    for place in places:
-        name, sign, path = place.partition("=")
-        own = {name: path}
-        if not sign:
-            config = read_run(Path(place))
-            able = [p for p in (BASE, *config.policies()) if tasks <= set(config.tasks(p))]
-            own = {policy: f"{place}/{policy}" for policy in able}
-            if len(places) > 1:
-                own = {p if p == BASE else f"{config.name}-{p}": path for p, path in own.items()}
-        for name, path in own.items():
-            # Of several runs the first shows the base that they share.
-            if name in found and (sign or name != BASE):
-                raise ConfigError(f"need one place for each model, got two for {name!r}")
-            if not name or Path(name).name != name:
-                raise ConfigError(f"need a name that can name a folder, got {name!r}; rename it")
-            found.setdefault(name, path)
+
+    def able(config: "RunConfig", folder: Path) -> dict[str, Path]:
+        every = (BASE, *config.policies())
+        return {name: folder / name for name in every if tasks <= set(config.tasks(name))}
+
+    found = named(places, able)
     if not found:
         raise ConfigError(
             f"need models that do {' and '.join(sorted(tasks))}, got none in {', '.join(places)}"
@@ -163,16 +168,15 @@ def _models(places: list[str], taken: "Taken") -> dict[str, str]:
     return found
 
 
-def _source(taken: "Taken", place: str) -> "Path | tuple[Path, Deployment]":
+def _source(taken: "Taken", place: Path) -> "Path | tuple[Path, Deployment]":
     """A folder of pictures that is complete, or a pipeline and how it draws."""
     from burnish import benching
     from burnish.exporting import deployed_model
 
-    own = Path(place)
-    if own.is_dir() and not benching.is_model(own):
-        benching.check_pictures(taken, own)
-        return own
-    return deployed_model(place)
+    if place.is_dir() and not benching.is_model(place):
+        benching.check_pictures(taken, place)
+        return place
+    return deployed_model(str(place))
 
 
 def _pictures(
@@ -249,5 +253,6 @@ def _finish(
     if invalid:
         raise ConfigError(
             f"need a verdict on every question, got an invalid result for {invalid[0]}: "
-            f"{why_invalid(found, invalid[0])}; mend the judge and start the same command again"
+            f"{why_invalid(found, invalid[0])}; ask what cannot be read with --again, or mend the "
+            "judge"
         )

@@ -15,4 +15,5 @@ Out = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Drop the results in the folder and start over.")
 ]
+Again = Annotated[bool, typer.Option("--again", help="Ask anew where a reply cannot be read.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
