@@ -11,7 +11,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
 from burnish.prompts import GroupSampler, read_prompts
-from burnish.rewards.base import RewardConfig, check_weights
+from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.shelves import PolicyConfig, load_policy
 from burnish.training import StageConfig
@@ -175,6 +175,19 @@ def _check_prompts(name: str, stage: StageConfig) -> None:
             check_weights(stage.rewards, [task], [p.category for p in chosen if p.task == task])
         except ValueError as error:
             raise ConfigError(f"stages.{name}.rewards: {error}") from None
+    _check_spelling(name, stage, {prompt.category for prompt in chosen})
+
+
+def _check_spelling(name: str, stage: StageConfig, categories: Collection[str]) -> None:
+    """A category that no prompt has may be that of other prompts, or a slip of the finger."""
+    for key, reward in stage.rewards.items():
+        for given in reward.weights.keys() - {*categories, EVERY_CATEGORY}:
+            meant = nearest(given, sorted(categories))
+            if meant is not None and meant not in reward.weights:
+                raise ConfigError(
+                    f"stages.{name}.rewards.{key}.weights: need categories of the prompts "
+                    f"({', '.join(sorted(categories))}), got {given!r}; did you mean {meant!r}?"
+                )
 
 
 # --- The machine -----------------------------------------------------------------------------

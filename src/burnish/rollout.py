@@ -48,6 +48,8 @@ class RolloutConfig(Config):
     """Random draws a place in the range for each prompt and step; first is its beginning; sliding
     moves on by one place every `window_every` training steps, from the noisy end of the range to
     the other, and begins again (MixGRPO, arXiv 2507.21802)."""
+    window_steps: tuple[int, ...] | None = None
+    """Explicit stochastic steps, in place of a range that holds a window; as many as `window`."""
     window_every: int = Field(default=10, ge=1)
     keep: Literal["window", "all", "none", "late"] | int = "window"
     """Which steps are kept. A number K keeps one random step from each K-th part of the path; late
@@ -64,20 +66,29 @@ class RolloutConfig(Config):
         return Guidance(self.guidance_scale, self.negative_prompt)
 
     @property
-    def window_steps(self) -> tuple[int, int]:
+    def window_bounds(self) -> tuple[int, int]:
         """The range that holds the window: first step and end."""
+        if self.window_steps:
+            return min(self.window_steps), max(self.window_steps) + 1
         if self.window_range is not None:
             return self.window_range
         return 0, min(max(self.window, self.num_steps // 2), self.num_steps - 1)
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":
-        start, end = self.window_steps
+        if self.window_steps is not None:
+            self._check_steps(self.window_steps)
+        start, end = self.window_bounds
         if self.window and not 0 <= start <= end - self.window < end < self.num_steps:
             raise ValueError(
                 f"need a window range of at least {self.window} steps that ends before the last of "
                 f"{self.num_steps} steps, got {start} to {end}; shorten the window, move the "
                 "range, or take more steps"
+            )
+        if self.kernel == "cps" and self.window and self.noise_level > 1:
+            raise ValueError(
+                f"need a noise_level of at most 1 for cps, got {self.noise_level:g}, which is in "
+                "another kernel's unit; set rollout.noise_level=0.5"
             )
         if self.kernel == "flow_sde" and self.window and self.noise_level and start == 0:
             raise ValueError(
@@ -92,6 +103,14 @@ class RolloutConfig(Config):
             )
         return self
 
+    def _check_steps(self, steps: tuple[int, ...]) -> None:
+        is_ordered = list(steps) == sorted(set(steps))
+        if not is_ordered or len(steps) != self.window or self.window_range is not None:
+            raise ValueError(
+                f"need window_steps in order, each once, as many as window={self.window}, and no "
+                f"window_range, got {list(steps)}; set rollout.window={len(set(steps))}"
+            )
+
 
 @dataclass
 class _Sample:
@@ -101,7 +120,7 @@ class _Sample:
     generator: Generator
     start: Float[Tensor, "1 token channel"]
     """Initial noise."""
-    window: range = range(0)
+    window: Sequence[int] = ()
     """Stochastic steps."""
     wanted: frozenset[int] = frozenset()
     """Steps to keep."""
@@ -241,8 +260,10 @@ def _members(
     return samples
 
 
-def _window(config: RolloutConfig, step: int, choice: Generator) -> range:
-    start, end = config.window_steps
+def _window(config: RolloutConfig, step: int, choice: Generator) -> Sequence[int]:
+    if config.window_steps is not None:
+        return config.window_steps
+    start, end = config.window_bounds
     places = end - config.window - start + 1
     if config.window_start == "random" and config.window:
         start += int(torch.randint(places, (), generator=choice))
@@ -251,7 +272,7 @@ def _window(config: RolloutConfig, step: int, choice: Generator) -> range:
     return range(start, start + config.window)
 
 
-def _wanted(config: RolloutConfig, window: range, choice: Generator) -> frozenset[int]:
+def _wanted(config: RolloutConfig, window: Sequence[int], choice: Generator) -> frozenset[int]:
     if isinstance(config.keep, int):
         bounds = [part * config.num_steps // config.keep for part in range(config.keep + 1)]
         return frozenset(

@@ -1,5 +1,6 @@
 """The table of a study as it is read, in Markdown."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,14 +48,27 @@ def markdown(found: Mapping[str, Any]) -> str:
     )
     lines += _section(
         "Cost, mean over seeds",
-        "| arm | pictures | to choose prompts | network evaluations | minutes |",
+        "| arm | pictures | to choose prompts | network evaluations | minutes | points gained a "
+        "1,000 pictures | a minute |",
         [
             f"| {arm} | {plain(cost['images'], 0)} | {plain(cost['curated'], 0)} | "
-            f"{plain(cost['evaluations'], 0)} | {plain(cost['minutes'], 1)} |"
+            f"{plain(cost['evaluations'], 0)} | {plain(cost['minutes'], 1)} | "
+            f"{_rate(found, arm, 1000.0, cost['images'], cost['curated'])} | "
+            f"{_rate(found, arm, 1.0, cost['minutes'])} |"
             for arm, cost in found["cost"].items()
         ],
     )
     return "\n".join(lines) + "\n"
+
+
+def _rate(found: Mapping[str, Any], arm: str, per: float, *spent: float | None) -> str:
+    """Points of 100 of the headline score, mean over tasks, for so much of what was spent."""
+    rows = [r for r in found["results"] if (r["arm"], r["metric"]) == (arm, HEADLINE)]
+    gains = [row["gain"]["mean"] for row in rows if row["gain"]]
+    total = sum(n or 0.0 for n in spent)
+    if None in spent or not gains or not total:
+        return "missing"
+    return plain(100 * statistics.fmean(gains) * per / total, 2, "+")
 
 
 def _comparison(row: Mapping[str, Any]) -> str:

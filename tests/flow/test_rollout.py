@@ -142,6 +142,8 @@ def test_kept_velocities_are_the_policys(policy):
         ({"window_start": "first", "window_range": (2, 5)}, [2, 3]),
         ({"window_start": "first", "window_range": (3, 5)}, [3, 4]),
         ({"window_start": "first"}, [0, 1]),
+        ({"window_steps": (0, 3)}, [0, 3]),
+        ({"window": 3, "window_steps": (1, 2, 4)}, [1, 2, 4]),
         ({"window": 0}, []),
         ({"keep": "none"}, []),
         ({"keep": "all"}, [0, 1, 2, 3, 4, 5]),

@@ -329,14 +329,14 @@ def test_every_policy_of_a_run_is_measured_and_a_broken_picture_is_told(
     done = burnish("bench", "run", bench, f"base={run}/base", "--out", out)
     assert done.code == 0, done.err
     guided = json.loads((out / "pictures" / "base" / "drawn.json").read_text())["how it draws"]
-    assert '"guidance_scale": 2.5' in guided
+    assert '"guidance_scale": 2.0' in guided
     done = burnish("bench", "run", bench, run, "--out", out)
-    assert done.code == 2 and "need a stage that is complete" in done.err
+    assert done.code == 2 and "need a folder that a pipeline was saved in" in done.err
     mine = out / "pictures" / "base"
     sorted(mine.glob("*.png"))[0].write_bytes(b"no picture")
     done = burnish("bench", "run", bench, f"mine={mine}", "--out", out)
     assert done.code == 2 and "invalid result for mine" in done.err
-    assert "missing" in (out / "bench.html").read_text()
+    assert "has no valid result" in (out / "bench.html").read_text()
     picture(1, 33).save(sorted(mine.glob("*.png"))[0])
     done = burnish("bench", "run", bench, f"mine={mine}", "--out", out)
     assert done.code == 2 and "need a picture of 64 x 64 pixels, got 33 x 33" in done.err

@@ -337,7 +337,7 @@ class TestGuidanceModes:
     def test_a_guided_old_velocity_with_a_conditional_new_one_is_found_out(
         self, policy: QwenImage21Policy, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The naive pairing is wrong before the first update: nearly every state is clipped."""
+        """The naive pairing is wrong before any update: it clips nearly half of the states."""
 
         def naive(mode: str, **velocities: Any) -> VelocityPair:
             return VelocityPair(velocities["conditional"], velocities["guided_old"])

@@ -214,6 +214,9 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
             "need categories of the measured prompts (general, landscape, portrait, typography)",
         ),
         ("run smoke stages.t2i_teacher.rollout.window=2", "set rollout.window=0"),
+        ("grpo stages.teacher.rollout.kernel=cps", "set rollout.noise_level=0.5"),
+        ("grpo stages.teacher.rollout.window_steps=[2,1]", "need window_steps in order"),
+        ("grpo stages.teacher.rollout.window_steps=[0,1,2]", "set rollout.window=3"),
         ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
         ("run smoke stages.t2i_teacher.lora={targets:[to_q,to_kk]}", "did you mean 'to_k'?"),
         ("run smoke stages.t2i_teacher.prompts.categories=[portrat]", "did you mean 'portrait'?"),
@@ -263,6 +266,18 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
 def test_bad_words_are_refused(arguments: str, words: str, refused: Refused) -> None:
     """Commands, options, recipes, keys, combinations, paths."""
     assert words in refused(*arguments.split())
+
+
+def test_a_mistyped_category_is_not_taken_for_another_one(refused: Refused) -> None:
+    weights = {"alignment": (0.6, 0.4), "quality": (0.4, 0.3), "portrait": (0.0, 0.3)}
+    said = refused(
+        "grpo",
+        *(
+            f"stages.teacher.rewards.{name}.weights={{default: {every}, portriat: {own}}}"
+            for name, (every, own) in weights.items()
+        ),
+    )
+    assert "got 'portriat'; did you mean 'portrait'?" in said
 
 
 def test_teachers_must_be_given(refused: Refused, model: Path) -> None:

@@ -61,6 +61,9 @@ class GrpoConfig(AnchoredConfig):
     conditional moves."""
     clip_range: float = Field(default=1e-5, gt=0)
     """On the normalised ratio, which is a mean over latent dimensions and stays close to 1."""
+    normalise_ratio: bool = True
+    """Free the ratio of each step of its drift and its scale, and weigh steps alike (GRPO-Guard,
+    arXiv 2510.22319); False is the ratio of the likelihoods themselves, for comparison."""
 
     @model_validator(mode="after")
     def _gain_is_read(self) -> "GrpoConfig":
@@ -137,12 +140,13 @@ class Grpo(Algorithm):
         jacobian, std = step.jacobian[:, None, None], step.std[:, None, None]
         # The sample was drawn around the guided mean; what is scored may have another.
         noise = batch.fields["noise"] + jacobian * (batch.fields["guided"] - pair.old) / std
-        ratio = log_ratio(noise, jacobian * (pair.new - pair.old), step.std, normalise=True)
+        normalise = self._config.normalise_ratio
+        ratio = log_ratio(noise, jacobian * (pair.new - pair.old), step.std, normalise=normalise)
         losses = clipped_policy_loss(
             ratio,
             batch.advantages,
             clip_range=self._config.clip_range,
-            weight=1 / step.jacobian.abs(),
+            weight=1 / step.jacobian.abs() if normalise else None,
         )
         clipped = is_clipped(ratio, batch.advantages, clip_range=self._config.clip_range)
         with torch.no_grad():
