@@ -434,6 +434,27 @@ def test_a_study_that_was_cut_off_goes_on_with_its_next_seed(
     assert all((out / f"seed-{seed}" / "report.html").is_file() for seed in (3, 4))
 
 
+def test_a_study_that_fails_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from burnish.cli import studies
+
+    ran: list[str] = []
+
+    def run(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
+        ran.append(name)
+        if name == "curation":
+            raise JobError("train/all: no space left", 1)
+        return {"folder": name}
+
+    monkeypatch.setattr(studies, "_study", run)
+    assert cli.main(["study", "--all"]) == 1
+    assert ran == studies.known_studies() and len(ran) > 8
+    said = capsys.readouterr().err
+    assert "burnish: curation: train/all: no space left" in said
+    assert f"1 of {len(ran)} studies failed (curation)" in said
+
+
 def test_prompts_are_curated_and_rewards_weighed(
     recipe: Path, tmp_path: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from burnish.cli.program import app
 from burnish.cli.recipes import known_recipes, recipe_path
 from burnish.cli.runs import carry_out
 from burnish.config import ConfigError, load, read_yaml
+from burnish.launcher import JobError
 
 
 @app.command(epilog="Example: burnish study judges study.seeds=[0,1] --out runs/studies/two")
@@ -39,9 +40,26 @@ def study(
     names = known_studies() if every else [name] if name is not None else []
     if not names:
         raise ConfigError(f"need a study, got none; the studies are {', '.join(known_studies())}")
-    found = [_study(one, list(overrides or ()), out) for one in names]
+    from burnish.tracking import RunError
+
+    found, failed = [], []
+    for one in names:
+        try:
+            found.append(_study(one, list(overrides or ()), out))
+        except (ConfigError, JobError, RunError) as error:
+            if not every:
+                raise
+            # A night's work does not end with the first study that does.
+            print(f"burnish: {one}: {error}", file=sys.stderr)
+            failed.append(one)
     if as_json:
         print(json.dumps({"studies": found}))
+    if failed:
+        raise JobError(
+            f"{len(failed)} of {len(names)} studies failed ({', '.join(failed)}); mend what they "
+            "say and start the same command again",
+            1,
+        )
 
 
 def known_studies() -> list[str]:
