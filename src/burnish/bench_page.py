@@ -12,10 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish import images, page
-from burnish.bench_tree import MIN_COVERAGE
 from burnish.benching import Sources
 from burnish.images import ImageError
-from burnish.significance import detectable
+from burnish.significance import MIN_COVERAGE, detectable
 from burnish.tables import shown
 from burnish.tracking import write_atomic, writing
 
@@ -73,6 +72,8 @@ def is_clear(gain: Mapping[str, Any]) -> bool:
 def why_invalid(found: Mapping[str, Any], name: str) -> str:
     """Why a model has no valid result."""
     own = found["models"][name]
+    if own["coverage"] >= MIN_COVERAGE:
+        return "its verdicts say nothing about the whole"
     reason = max(own["failed"], key=own["failed"].get, default="")
     return (
         f"{own['coverage']:.1%} of {own['expected']} questions have a verdict, "

@@ -3,8 +3,7 @@
 Prompts are the unit: pictures and questions of a prompt come along when it is drawn again, and a
 difference of two models draws the same prompts for both. P-values of the pillars are adjusted by
 Holm's rule for each model; those below the pillars would be many more questions, so that only
-intervals are told. Below `MIN_COVERAGE` of the questions answered a result is invalid: what is
-missing is not missing at random.
+intervals are told. Below `MIN_COVERAGE` of the questions answered a result is invalid.
 """
 
 from collections import Counter
@@ -19,12 +18,10 @@ from numpy import ndarray
 from burnish import significance
 from burnish.bench.base import Bench, Node, Share
 from burnish.questions import Item
+from burnish.significance import MIN_COVERAGE, MIN_PROMPTS
 from burnish.types import Failed
 
-MIN_COVERAGE = 0.99
 RESAMPLES = 10_000
-MIN_PROMPTS = 10
-"""Fewer prompts make no interval, as too few resamples differ."""
 _BLOCK = 500  # Resamples at once; keeps memory small with many nodes.
 
 Replies = Mapping[tuple[str, int, str], str | Failed]

@@ -81,7 +81,7 @@ class Taken:
     @property
     def replies_folder(self) -> str:
         """Name of the folder of the replies of this judge."""
-        return f"judged-{_digest(self.kind, dict(self.judge))}"
+        return f"judged-{_digest(self.kind, self.judge)}"
 
     @property
     def sources(self) -> Sources:

@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
+from burnish.significance import POWER
+
 ELO = 400 / np.log(10)
 """Points per unit of strength: ten to one are 400 points apart."""
 _TOLERANCE = 1e-7  # Of a strength; a hundred-thousandth of a point of Elo.
@@ -208,7 +210,7 @@ def detectable(num_clusters: int, spread: float = 0.5) -> float:
     those are found in four of five experiments at the level of 5 %, and near equality a score of
     0.5 + d is 4 d units of strength.
     """
-    return float(ELO * 4 * 2.8 * spread / np.sqrt(num_clusters))
+    return float(ELO * 4 * POWER * spread / np.sqrt(num_clusters))
 
 
 def order(strength: Float[ndarray, " player"]) -> Sequence[int]:

@@ -13,7 +13,11 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-_POWER = 2.8
+MIN_COVERAGE = 0.99
+"""Share of what was asked that must have an answer: what is missing is not missing at random."""
+MIN_PROMPTS = 10
+"""Fewer prompts make no interval, as too few resamples differ."""
+POWER = 2.8
 """Standard errors that are found in four of five experiments at the level of 5 %: 1.96 + 0.84."""
 
 
@@ -68,4 +72,4 @@ def detectable(num_prompts: int, spread: float) -> float:
     >>> round(detectable(100, 25.0), 1)
     7.0
     """
-    return _POWER * spread / float(np.sqrt(num_prompts))
+    return POWER * spread / float(np.sqrt(num_prompts))

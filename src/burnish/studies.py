@@ -26,13 +26,13 @@ from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
+from burnish.significance import MIN_COVERAGE
 from burnish.stages import all_scores, is_complete, job_folder, spent
 from burnish.study_page import write_study_page
 from burnish.study_table import markdown
 from burnish.summary import (
     HEADLINE,
     KNOWLEDGE,
-    MIN_COVERAGE,
     Number,
     knowledge_ids,
     ratio,

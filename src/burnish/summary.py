@@ -21,6 +21,7 @@ from burnish.evaluation import Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig
+from burnish.significance import MIN_COVERAGE
 from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
 
@@ -29,8 +30,6 @@ HEADLINE = "composite"
 
 KNOWLEDGE = ("likeness", "style")
 """Metrics of what no reward asks for, read on the knowledge prompts."""
-
-MIN_COVERAGE = 0.99  # Share of pictures with a score; below it a result is marked invalid.
 
 Number = dict[str, Any] | None
 """An `Estimate` as plain data, or None where it was not measured."""

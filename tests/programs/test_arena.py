@@ -65,6 +65,8 @@ def test_a_file_comes_back_and_foreign_keys_are_left_alone(tmp_path: Path) -> No
         (line(b="x"), "need two different models, got 'x' twice"),
         (line() + "\n" + line(), "x.jsonl:2: need one vote of a voter on a battle, got a second"),
         ("not json", "x.jsonl:1: need one JSON object a line"),
+        ("[" * 100_000, "x.jsonl:1: need one JSON object a line"),
+        (line(voter="\ud800"), "x.jsonl:1: need one JSON object a line"),
         ("[1]", "need the keys"),
         ("", "need at least one battle"),
     ],

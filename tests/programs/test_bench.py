@@ -257,6 +257,19 @@ def test_an_unreadable_reply_is_asked_again_only_where_that_is_wanted(
     assert len(server.sent) - count == 3
 
 
+def test_a_judge_that_applies_nothing_gives_no_valid_result(
+    server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
+) -> None:
+    """Every question has a verdict, and none of them a number; and a damaged result is no bar."""
+    drawn, out = pictures(tmp_path / "mine", checkout), tmp_path / "out"
+    out.mkdir()
+    (out / "bench.json").write_text('["spread"]')
+    server.reply = lambda body: grades(body).replace("2}", '"N/A"}')
+    done = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert done.code == 2 and "its verdicts say nothing about the whole" in done.err
+    assert json.loads((out / "bench.json").read_text())["models"]["mine"]["coverage"] == 1
+
+
 def test_a_question_that_the_server_refuses_is_lost_and_no_other(
     server: Server, checkout: Path, tmp_path: Path, burnish: Burnish
 ) -> None:
@@ -400,7 +413,7 @@ def test_the_released_file_is_read_without_any_judge(
     out = tmp_path / "out"
     done = burnish("bench", "read", checkout, settings["prompts"], "--out", out, "--base", "one")
     # Some of the reference's replies cannot be read, so the result is marked.
-    assert done.code == 2 and "invalid result" in done.err
+    assert done.code == 2 and "invalid result" in done.err and "--again" not in done.err
     found = json.loads((out / "bench.json").read_text())
     assert set(found["models"]) == {"one", "two"} and found["rows"][0]["gains"]["two"]["mean"]
 

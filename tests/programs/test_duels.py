@@ -82,9 +82,12 @@ def test_a_judge_who_only_likes_the_left_rates_nobody(
     assert max(abs(row["elo"] - 1000) for row in board["rows"]) < 1
 
 
-def test_what_was_answered_is_not_asked_again(judge: Judge, server: Server, tmp_path: Path) -> None:
+def test_what_was_answered_is_not_asked_again(
+    judge: Judge, server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server.reply = lambda body: 500 if len(server.sent) % 3 == 0 else "Choice: tie"
     assert judge() == 2 and not (tmp_path / "battles.jsonl").exists()
+    assert "status 500" in capsys.readouterr().err
     count = len(server.sent)
     server.reply = lambda body: "Choice: tie"
     assert judge() == 0

@@ -74,7 +74,7 @@ def _parsed(path: Path, text: str) -> Iterator[Battle]:
 def _battle(line: str, where: str) -> Battle:
     try:
         row = json.loads(line)
-        line.encode("utf-8")
+        # JSON can write half a character, which no page can hold.
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise ConfigError(f"{where}: need one JSON object a line, got {line[:60]!r}") from None

@@ -17,13 +17,12 @@ from numpy import ndarray
 from burnish import ratings
 from burnish.arena.battles import SCORES, Battle, by_category
 from burnish.config import ConfigError, nearest
+from burnish.significance import MIN_PROMPTS
 
 AT = 1000.0
 """Rating of the anchor."""
 RESAMPLES = 2000
 """Of prompts, for an interval."""
-MIN_PROMPTS = 10
-"""Fewer prompts make no interval, as too few resamples differ."""
 
 
 @dataclass(frozen=True)

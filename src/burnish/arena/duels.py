@@ -24,10 +24,9 @@ from burnish.ledger import Ledger, pin, read_ledger
 from burnish.progress import progress
 from burnish.questions import Asked, Item, Question, Slot
 from burnish.runtime import Runtime
+from burnish.significance import MIN_COVERAGE
 from burnish.types import Failed, Prompt
 
-MIN_COVERAGE = 0.99
-"""Share of the questions with a choice; below it there are no votes."""
 _CHOICES: Mapping[str, Winner] = {
     "first": "a", "second": "b", "tie": "tie", "both bad": "both_bad",
 }  # fmt: skip
@@ -127,7 +126,7 @@ def duel(
         for one in (_asked(contest, prompt, a, b), _asked(contest, prompt, b, a))
     ]
     digests: dict[Any, str] = {one.key: _digest(one) for one in asked}
-    said: dict[Any, str] = {
+    said: dict[Any, str | Failed] = {
         key: row["reply"]
         for row in read_ledger(folder, _REPLIES)
         if digests.get(key := (row.get("item"), 0, row.get("pair"))) == row.get("asked", "")
@@ -138,13 +137,11 @@ def duel(
     with progress("judge pairs", len(asked), done=len(said)) as bar:
         for one, reply in judge.answer([one for one in asked if one.key not in said]):
             row = {"item": one.item.id, "pair": one.question.name, "asked": digests[one.key]}
-            if isinstance(reply, Failed):
-                ledger.add([row | {"failed": reply.reason}])
-            else:
-                ledger.add([row | {"reply": reply}])
-                said[one.key] = reply
+            is_lost = isinstance(reply, Failed)
+            ledger.add([row | ({"failed": reply.reason} if is_lost else {"reply": reply})])
+            said[one.key] = reply
             bar.advance(1)
-    return _counted(contest, asked, said, str(judge.identity["model"]))
+    return _counted(asked, said, str(judge.identity["model"]))
 
 
 def _asked(contest: Contest, prompt: Prompt, a: str, b: str) -> Asked:
@@ -168,17 +165,16 @@ def _digest(one: Asked) -> str:
     return found.hexdigest()[:16]
 
 
-def _counted(
-    contest: Contest, asked: Sequence[Asked], said: Mapping[Any, str], model: str
-) -> Duels:
+def _counted(asked: Sequence[Asked], said: Mapping[Any, str | Failed], model: str) -> Duels:
     choices: dict[Any, Winner | Failed] = {
-        one.key: read_choice(said[one.key]) for one in asked if one.key in said
+        key: reply if isinstance(reply, Failed) else read_choice(reply)
+        for key, reply in said.items()
     }
     told: dict[Any, Winner] = {
         key: own for key, own in choices.items() if not isinstance(own, Failed)
     }
     if len(told) < MIN_COVERAGE * len(asked):
-        failed = next((own.reason for own in choices.values() if isinstance(own, Failed)), "lost")
+        failed = next(own.reason for own in choices.values() if isinstance(own, Failed))
         raise ConfigError(
             f"need a choice on {MIN_COVERAGE:.0%} of {len(asked)} questions, got {len(told)} "
             f"({failed}); mend the judge and start the same command with --again"

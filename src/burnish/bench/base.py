@@ -64,9 +64,10 @@ class Bench(ABC):
     def nodes(self) -> Sequence[Node]:
         """The tree in the order in which it is shown, every node after its parent."""
 
-    @abstractmethod
     def layout(self, item: Item, number: int) -> str:
-        """Relative path of a picture, as the official scorer expects it."""
+        """Relative path of a picture, as the official scorer expects it: `ID.png`, then
+        `ID-1.png`."""
+        return f"{item.id}.png" if number == 0 else f"{item.id}-{number}.png"
 
     @abstractmethod
     def questions(self, item: Item) -> Sequence[Question]:
@@ -96,11 +97,8 @@ class Bench(ABC):
         return item.prompt.source
 
     def judge(self) -> Judge | None:
-        """Who answers; None where the official scorer is a program of its own.
-
-        Raises:
-            ConfigError: none is configured.
-        """
+        """Who answers; None where nobody is named, or the official scorer is a program of its
+        own."""
         return None
 
     def companions(self, items: Sequence[Item]) -> Iterator[tuple[str, bytes]]:

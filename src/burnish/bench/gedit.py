@@ -121,7 +121,7 @@ class Gedit(Bench):
 
     def layout(self, item: Item, number: int) -> str:
         """`fullset/TASK/LANGUAGE/KEY.png`."""
-        return f"fullset/{item.id}{f'-{number}' if number else ''}.png"
+        return f"fullset/{super().layout(item, number)}"
 
     def companions(self, items: Sequence[Item]) -> Iterator[tuple[str, bytes]]:
         """The sources beside the edits."""

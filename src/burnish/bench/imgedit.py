@@ -82,10 +82,6 @@ class Imgedit(Bench):
         """The whole is the mean of the types."""
         return {OVERALL: [(kind,) for kind in TYPES]}
 
-    def layout(self, item: Item, number: int) -> str:
-        """`KEY.png`."""
-        return f"{item.id}.png" if number == 0 else f"{item.id}-{number}.png"
-
     def source(self, item: Item) -> bytes:
         """The picture that is edited."""
         return records.image_file(self._config.pictures, item.facts, "id", item.facts["where"])

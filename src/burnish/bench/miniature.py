@@ -74,10 +74,6 @@ class Miniature(Bench):
         """The whole tree."""
         return ancestors(FACETS)
 
-    def layout(self, item: Item, number: int) -> str:
-        """`ID.png`, then `ID-1.png`: the arena takes the first."""
-        return f"{item.id}.png" if number == 0 else f"{item.id}-{number}.png"
-
     def questions(self, item: Item) -> Sequence[Question]:
         """One: everything."""
         return (_QUESTION,)

@@ -85,10 +85,6 @@ class QwenImageBench(Bench):
         """Pillars, abilities, facets."""
         return ancestors(self._words.facets)
 
-    def layout(self, item: Item, number: int) -> str:
-        """A folder of pictures by ID; the official program is told where each one is."""
-        return f"{item.id}.png" if number == 0 else f"{item.id}-{number}.png"
-
     def companions(self, items: Sequence[Item]) -> Iterator[tuple[str, bytes]]:
         """The input of the official `judge.py`."""
         rows = [

@@ -96,7 +96,8 @@ def run(
         benching.judge_pictures(taken, place, kept, rt, label=name, again=again)
         replies[name] = benching.read_replies(taken, place, kept)
         shown[name] = {i.id: place / path for i, number, path in taken.places() if not number}
-    _finish(taken, replies, taken.judge, folder, base, shown, as_json)
+    advice = "ask what cannot be read with --again, or mend the judge"
+    _finish(taken, replies, taken.judge, folder, base, shown, as_json, advice)
 
 
 @bench.command(epilog="Example: burnish bench read geneval.yaml results.jsonl")
@@ -134,7 +135,8 @@ def read(
             found[name or model] = said
     folder = out or Path("bench") / f"{taken.kind}-read"
     judge = {"model": "official program", "file": digest_of([path for _, path in given])}
-    _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json)
+    advice = "take the result of a complete run of the official program"
+    _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json, advice)
 
 
 def _taken(which: str) -> "Taken":
@@ -215,11 +217,11 @@ def _base(given: str | None, names: Sequence[str]) -> str:
 
 def _known_spread(folder: Path) -> float | None:
     """How much prompts differ in the newest result there."""
-    path = folder / "bench.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["spread"]
-    except (OSError, ValueError, KeyError):
+        found = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["spread"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return found if isinstance(found, float) else None
 
 
 def _finish(
@@ -230,6 +232,7 @@ def _finish(
     base: str,
     pictures: Mapping[str, Mapping[str, Path]],
     as_json: bool,
+    advice: str,
 ) -> None:
     """Write and show a result; one that is invalid ends the command with an error."""
     from rich.console import Console
@@ -253,6 +256,5 @@ def _finish(
     if invalid:
         raise ConfigError(
             f"need a verdict on every question, got an invalid result for {invalid[0]}: "
-            f"{why_invalid(found, invalid[0])}; ask what cannot be read with --again, or mend the "
-            "judge"
+            f"{why_invalid(found, invalid[0])}; {advice}"
         )

@@ -93,14 +93,14 @@ def _detail(scene: Scene) -> _Detail:
 
 
 def quality(pixels: np.ndarray, seen: Scene) -> dict[str, float]:
-    """Sharpness, speckle, bands and any other misfit against what is seen; the worst counts.
+    """Sharpness, speckle, bands and any other misfit against what is seen.
 
     Args:
         pixels: `height width 3` in [0, 1].
         seen: the scene that explains the picture best.
 
     Returns:
-        Values in [0, 1]: 1 is as good as a clean picture.
+        Values in [0, 1] by name, 1 as good as a clean picture; the worst is a picture's quality.
     """
     right = _detail(seen)
     sharpness = float((_highpass(pixels) * right.fine).sum()) / right.energy
