@@ -27,7 +27,7 @@ from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
 from burnish.significance import MIN_COVERAGE
-from burnish.stages import all_scores, is_complete, job_folder, spent
+from burnish.stages import all_scores, is_complete, spent
 from burnish.study_page import write_study_page
 from burnish.study_table import markdown
 from burnish.summary import (
@@ -38,7 +38,7 @@ from burnish.summary import (
     ratio,
     read_run,
 )
-from burnish.tracking import Run, write_atomic, write_json, writing
+from burnish.tracking import write_atomic, write_json, writing
 
 
 def seed_folder(folder: Path, seed: int) -> Path:
@@ -48,8 +48,10 @@ def seed_folder(folder: Path, seed: int) -> Path:
 
 def of_seed(config: RunConfig, seed: int) -> RunConfig:
     """The run of one seed: what is asked, claimed and known of the recipe, and which other seeds
-    there are, is not part of it, so that all of it can change without running it again."""
-    return config.model_copy(update={"seed": seed, "study": None, "evidence": "untested"})
+    there are, is not part of it, so that all of it can change without running it again. Nor are
+    benches and arena, which the table does not read: `burnish run` takes them with the same run."""
+    plain = {"study": None, "evidence": "untested", "benches": {}, "arena": None}
+    return config.model_copy(update={"seed": seed, **plain})
 
 
 def check_comparisons(config: RunConfig) -> None:
@@ -87,38 +89,6 @@ def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
             write_atomic(here / "evaluation" / BASE / "DONE", "")
 
 
-def keep_arms(config: RunConfig, run: Path) -> list[str]:
-    """Take up the run of a study whose arms have changed: only those are run again.
-
-    A run with other settings besides is left as it is, for `Run.create` to refuse.
-
-    Args:
-        config: of the run now.
-        run: its folder, which need not exist.
-
-    Returns:
-        The arms whose results were dropped.
-    """
-    if not (run / "run.json").is_file():
-        return []
-    before = read_run(run)
-    if before == config or before.model_copy(update={"stages": config.stages}) != config:
-        return []
-    changed = [name for name, arm in before.stages.items() if config.stages.get(name) != arm]
-    stale = {f"{kind}/{name}" for name in changed for kind in ("train", "curate", "measure")}
-    for job, waits in config.jobs().items():
-        if stale & {job, *waits}:
-            # What was begun with the old results must not be resumed, either.
-            stale.add(job)
-    for job in stale:
-        place = job_folder(run, job)
-        # First the marker: a kill in between must not leave a complete job without its files.
-        (place / "DONE").unlink(missing_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
-    Run.open(run).rebind(config)
-    return changed
-
-
 def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]:
     """Compute the table of a study from its complete runs, and write it down.
 
@@ -137,7 +107,7 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
     if not done:
         raise ConfigError(f"need a complete run in {folder}, got none; run the study to its end")
     for seed in done:
-        if read_run(runs[seed]) != of_seed(config, seed):
+        if of_seed(read_run(runs[seed]), seed) != of_seed(config, seed):
             raise ConfigError(
                 f"need runs of these settings, got others in {runs[seed]}; choose another folder"
             )

@@ -74,7 +74,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             known = _read_facts(folder)
             _refuse_foreign(folder, config, known)
-            _lock(folder)
+            lock(folder)
             facts = known or {
                 "format": 1,
                 "burnish": __version__,
@@ -317,8 +317,17 @@ def _differences(there: Any, here: Any, path: str = "") -> Iterator[str]:
         yield f"{path}: {json.dumps(there)} there, {json.dumps(here)} here"
 
 
-def _lock(folder: Path) -> None:
-    """Keep other processes out of the folder while this one lives; a kill releases it."""
+def lock(folder: Path) -> None:
+    """Keep other processes out of a folder while this one lives; a kill releases it.
+
+    Args:
+        folder: made if missing.
+
+    Raises:
+        RunError: another process is in it.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     key = folder.resolve()
     if sys.platform == "win32":
         return

@@ -211,6 +211,9 @@ def test_an_interrupted_bench_goes_on_where_it_stopped(
     process = subprocess.Popen([*words, "--out", str(out)], stderr=subprocess.DEVNULL)
     while len(server.sent) < 12:
         time.sleep(0.02)
+    # A second one beside it would pay for the same replies.
+    beside = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
+    assert beside.code and "another process is running in it" in beside.err
     process.kill()
     process.wait()
     kept = next(out.glob("judged-*/mine/replies-0.jsonl"))

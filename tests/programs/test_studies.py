@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from burnish import studies
+from burnish import revision, studies
 from burnish.config import ConfigError, parse
 from burnish.curves import budgets
 from burnish.evaluation import Row, read_scores, write_rows
@@ -15,7 +15,7 @@ from burnish.guard import GuardConfig
 from burnish.launcher import pending
 from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
-from burnish.stages import is_complete
+from burnish.stages import is_complete, job_folder
 from burnish.study_table import markdown
 from burnish.tracking import Run, RunError, write_atomic
 from burnish.types import Prompt
@@ -177,11 +177,11 @@ def test_the_base_is_measured_once(tmp_path: Path) -> None:
 def test_only_arms_that_changed_are_run_again(tmp_path: Path) -> None:
     run = make_run(tmp_path, 0)
     config = studies.of_seed(make_config(tmp_path), 0)
-    assert studies.keep_arms(config, run) == [] and is_complete(run, "train/better")
+    assert revision.take_up(config, run, arms=True) == [] and is_complete(run, "train/better")
     changed = config.stages["better"].model_copy(update={"steps": 30})
     stages = {"plain": config.stages["plain"], "new": changed, "better": changed}
     other = config.model_copy(update={"stages": stages})
-    assert studies.keep_arms(other, run) == ["better"]
+    assert revision.take_up(other, run, arms=True) == ["better"]
     assert pending(run, other.jobs()) == {
         "train/new": (), "train/better": (),
         "measure/new": ("train/new",), "measure/better": ("train/better",),
@@ -189,7 +189,7 @@ def test_only_arms_that_changed_are_run_again(tmp_path: Path) -> None:
     # The folder is that of the new settings, and of no third ones.
     Run.create(run, other)
     third = other.model_copy(update={"seed": 5})
-    assert studies.keep_arms(third, run) == []
+    assert revision.take_up(third, run, arms=True) == []
     with pytest.raises(RunError, match="belongs to another run"):
         Run.create(run, third)
 
@@ -326,7 +326,44 @@ def test_what_was_made_of_a_changed_arm_is_made_again(tmp_path: Path) -> None:
         write_atomic(run / "evaluation" / name / "DONE", "")
     changed = own.stages["better"].model_copy(update={"steps": 30})
     other = own.model_copy(update={"stages": {**own.stages, "better": changed}})
-    assert studies.keep_arms(other, run) == ["better"]
+    assert revision.take_up(other, run, arms=True) == ["better"]
     assert is_complete(run, "train/plain") and is_complete(run, "measure/plain")
     for name in ("better", "soup", "after"):
         assert not (run / "stages" / name).exists() and not (run / "evaluation" / name).exists()
+
+
+def test_a_finished_run_is_given_benches_and_an_arena_later(tmp_path: Path) -> None:
+    """They are its only new jobs, the table of its study stays, and the study leaves them be."""
+    run = make_run(tmp_path, 0)
+    held_out = str(tmp_path / "held-out.jsonl")
+    later = {
+        "benches": {"t2i": {"kind": "miniature", "prompts": held_out}},
+        "arena": {"judge": {"kind": "oracle"}},
+    }
+    given = make_config(tmp_path, **later)
+    assert revision.take_up(given, run) == []
+    benches = {f"bench/{name}" for name in (BASE, "plain", "better")}
+    assert set(pending(run, given.jobs())) == {*benches, "arena/t2i"}
+    Run.create(run, given)
+    for job in (*benches, "arena/t2i"):
+        job_folder(run, job).mkdir(parents=True)
+        write_atomic(job_folder(run, job) / "DONE", "")
+    own = revision.with_later(studies.of_seed(make_config(tmp_path), 0), run)
+    assert own == given and revision.take_up(own, run, arms=True) == []
+    assert pending(run, own.jobs()) == {}
+    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+    assert found["seeds"] == [0]
+    # Other votes are cast again, and nothing else is done.
+    later["arena"] = {"judge": {"kind": "oracle"}, "raters": {"count": 9}}
+    other = make_config(tmp_path, **later)
+    revision.take_up(other, run)
+    assert set(pending(run, other.jobs())) == {"arena/t2i"}
+
+
+def test_a_run_is_given_nothing_that_would_change_its_results(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 0)
+    before = (run / "config.yaml").read_bytes()
+    stages = {"plain": {**make_config(tmp_path).model_dump()["stages"]["plain"], "steps": 30}}
+    for changes in ({"seed": 5}, {"stages": stages}):
+        assert revision.take_up(make_config(tmp_path, **changes), run) == []
+        assert (run / "config.yaml").read_bytes() == before

@@ -75,6 +75,7 @@ def run(
     """
     from burnish import benching, runtime
     from burnish.bench_page import power
+    from burnish.tracking import lock
 
     taken = _taken(which)
     folder = out or Path("bench") / taken.kind
@@ -82,6 +83,9 @@ def run(
     base = _base(base, list(found))
     print(power(len(taken.items), _known_spread(folder), taken.bench.scale))
     rt = runtime.start()
+    if rt.is_main:
+        # Or two would pay for the same replies.
+        lock(folder)
     pictures = {
         name: _pictures(taken, name, source, folder, rt, seed) for name, source in found.items()
     }

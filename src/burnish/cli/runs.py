@@ -89,7 +89,7 @@ def carry_out(
         force: drop what is there.
         before: called when the folder exists and no job runs yet.
     """
-    from burnish import preflight, runtime
+    from burnish import preflight, revision, runtime
     from burnish.tracking import Run
 
     preflight.check_inputs(config)
@@ -99,6 +99,7 @@ def carry_out(
     # Absolute, because the settings of a stage hold the folders of its teachers.
     folder = folder.resolve()
     is_new = not folder.exists()
+    revision.take_up(config, folder)
     Run.create(folder, config, command=shlex.join(["burnish", *sys.argv[1:]]), environment=here)
     if before is not None:
         before()

@@ -74,7 +74,7 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from burnish import report, studies
+    from burnish import report, revision, studies
     from burnish.run_config import RunConfig
 
     config = load(RunConfig, path, overrides)
@@ -87,13 +87,14 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     seeds = config.study.seeds
     for seed in seeds:
         run = studies.seed_folder(folder, seed)
-        for arm in studies.keep_arms(studies.of_seed(config, seed), run):
+        own = revision.with_later(studies.of_seed(config, seed), run)
+        for arm in revision.take_up(own, run, arms=True):
             print(
                 f"burnish: note: {arm} of seed {seed} has other settings, it is run again",
                 file=sys.stderr,
             )
         before = partial(studies.share_base, folder, seeds, seed)
-        carry_out(studies.of_seed(config, seed), run, before=before)
+        carry_out(own, run, before=before)
         report.write_report(run)
     command = shlex.join(["burnish", "study", name, *overrides])
     found = studies.write_study(config, folder, command)

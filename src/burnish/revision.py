@@ -1,0 +1,80 @@
+"""Take up a run whose settings have changed, without doing again what they do not touch.
+
+A run folder belongs to one configuration, because results of two must never be mixed. Some settings
+decide no result that is there: what is said of the recipe, and which benches are taken and who
+votes in the arena, which only read what was trained. A finished run may be given those later, or
+others. A study's arms do not know each other, so an arm that has changed is run again alone.
+"""
+
+import shutil
+from pathlib import Path
+
+from burnish.run_config import RunConfig
+from burnish.stages import job_folder
+from burnish.summary import read_run
+from burnish.tracking import Run, lock
+
+_FREE = ("study", "evidence", "benches", "arena")
+"""Settings that a run may be given at any time."""
+
+
+def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]:
+    """Bind the folder to settings that differ from its own only where they may.
+
+    A run that differs in more is left as it is, for `Run.create` to refuse.
+
+    Args:
+        config: of the run now.
+        folder: of the run, which need not exist.
+        arms: whether stages may differ, too; results of those, and all that was made of them, are
+            dropped.
+
+    Returns:
+        The stages whose results were dropped.
+
+    Raises:
+        RunError: another process is in the folder.
+    """
+    if not (folder / "run.json").is_file():
+        return []
+    before = read_run(folder)
+    loose = (*_FREE, "stages") if arms else _FREE
+    same = {name: getattr(config, name) for name in loose}
+    if before == config or before.model_copy(update=same) != config:
+        return []
+    # Before anything is touched: its run may be going on.
+    lock(folder)
+    changed = [name for name, arm in before.stages.items() if config.stages.get(name) != arm]
+    _drop(config, folder, changed)
+    for job in {*before.jobs(), *config.jobs()}:
+        kind, _ = job.split("/", 1)
+        # Pictures and replies stay: whatever has not changed in a bench is not asked again.
+        is_stale = (kind == "bench" and before.benches != config.benches) or (
+            kind == "arena" and before.arena != config.arena
+        )
+        if is_stale:
+            (job_folder(folder, job) / "DONE").unlink(missing_ok=True)
+    Run.open(folder).rebind(config)
+    return changed
+
+
+def with_later(config: RunConfig, folder: Path) -> RunConfig:
+    """The settings of a run with what its folder was given since it was begun."""
+    if not (folder / "run.json").is_file():
+        return config
+    before = read_run(folder)
+    return config.model_copy(update={name: getattr(before, name) for name in _FREE})
+
+
+def _drop(config: RunConfig, folder: Path, stages: list[str]) -> None:
+    """Results of stages, and of every job that waits for one of those."""
+    stale = {f"{kind}/{name}" for name in stages for kind in ("train", "curate", "measure")}
+    for job, waits in config.jobs().items():
+        if stale & {job, *waits}:
+            # What was begun with the old results must not be resumed, either.
+            stale.add(job)
+    for job in stale:
+        place = job_folder(folder, job)
+        # First the marker: a kill in between must not leave a complete job without its files.
+        (place / "DONE").unlink(missing_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
