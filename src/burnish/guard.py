@@ -4,15 +4,16 @@ A policy that is trained against a judge long enough finds what the judge can be
 reward goes on rising while the pictures get worse (arXiv 2606.27608, section 4.2, saw it within few
 iterations when all timesteps were trained). So every few steps the policy draws the same pictures
 of prompts that it is not trained on, another scorer reads them, and a rule compares. Beside the
-score stand figures that a cheat moves: sharpness, saturation, roughness and diversity of the
-pictures (`burnish.traits`), and how much guidance the conditional branch has absorbed.
+score stand figures that a cheat moves: what further scorers say, sharpness, saturation, roughness
+and diversity of the pictures (`burnish.traits`), whether named people and styles are still known,
+and how much guidance the conditional branch has absorbed.
 
     guard/looks.jsonl        a row for each look, with the score of every prompt
     guard/start.safetensors  states and velocities of the start, for the absorption
     guard/step-.../          the weights with the best score so far
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ from burnish.flow import add_noise
 from burnish.guidance import absorption, unconditional_from
 from burnish.looks import Look, Looks, Watch
 from burnish.policies.base import Policy
-from burnish.prompts import read_prompts
+from burnish.prompts import read_prompts, spaced
+from burnish.rewards.base import Reward
 from burnish.rollout import RolloutConfig, draw
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
@@ -37,17 +39,35 @@ from burnish.tracking import RunError, writing
 from burnish.types import Prompt, Scored, ScoreRequest, Task
 
 Verdict = Literal["fine", "hacked"]
+FOLDER = "guard"
+"""Of the looks, in the folder of the stage's run."""
 _LEVELS = (0.9, 0.6, 0.3)
 """Noise levels at which absorption is measured."""
 _STATES = 8
 """Pictures on which it is."""
 
 
+class RetentionConfig(Config):
+    """What a policy knew before and no reward asks for."""
+
+    prompts: str = "embedded:prompts/knowledge.jsonl"
+    """Of named people and styles."""
+    num_prompts: int = Field(default=32, ge=2)
+    """At even distances; one picture each."""
+    judge: AnyReward | None = None
+    """Scores them, and everything in the details of its scores is told; None is the guard's."""
+
+
 class GuardConfig(Config):
     """When a stage looks whether its reward is still worth following, and what it does if not."""
 
     judge: AnyReward
-    """Scores the pictures; it should be none of the rewards."""
+    """Scores the pictures, and the rule goes by it; it should be none of the rewards."""
+    others: Mapping[str, AnyReward] = {}
+    """Further scorers of the same pictures, by names of yours: told beside it, no part of the
+    rule."""
+    retention: RetentionConfig | None = None
+    """None does not look."""
     every: int = Field(default=8, ge=1)
     """Steps between two looks."""
     prompts: str = "embedded:prompts/held-out.jsonl"
@@ -125,9 +145,11 @@ class Guard(Watch):
         """
         self._config, self._rollout = config, rollout
         self.looks = Looks(
-            folder / "guard", every=config.every, step=step, value=lambda look: look["held_out"]
+            folder / FOLDER, every=config.every, step=step, value=lambda look: look["held_out"]
         )
-        self._reward = config.judge.build()
+        self._judge = config.judge.build()
+        self._others = {name: reward.build() for name, reward in config.others.items()}
+        self._known = _Retention(config.retention, self._judge, tasks)
         every = read_prompts(located(config.prompts))
         self._prompts: list[Prompt] = []
         for task in tasks:
@@ -149,16 +171,16 @@ class Guard(Watch):
         self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
     ) -> dict[str, float]:
         """Draw, score, compare and remember."""
-        with rt.autocast():
-            pictures = self._draw(policy)
-            absorbed = self._absorbed(policy, pictures)
-        scores = self._scores(pictures)
-        if not scores:
-            raise RunError(
-                f"need held-out pictures that guard.judge can score, got none of {len(pictures)}; "
-                "choose a judge that has a say on these prompts"
-            )
         seeds = self._config.num_seeds
+        with rt.autocast():
+            pictures = self._draw(policy, self._prompts, seeds)
+            known = self._draw(policy, self._known.prompts, 1)
+            absorbed = self._absorbed(policy, pictures)
+        scores = self._scores("judge", self._judge, pictures)
+        others = {
+            name: float(np.mean(list(self._scores(f"others.{name}", reward, pictures).values())))
+            for name, reward in self._others.items()
+        }
         grouped = pictures.reshape(-1, seeds, *pictures.shape[1:])
         found = {
             "sharpness": float(traits.sharpness(pictures).mean()),
@@ -173,6 +195,8 @@ class Guard(Watch):
             "reward": reward,
             "held_out": held_out,
             "verdict": "fine",
+            "others": others,
+            "retention": self._known.kept(known),
             "traits": found,
             "scores": scores,
         }
@@ -183,6 +207,8 @@ class Guard(Watch):
             "guard/held_out": held_out,
             "guard/hacked": float(look["verdict"] == "hacked"),
             **{f"guard/{name}": value for name, value in found.items()},
+            **{f"guard/others/{name}": value for name, value in others.items()},
+            **{f"guard/retention/{name}": value for name, value in look["retention"].items()},
         }
 
     def restore(self, policy: Policy[Any, Any]) -> None:
@@ -197,33 +223,39 @@ class Guard(Watch):
             )
         self.looks.restore(policy)
 
-    def _draw(self, policy: Policy[Any, Any]) -> Float[Tensor, "picture 3 height width"]:
-        seeds = self._config.num_seeds
-        prompts = [prompt for prompt in self._prompts for _ in range(seeds)]
+    def _draw(
+        self, policy: Policy[Any, Any], prompts: Sequence[Prompt], seeds: int
+    ) -> Float[Tensor, "picture 3 height width"]:
+        """Pictures of prompts, those of one prompt together; the same noise at every look."""
+        if not prompts:
+            return torch.empty(0, 3, 1, 1)
+        each = [prompt for prompt in prompts for _ in range(seeds)]
         noises = [
             runtime.derived_seed(0, "guard", prompt.id, place % seeds)
-            for place, prompt in enumerate(prompts)
+            for place, prompt in enumerate(each)
         ]
         return draw(
             policy,
-            prompts,
+            each,
             num_steps=self._config.num_steps or self._rollout.num_steps,
             guidance=self._rollout.guidance,
             seeds=noises,
             micro_batch=self._rollout.micro_batch,
         )
 
-    def _scores(self, pictures: Float[Tensor, "picture 3 height width"]) -> dict[str, float]:
+    def _scores(
+        self, key: str, reward: Reward, pictures: Float[Tensor, "picture 3 height width"]
+    ) -> dict[str, float]:
         """Mean score of each prompt's pictures; prompts without any are missing."""
-        seeds = self._config.num_seeds
-        asked = [prompt for prompt in self._prompts for _ in range(seeds)]
-        answers = self._reward.score(
-            [ScoreRequest(prompt=p, image=i) for p, i in zip(asked, pictures, strict=True)]
-        )
+        asked = [prompt for prompt in self._prompts for _ in range(self._config.num_seeds)]
         found: dict[str, list[float]] = {}
-        for prompt, answer in zip(asked, answers, strict=True):
-            if isinstance(answer, Scored):
-                found.setdefault(prompt.id, []).append(answer.value)
+        for prompt, answer in _answers(reward, asked, pictures):
+            found.setdefault(prompt.id, []).append(answer.value)
+        if not found:
+            raise RunError(
+                f"need held-out pictures that guard.{key} can score, got none of {len(pictures)}; "
+                "choose a judge that has a say on these prompts"
+            )
         return {name: float(np.mean(values)) for name, values in found.items()}
 
     def _absorbed(
@@ -280,3 +312,45 @@ class Guard(Watch):
             self._rollout.guidance_scale,
         )
         return guided.float().cpu().contiguous(), conditional.float().cpu().contiguous()
+
+
+class _Retention:
+    """Whether what no reward asks for is still known."""
+
+    def __init__(
+        self, config: RetentionConfig | None, judge: Reward, tasks: Sequence[Task]
+    ) -> None:
+        self.prompts: list[Prompt] = []
+        self._judge = judge
+        if config is None:
+            return
+        known = [p for p in read_prompts(located(config.prompts)) if p.task in tasks]
+        if not known:
+            raise ConfigError(
+                f"guard.retention: need prompts of task {' or '.join(tasks)}, got none in "
+                f"{config.prompts}; give others, or leave `retention` out"
+            )
+        self.prompts = spaced(known, config.num_prompts)
+        if config.judge is not None:
+            self._judge = config.judge.build()
+
+    def kept(self, pictures: Float[Tensor, "picture 3 height width"]) -> dict[str, float]:
+        """Mean of everything in the details of the scores, or of the scores where there are none;
+        empty if nobody looks."""
+        found: dict[str, list[float]] = {}
+        for _, answer in _answers(self._judge, self.prompts, pictures):
+            for name, value in (answer.detail or {"score": answer.value}).items():
+                found.setdefault(name, []).append(value)
+        return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def _answers(
+    reward: Reward, prompts: Sequence[Prompt], pictures: Float[Tensor, "picture 3 height width"]
+) -> Iterator[tuple[Prompt, Scored]]:
+    """The scores that there are; without prompts nobody is asked."""
+    if not prompts:
+        return
+    requests = [ScoreRequest(prompt=p, image=i) for p, i in zip(prompts, pictures, strict=True)]
+    for prompt, answer in zip(prompts, reward.score(requests), strict=True):
+        if isinstance(answer, Scored):
+            yield prompt, answer

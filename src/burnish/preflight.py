@@ -23,6 +23,7 @@ from burnish import __version__, images, rollout, runtime
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
+from burnish.guard import GuardConfig
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
@@ -90,7 +91,15 @@ def _rewards(config: RunConfig) -> Iterator[tuple[str, RewardConfig]]:
         for reward, settings in stage.rewards.items():
             yield f"stages.{name}.rewards.{reward}", settings
         if stage.guard is not None:
-            yield f"stages.{name}.guard.judge", stage.guard.judge
+            yield from _of_guard(f"stages.{name}.guard", stage.guard)
+
+
+def _of_guard(key: str, guard: GuardConfig) -> Iterator[tuple[str, RewardConfig]]:
+    yield f"{key}.judge", guard.judge
+    for name, reward in guard.others.items():
+        yield f"{key}.others.{name}", reward
+    if guard.retention is not None and guard.retention.judge is not None:
+        yield f"{key}.retention.judge", guard.retention.judge
 
 
 def _check_adapters(stage: StageConfig) -> None:

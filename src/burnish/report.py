@@ -18,6 +18,7 @@ from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.fixed_states import FOLDER as FIXED_STATES
 from burnish.galleries import TASKS, in_words, with_galleries
+from burnish.guard import FOLDER as GUARD
 from burnish.looks import LOOKS
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.standings import arena_results, bench_results
@@ -26,7 +27,7 @@ from burnish.tracking import Run, read_rows, write_atomic, writing
 
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
 _TAUGHT = ("student", "teacher", "merge", *(f"arm-{place}" for place in range(3, 10)))
-"""Colours of the curves of a student, one for each teacher."""
+"""Colours of several curves in one chart: of a student, one for each teacher."""
 _COLUMNS = {
     "base": "base",
     "teacher": "teacher",
@@ -223,3 +224,35 @@ def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, An
         for reward in stage.rewards:
             line = series(reward, "teacher", f"reward/{reward}")
             yield chart(name, f"reward: {reward}", [line], last=last, end=end)
+    yield from _guard_charts(name, read_rows(folder / "stages" / name / GUARD / LOOKS), stage.steps)
+
+
+def _guard_charts(
+    name: str, looks: Sequence[Mapping[str, Any]], steps: int
+) -> Iterator[dict[str, Any]]:
+    """What the guard of a stage saw: held-out scores, what is still known, guidance absorbed."""
+
+    def line(label: str, values: Sequence[float | None], place: int) -> Line:
+        points = [
+            (float(look["step"]), value)
+            for look, value in zip(looks, values, strict=True)
+            if value is not None
+        ]
+        return {"label": label, "colour": _TAUGHT[place % len(_TAUGHT)], "points": points}
+
+    def several(key: str, first: int) -> list[Line]:
+        names = dict.fromkeys(n for look in looks for n in look.get(key, {}))
+        return [
+            line(one, [look.get(key, {}).get(one) for look in looks], place)
+            for place, one in enumerate(names, first)
+        ]
+
+    judge = line("judge", [look["held_out"] for look in looks], 0)
+    absorbed = line("absorbed", [look["traits"]["absorbed_guidance"] for look in looks], 0)
+    for words, lines in (
+        ("held-out score, looks of the guard", [judge, *several("others", 1)]),
+        ("what no reward asks for, looks of the guard", several("retention", 0)),
+        ("guidance absorbed, looks of the guard", [absorbed]),
+    ):
+        if any(one["points"] for one in lines):
+            yield chart(name, words, lines, last=float(steps), end=f"{steps} steps")

@@ -103,7 +103,8 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
     if config.study is None:
         raise ConfigError(f"need a recipe with `study:`, got {config.name}")
     runs = {seed: seed_folder(folder, seed) for seed in config.study.seeds}
-    done = [s for s, p in runs.items() if all(is_complete(p, job) for job in config.jobs())]
+    needed = of_seed(config, 0).jobs()
+    done = [s for s, p in runs.items() if all(is_complete(p, job) for job in needed)]
     if not done:
         raise ConfigError(f"need a complete run in {folder}, got none; run the study to its end")
     for seed in done:

@@ -11,7 +11,7 @@ import torch
 
 from burnish import runtime
 from burnish.config import ConfigError, parse
-from burnish.guard import Guard, GuardConfig, verdict
+from burnish.guard import Guard, GuardConfig, RetentionConfig, verdict
 from burnish.looks import Look
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.rewards.base import Reward
@@ -111,7 +111,7 @@ def policy() -> QwenImage21Policy:
 def guard(folder: Path, values: Sequence[float | None], step: int = 0, **changes: Any) -> Guard:
     config = GuardConfig(judge=OracleConfig(), num_prompts=8, every=4, **changes)
     made = Guard(config, ROLLOUT, ["t2i", "edit"], folder, step=step)
-    made._reward = Scripted(values)
+    made._judge = Scripted(values)
     return made
 
 
@@ -152,6 +152,39 @@ class TestGuard:
         rows = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
         assert [row["verdict"] for row in rows] == ["fine", "fine", "hacked"]
         assert [len(row["scores"]) for row in rows] == [16, 16, 16]
+
+    def test_what_others_say_and_what_is_still_known_is_told_beside_the_rule(
+        self, policy: QwenImage21Policy, tmp_path: Path
+    ) -> None:
+        config = GuardConfig(
+            judge=OracleConfig(),
+            others={"beauty": OracleConfig(dimension="quality")},
+            retention=RetentionConfig(),
+            num_prompts=8,
+        )
+        watch = Guard(config, ROLLOUT, ["t2i"], tmp_path, step=0)
+        found = watch.look(policy, 0, None, CPU)
+        (row,) = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
+        assert {"likeness", "style"} <= row["retention"].keys()
+        assert all(0 <= value <= 1 for value in row["retention"].values())
+        assert found["guard/others/beauty"] == row["others"]["beauty"] != row["held_out"]
+        assert found["guard/retention/style"] == row["retention"]["style"]
+        # The same pictures again: nothing has moved, so nothing differs.
+        watch.look(policy, 8, 1.0, CPU)
+        again = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()][1]
+        assert (again["retention"], again["others"]) == (row["retention"], row["others"])
+
+    def test_retention_needs_prompts_and_is_off_by_default(self, tmp_path: Path) -> None:
+        config = GuardConfig(judge=OracleConfig(), num_prompts=8)
+        assert config.retention is None and config.others == {}
+        held_out = "embedded:prompts/held-out.jsonl"
+        for task, path in (("edit", RetentionConfig().prompts), ("t2i", held_out)):
+            asked = config.model_copy(update={"retention": RetentionConfig(prompts=path)})
+            if task == "t2i":
+                assert Guard(asked, ROLLOUT, [task], tmp_path / task, step=0)
+            else:
+                with pytest.raises(ConfigError, match="need prompts of task edit, got none"):
+                    Guard(asked, ROLLOUT, [task], tmp_path / task, step=0)
 
     def test_to_warn_ends_nothing_and_to_stop_gives_nothing_back(
         self, policy: QwenImage21Policy, tmp_path: Path
