@@ -139,8 +139,11 @@ def calibrate(rows: Sequence[Profile], configs: Mapping[str, RewardConfig]) -> d
             for category, own in parts.items()
         },
         "correlation": {
-            f"{left} {right}": correlation(rows, left, right)
-            for left, right in itertools.combinations(configs, 2)
+            category: {
+                f"{left} {right}": correlation(own, left, right)
+                for left, right in itertools.combinations(configs, 2)
+            }
+            for category, own in {"all": rows, **parts}.items()
         },
         "weights": propose(rows, configs),
     }

@@ -98,6 +98,10 @@ def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     own, place = config.curated(name), job_folder(folder, f"curate/{name}")
     Run.create(place, own, environment=rt.describe())
     measure_prompts(own, own.prompts.read(), _start(config, folder, name, rt), place, rt)
+    for other in config.stages:
+        # An empty pool ends the job that measured it, before any stage that trains on one.
+        if config.profile_of(other) == name:
+            _chosen(config, folder, other)
 
 
 def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:

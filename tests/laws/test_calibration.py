@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from burnish.calibration import correlation, loudness, propose
+from burnish.calibration import calibrate, correlation, loudness, propose
 from burnish.rewards.oracle import OracleConfig
 
 CONFIGS = {
@@ -67,6 +67,15 @@ def test_rewards_that_go_together_are_found_inside_groups(rho: float) -> None:
         rho, abs=0.05
     )
     assert correlation(rows("general", 0.0, 1.0, count=9), "alignment", "portrait") is None
+
+
+def test_how_rewards_go_together_is_told_for_each_category() -> None:
+    some = [*rows("general", 1.0, 1.0, rho=0.9), *rows("typography", 1.0, 1.0, rho=-0.5)]
+    found = calibrate(some, CONFIGS)["correlation"]
+    planted = {"all": 0.2, "general": 0.9, "typography": -0.5}
+    assert {name: pairs["alignment quality"] for name, pairs in found.items()} == pytest.approx(
+        planted, abs=0.05
+    )
 
 
 def test_weights_sum_to_one_and_what_is_heard_keeps_its_own() -> None:

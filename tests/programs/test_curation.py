@@ -1,6 +1,10 @@
 """Prompts are kept by what their groups' rewards say, and a stopped measurement goes on."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from burnish import runtime
 from burnish.config import ConfigError, located, parse
@@ -25,6 +30,8 @@ from burnish.curation import (
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.rewards.oracle import OracleConfig
+from burnish.run_config import RunConfig
+from burnish.stages import is_complete, run_job
 from burnish.types import Failed, Group, Prompt, Score, Scored, Trajectory
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -164,3 +171,61 @@ def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same(tmp_path: Path
     # A prompt that asks for something else now is measured again.
     other = [replace(prompts[0], text="a cat"), *prompts[1:]]
     assert len(read_profile(whole, other)) == 4
+
+
+RECIPE = """
+name: shared
+policy: {resolution: 64}
+runtime: {device: cpu, threads: 1}
+stages:
+  teacher:
+    prompts: {path: "embedded:prompts/train.jsonl", tasks: [t2i], limit: 5}
+    rollout: {num_steps: 2, group_size: 3, window: 0, keep: none}
+    rewards: {quality: {kind: oracle, dimension: quality}}
+    algorithm: {kind: nft}
+judge: {kind: oracle}
+"""
+
+
+def test_two_processes_keep_what_one_keeps(tmp_path: Path) -> None:
+    """Two real processes over gloo, started as torchrun starts them."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+
+    def curate(out: Path, ranks: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        command = [sys.executable, "-m", "burnish", "curate", str(recipe), "teacher"]
+        command += ["--keep", "chance=null", "--keep", "top=0.4", "--out", str(out)]
+        started = []
+        for rank in range(ranks):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env = os.environ | (shared | place if ranks > 1 else {})
+            started.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
+        for process in started:
+            assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
+
+    curate(tmp_path / "one", 1)
+    curate(tmp_path / "two", 2)
+    shares = [len((tmp_path / f"two/profile-{n}.jsonl").read_text().splitlines()) for n in (0, 1)]
+    assert shares == [3, 2]
+    kept, ranges = [], []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        lines = "".join(path.read_text() for path in folder.glob("profile-*.jsonl")).splitlines()
+        found = sorted((json.loads(line) for line in lines), key=lambda row: row["prompt"])
+        ranges.append([row["range"] for row in found])
+        kept.append((folder / "kept.jsonl").read_text())
+    # A batch of another shape rounds otherwise.
+    assert ranges[0] == pytest.approx(ranges[1], abs=1e-4)
+    assert kept[0] == kept[1]
+
+
+def test_an_empty_pool_ends_the_job_that_measured_it(tmp_path: Path) -> None:
+    stage = "stages.teacher.curation={chance: null, min_range: 100}"
+    config = parse(RunConfig, yaml.safe_load(RECIPE), [stage, "stages.teacher.prompts.limit=2"])
+    with pytest.raises(ConfigError, match=r"need prompts of task t2i to keep, got none of 2"):
+        run_job(config, tmp_path, "curate/teacher", CPU)
+    # Another rule measures nothing again.
+    assert len((tmp_path / "curation/teacher/profile-0.jsonl").read_text().splitlines()) == 2
+    assert not is_complete(tmp_path, "curate/teacher")

@@ -151,5 +151,7 @@ def _show_loudness(found: dict[str, Any]) -> None:
                 f"groups, {heard['signal']:.0%} of it signal, {heard['saturated']:.0%} of "
                 f"{heard['prompts']} groups below the floor"
             )
-    for pair, value in found["correlation"].items():
-        print(f"correlation of {pair}: {'none' if value is None else f'{value:.2f}'}")
+    for category, pairs in found["correlation"].items():
+        for pair, value in pairs.items():
+            told = "none" if value is None else f"{value:.2f}"
+            print(f"{category}, correlation of {pair}: {told}")
