@@ -37,9 +37,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from burnish.guidance import compose
 from burnish.policies.base import Prefix
-from burnish.policies.qwen_assembly import assemble, byte_tokenizer
-from burnish.policies.qwen_encoding import SLOT_TOKENS, EncodedPrompt, QwenCondition
+from burnish.policies.qwen_assembly import assemble
+from burnish.policies.qwen_encoding import SLOT_TOKENS, QwenCondition, QwenPrompt
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.policies.qwen_tokens import byte_tokenizer
 from burnish.rollout import RolloutConfig, sample
 from burnish.types import Prompt, Task, Trajectory
 
@@ -51,7 +52,7 @@ TEXTS = ("two red cats", "a house at night", "the word SUN", "a smiling woman", 
 class FullPrefix(Prefix):
     """No prefix at all: the prompts, to be run again in every call."""
 
-    prompts: tuple[EncodedPrompt, ...]
+    prompts: tuple[QwenPrompt, ...]
 
     @property
     def num_rows(self) -> int:

@@ -5,12 +5,11 @@ Sizes are given as differences from a small default; everything that has to agre
 encoder and transformer do not fit.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
-
 from burnish import runtime
+from burnish.policies.qwen_tokens import SPECIAL_TOKENS
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()
@@ -28,7 +27,6 @@ from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa:
 from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
-    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -41,16 +39,6 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
-SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
 # The pipeline measures its system message with this template and writes the rest itself.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -60,27 +48,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Qwen's tokenizer class with one token per byte and the special tokens that the pipeline
-    needs."""
-    alphabet = sorted(ByteLevel.alphabet())
-    return learned_tokenizer({symbol: number for number, symbol in enumerate(alphabet)}, [])
-
-
-def learned_tokenizer(
-    vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
-) -> PreTrainedTokenizerBase:
-    """Qwen's tokenizer class around byte pairs learnt elsewhere, with the pipeline's special
-    tokens."""
-    # Its annotation says text, its code also takes the pairs that a learner gives.
-    pairs: Any = list(merges)
-    return Qwen2Tokenizer(
-        vocab=dict(vocabulary),
-        merges=pairs,
-        additional_special_tokens=list(SPECIAL_TOKENS[1:]),
-    )
 
 
 def assemble(

@@ -3,12 +3,10 @@
 Decided here: prompts of one batch may differ in length and edits in their source image, although
 one call of the pipeline shares one set of images; the target is always a square of `resolution`
 pixels, also where the source is not; noise is drawn in float32; a drawn image's alpha is dropped.
-The pipeline object keeps all modules, so what is saved draws without Burnish.
 """
 
 import copy
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,26 +14,24 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from burnish import runtime
 from burnish.config import ConfigError
-from burnish.guidance import compose
-from burnish.policies.base import Policy, Work
-from burnish.policies.qwen_assembly import assemble, byte_tokenizer
+from burnish.policies.pipelines import PipelinePolicy, check_rows
+from burnish.policies.qwen_assembly import assemble
 from burnish.policies.qwen_encoding import (
     SLOT_TOKENS,
-    EncodedPrompt,
-    PromptEncoder,
     QwenCondition,
+    QwenPrompt,
+    QwenReader,
     encode_pixels,
-    hash_json,
     latent_statistics,
-    source_image,
 )
 from burnish.policies.qwen_prefix import KeyValueStore, QwenPrefix
+from burnish.policies.qwen_tokens import byte_tokenizer
+from burnish.policies.reading import source_image
 from burnish.types import Prompt, Task
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
@@ -48,10 +44,11 @@ from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import (  # noqa: E402
 )
 
 
-class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
+class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
     """A `diffusers.QwenImage21Pipeline` as a policy."""
 
     family: ClassVar[str] = "qwen_image21"
+    pipeline_class: ClassVar[type] = QwenImage21Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
     block_class: ClassVar[str] = "QwenImage21TransformerBlock"
     guidance_argument: ClassVar[str] = "true_cfg_scale"
@@ -69,70 +66,18 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     def __init__(
         self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
     ) -> None:
-        """Take over a pipeline; its encoder and VAE are frozen.
-
-        Args:
-            pipeline: a `QwenImage21Pipeline`.
-            resolution: side of the drawn images in pixels, a multiple of 32.
-            cache_folder: where encoded prompts outlive the process; None keeps them in memory only.
-
-        Raises:
-            ConfigError: another resolution, or a transformer whose text depends on the noise level.
-        """
-        if resolution < 32 or resolution % 32:
-            nearest = max(32, round(resolution / 32) * 32)
-            raise ConfigError(
-                f"need a resolution that is a multiple of 32, got {resolution}; take {nearest}"
-            )
         if not pipeline.transformer.config.causal_condition:
             raise ConfigError(
                 "need a transformer with causal_condition=true, got false; its text depends on the "
                 "noise level, so no prefix can be shared between steps: take another model"
             )
-        self.pipeline = pipeline
-        self.transformer: Any = pipeline.transformer
-        self.vae: Any = pipeline.vae
-        self.text_encoder: Any = pipeline.text_encoder
+        super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
         self.processor: Any = pipeline.processor
-        self.resolution = resolution
-        self.work = Work()
-        self._encoder = PromptEncoder(pipeline, resolution=resolution, folder=cache_folder)
         self._side = resolution // pipeline.vae_scale_factor
         self._channels = pipeline.transformer.config.in_channels
-        self.text_encoder.requires_grad_(False).eval()
-        self.vae.requires_grad_(False).eval()
 
-    @classmethod
-    def load(
-        cls,
-        folder: Path,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        resolution: int = 1024,
-        cache_folder: Path | None = None,
-    ) -> "QwenImage21Policy":
-        index = Path(folder) / "model_index.json"
-        if not index.is_file():
-            raise ConfigError(
-                f"need a diffusers pipeline folder with model_index.json, got {folder}; "
-                "check the path"
-            )
-        name = json.loads(index.read_text()).get("_class_name")
-        if name != QwenImage21Pipeline.__name__:
-            raise ConfigError(
-                f"need a {QwenImage21Pipeline.__name__} in {folder}, got {name}; "
-                "choose the family of that pipeline"
-            )
-        try:
-            pipeline = QwenImage21Pipeline.from_pretrained(folder, dtype=dtype).to(device)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ConfigError(
-                f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
-            ) from error
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
+    def _make_reader(self, cache_folder: Path | None) -> QwenReader:
+        return QwenReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "QwenImage21Policy":
@@ -157,29 +102,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
                             parameter.add_(torch.randn_like(parameter), alpha=0.3)
         return cls(pipeline, resolution=64)
 
-    def save(self, folder: Path) -> None:
-        adapters = getattr(self.transformer, "peft_config", None)
-        if adapters:
-            raise ValueError(
-                "need a transformer without adapters to write a pipeline folder, got "
-                f"{', '.join(adapters)}; merge or unload them first"
-            )
-        self.pipeline.save_pretrained(folder)
-
-    def sibling(self) -> "QwenImage21Policy":
-        other = copy.copy(self)
-        other.transformer = copy.deepcopy(self.transformer).requires_grad_(False).eval()
-        # With a pipeline of its own, or it would draw and save with our transformer.
-        parts = {**self.pipeline.components, "transformer": other.transformer}
-        sigmas = self.pipeline.config.sample_sigmas
-        other.pipeline = QwenImage21Pipeline(**parts, sample_sigmas=sigmas)
-        other.pipeline.set_progress_bar_config(disable=True)
-        return other
-
     # --- Prompts -----------------------------------------------------------------------------
-
-    def encode(self, prompts: Sequence[Prompt]) -> QwenCondition:
-        return self._encoder.encode(prompts)
 
     def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> QwenCondition:
         # A blank is what the pipeline makes of an empty prompt; the source image stays.
@@ -193,12 +116,12 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
 
         `sources` are the source images' latents (`token channel`) where they are already known.
         """
-        return self._encoder.embed(prompts, sources=sources)
+        return self._reader.embed(prompts, sources=sources)
 
     # --- Velocity ----------------------------------------------------------------------------
 
     def prefix(self, condition: QwenCondition) -> QwenPrefix:
-        layouts: dict[Any, dict[str, EncodedPrompt]] = {}
+        layouts: dict[Any, dict[str, QwenPrompt]] = {}
         for prompt in condition.prompts:
             # By key, so that equal prompts are read once, e.g. all null prompts of text-to-image.
             layouts.setdefault(prompt.layout, {})[prompt.key] = prompt
@@ -212,7 +135,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
     def join(self, prefixes: Sequence[QwenPrefix]) -> QwenPrefix:
         return QwenPrefix.join(prefixes)
 
-    def _extract(self, prompts: Sequence[EncodedPrompt]) -> KeyValueStore:
+    def _extract(self, prompts: Sequence[QwenPrompt]) -> KeyValueStore:
         """One pass over prompts of one layout, padded on the right."""
         count = len(prompts)
         longest = max(prompts, key=lambda prompt: len(prompt.is_image))
@@ -258,11 +181,7 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
         prefix: QwenPrefix,
     ) -> Float[Tensor, "batch token channel"]:
         batch, num_tokens, _ = latents.shape
-        if batch != prefix.num_rows:
-            raise ValueError(
-                f"need one prefix row per sample, got {batch} samples and {prefix.num_rows} rows; "
-                "take the rows of the samples first"
-            )
+        check_rows(batch, prefix)
         self.work.count(batch)
         # The text itself is in the cache. What is passed here only stands for its length: it puts
         # the target where the cached keys expect it and gives the padding mask its columns.
@@ -281,22 +200,6 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
             return_dict=False,
         )
         return velocity.float()
-
-    def guided(
-        self,
-        latents: Float[Tensor, "batch token channel"],
-        sigmas: Float[Tensor, " batch"],
-        prefix: QwenPrefix,
-        null_prefix: QwenPrefix,
-        scale: float,
-    ) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, "batch token channel"]]:
-        if scale == 1:
-            conditional = self.velocity(latents, sigmas, prefix)
-            return conditional, conditional
-        both = QwenPrefix.join([prefix, null_prefix])
-        velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
-        conditional, unconditional = velocities.chunk(2)
-        return compose(conditional, unconditional, scale), conditional
 
     # --- Latents and images ------------------------------------------------------------------
 
@@ -356,17 +259,3 @@ class QwenImage21Policy(Policy[QwenCondition, QwenPrefix]):
             output_resolution=self.resolution,
             output_type="latent",
         ).images
-
-    def fingerprint(self) -> dict[str, str]:
-        config = self.pipeline.scheduler.config
-        # Names with an underscore tell how the object was made, not what it does.
-        settings = {name: value for name, value in config.items() if not name.startswith("_")}
-        return {**self._encoder.fingerprint(), "scheduler": hash_json(settings)}
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
-
-    @property
-    def _dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from burnish.policies.base import Prefix
-from burnish.policies.qwen_encoding import EncodedPrompt
+from burnish.policies.qwen_encoding import QwenPrompt
 
 
 def turn_frame_axis(
@@ -68,7 +68,7 @@ class KeyValueStore:
         *,
         keys: tuple[Tensor, ...],
         values: tuple[Tensor, ...],
-        prompts: Sequence[EncodedPrompt],
+        prompts: Sequence[QwenPrompt],
         frequencies: Float[Tensor, " pair"],
     ) -> "KeyValueStore":
         """Take keys as the transformer embedded them, with every prompt starting at position 0."""

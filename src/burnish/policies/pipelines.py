@@ -1,0 +1,163 @@
+"""What every policy around a diffusers pipeline object does alike: read it, write it, copy it.
+
+The pipeline object keeps all modules, so what is saved draws without Burnish.
+"""
+
+import copy
+import inspect
+import json
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from burnish.config import ConfigError
+from burnish.guidance import compose
+from burnish.policies.base import Policy, Prefix, Work
+from burnish.policies.reading import Condition, PromptReader, hash_json
+from burnish.types import Prompt
+
+ConditionT = TypeVar("ConditionT", bound=Condition[Any])
+PrefixT = TypeVar("PrefixT", bound=Prefix)
+PolicyT = TypeVar("PolicyT", bound="PipelinePolicy[Any, Any]")
+
+
+class PipelinePolicy(Policy[ConditionT, PrefixT]):
+    """One diffusers pipeline as a policy; a family adds what is its own."""
+
+    pipeline_class: ClassVar[type]
+    """Of diffusers."""
+
+    def __init__(
+        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
+    ) -> None:
+        """Take over a pipeline; its encoder and VAE are frozen.
+
+        Args:
+            pipeline: of the family's class.
+            resolution: side of the drawn images in pixels, a multiple of 32.
+            cache_folder: where encoded prompts outlive the process; None keeps them in memory only.
+
+        Raises:
+            ConfigError: another resolution, or a pipeline that the family cannot use.
+        """
+        if resolution < 32 or resolution % 32:
+            nearest = max(32, round(resolution / 32) * 32)
+            raise ConfigError(
+                f"need a resolution that is a multiple of 32, got {resolution}; take {nearest}"
+            )
+        self.pipeline = pipeline
+        self.transformer: Any = pipeline.transformer
+        self.vae: Any = pipeline.vae
+        self.text_encoder: Any = pipeline.text_encoder
+        self.resolution = resolution
+        self.work = Work()
+        self._reader: Any = self._make_reader(cache_folder)
+        self.text_encoder.requires_grad_(False).eval()
+        self.vae.requires_grad_(False).eval()
+
+    @abstractmethod
+    def _make_reader(self, cache_folder: Path | None) -> PromptReader[Any]:
+        """Who reads the prompts."""
+
+    @classmethod
+    def load(
+        cls: type[PolicyT],
+        folder: Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        resolution: int = 1024,
+        cache_folder: Path | None = None,
+    ) -> PolicyT:
+        index = Path(folder) / "model_index.json"
+        if not index.is_file():
+            raise ConfigError(
+                f"need a diffusers pipeline folder with model_index.json, got {folder}; "
+                "check the path"
+            )
+        name = json.loads(index.read_text()).get("_class_name")
+        if name != cls.pipeline_class.__name__:
+            raise ConfigError(
+                f"need a {cls.pipeline_class.__name__} in {folder}, got {name}; "
+                "choose the family of that pipeline"
+            )
+        kind: Any = cls.pipeline_class
+        try:
+            pipeline = kind.from_pretrained(folder, dtype=dtype).to(device)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
+            ) from error
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
+
+    def save(self, folder: Path) -> None:
+        adapters = getattr(self.transformer, "peft_config", None)
+        if adapters:
+            raise ValueError(
+                "need a transformer without adapters to write a pipeline folder, got "
+                f"{', '.join(adapters)}; merge or unload them first"
+            )
+        self.pipeline.save_pretrained(folder)
+
+    def sibling(self: PolicyT) -> PolicyT:
+        other = copy.copy(self)
+        other.transformer = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+        # With a pipeline of its own, or it would draw and save with our transformer.
+        parts = {**self.pipeline.components, "transformer": other.transformer}
+        asked = inspect.signature(self.pipeline_class.__init__).parameters
+        config = self.pipeline.config
+        settings = {n: config[n] for n in asked if n not in parts and n in config}
+        other.pipeline = self.pipeline_class(**parts, **settings)
+        other.pipeline.set_progress_bar_config(disable=True)
+        return other
+
+    def encode(self, prompts: Sequence[Prompt]) -> ConditionT:
+        found: Any = self._reader.encode(prompts)
+        return found
+
+    def guided(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, " batch"],
+        prefix: PrefixT,
+        null_prefix: PrefixT,
+        scale: float,
+    ) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, "batch token channel"]]:
+        if scale == 1:
+            conditional = self.velocity(latents, sigmas, prefix)
+            return conditional, conditional
+        both = self.join([prefix, null_prefix])
+        velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
+        conditional, unconditional = velocities.chunk(2)
+        return compose(conditional, unconditional, scale), conditional
+
+    def fingerprint(self) -> dict[str, str]:
+        config = self.pipeline.scheduler.config
+        # Names with an underscore tell how the object was made, not what it does.
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        return {**self._reader.fingerprint(), "scheduler": hash_json(settings)}
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+
+def check_rows(count: int, prefix: Prefix) -> None:
+    """Raise unless there is a prefix row for each sample."""
+    if count != prefix.num_rows:
+        raise ValueError(
+            f"need one prefix row per sample, got {count} samples and {prefix.num_rows} rows; "
+            "take the rows of the samples first"
+        )
