@@ -37,10 +37,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 from burnish.guidance import compose
 from burnish.policies.base import Prefix
-from burnish.policies.qwen_assembly import assemble
-from burnish.policies.qwen_encoding import SLOT_TOKENS, QwenCondition, QwenPrompt
+from burnish.policies.parts.qwen_assembly import assemble
+from burnish.policies.parts.qwen_encoding import SLOT_TOKENS, QwenCondition, QwenPrompt
+from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.policies.qwen_tokens import byte_tokenizer
 from burnish.rollout import RolloutConfig, sample
 from burnish.types import Prompt, Task, Trajectory
 

@@ -44,8 +44,8 @@ def small_judge(tmp_path_factory: pytest.TempPathFactory, save_judge: Callable[.
     """The folder of a tiny judge that was taught, in seconds, to score how bright a picture is."""
     # The imports take long, and most tests need no judge.
     from burnish import runtime
-    from burnish.policies.qwen_assembly import assemble
-    from burnish.policies.qwen_tokens import byte_tokenizer
+    from burnish.policies.parts.qwen_assembly import assemble
+    from burnish.policies.parts.qwen_tokens import byte_tokenizer
 
     with runtime.seeded(0, "small judge"):
         pipeline = assemble(byte_tokenizer(), encoder={"hidden_size": 64})

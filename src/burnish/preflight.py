@@ -27,7 +27,7 @@ from burnish.guard import GuardConfig
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
-from burnish.shelves import PolicyConfig, load_policy
+from burnish.shelves import PolicyConfig, families, load_policy, policy_class
 from burnish.training import StageConfig
 from burnish.types import Guidance, Prompt
 
@@ -52,6 +52,7 @@ def check_inputs(config: RunConfig) -> None:
                 f"{key}: need a folder that a diffusers pipeline was saved in, got {path!r};"
                 f" {advice}"
             )
+    _check_family(config)
     plan = config.evaluation
     for path in (plan.prompts, plan.knowledge):
         if path is not None:
@@ -69,6 +70,32 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+
+
+def _check_family(config: RunConfig) -> None:
+    """Raise unless the run's family is that of its models, and can be guided as it is asked to."""
+    family = policy_class(config.policy.family)
+    for key, path in _models(config).items():
+        index = json.loads((located(path) / "model_index.json").read_text(encoding="utf-8"))
+        found = index.get("_class_name")
+        if found != family.pipeline_class.__name__:
+            others = {policy_class(name).pipeline_class.__name__: name for name in families()}
+            advice = f"set policy.family={others[found]}" if found in others else (
+                f"the families are {', '.join(others.values())}, and docs/extend.md tells how to "
+                "add one"
+            )  # fmt: skip
+            raise ConfigError(
+                f"{key}: need a {family.pipeline_class.__name__} for policy.family="
+                f"{family.family}, got a {found} in {path}; {advice}"
+            )
+    scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}
+    for name, stage in config.stages.items():
+        scales[f"stages.{name}.rollout.guidance_scale"] = stage.rollout.guidance_scale
+    for key, scale in scales.items():
+        try:
+            family.check_guidance(located(config.policy.path), scale)
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_bench(key: str, config: BenchConfig) -> None:

@@ -4,13 +4,15 @@ Nothing else lists them: a new file is a new kind.
 """
 
 import importlib
+import pkgutil
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
+from burnish import policies
 from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
 from burnish.config import Config, ConfigError, shelf
@@ -43,7 +45,15 @@ if TYPE_CHECKING:
         | UnigenbenchConfig
     )
     AnyReward = FaceConfig | OracleConfig | RemoteConfig | VlmConfig
+    Family = str
 else:
+    Family = Literal[
+        tuple(
+            file.name
+            for file in pkgutil.iter_modules(policies.__path__)
+            if file.name != "base" and not file.ispkg
+        )
+    ]
     AnyAlgorithm = Annotated[
         reduce(or_, shelf("burnish.algorithms", AlgorithmConfig)), Field(discriminator="kind")
     ]
@@ -58,17 +68,30 @@ else:
 class PolicyConfig(Config):
     """The model that everything starts from."""
 
-    family: Literal["qwen_image21"] = "qwen_image21"
+    family: Family = "qwen_image21"
     path: str = "embedded:weights/base"
     resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=32)
 
 
+def families() -> tuple[str, ...]:
+    """Names of the model families that there are."""
+    return get_args(PolicyConfig.model_fields["family"].annotation)
+
+
+def policy_class(family: str) -> type[Policy[Any, Any]]:
+    """The class of a family.
+
+    Raises:
+        ConfigError: its file holds none.
+    """
+    module = importlib.import_module(f"burnish.policies.{family}")
+    for member in vars(module).values():
+        if isinstance(member, type) and getattr(member, "family", None) == family:
+            return member
+    raise ConfigError(f"need a policy class in {module.__name__}, got none of family {family}")
+
+
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
     """A policy of the run's family from a pipeline folder."""
-    module = importlib.import_module(f"burnish.policies.{config.family}")
-    for member in vars(module).values():
-        if isinstance(member, type) and getattr(member, "family", None) == config.family:
-            return member.load(folder, resolution=config.resolution, device=rt.device)
-    raise ConfigError(
-        f"need a policy class in {module.__name__}, got none of family {config.family}"
-    )
+    kind = policy_class(config.family)
+    return kind.load(folder, resolution=config.resolution, device=rt.device)

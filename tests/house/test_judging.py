@@ -18,7 +18,7 @@ from burnish.judging import (
     question,
     read_score,
 )
-from burnish.policies.qwen_tokens import byte_tokenizer
+from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.types import Failed, Prompt, Scored
 
 shares = st.lists(st.floats(0.01, 1), min_size=5, max_size=5)

@@ -44,9 +44,9 @@ from burnish.miniature.sight import (
     sample_texts,
     told,
 )
-from burnish.policies.qwen_assembly import assemble
+from burnish.policies.parts.qwen_assembly import assemble
+from burnish.policies.parts.qwen_tokens import byte_tokenizer, learned_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.policies.qwen_tokens import byte_tokenizer, learned_tokenizer
 from burnish.reward_training import RUBRICS, RewardTrainingConfig, SourceConfig, train_judge
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.tracking import RunError, read_rows

@@ -11,8 +11,8 @@ import torch
 
 from burnish import runtime
 from burnish.config import ConfigError, located, shelf
-from burnish.policies.qwen_assembly import assemble
-from burnish.policies.qwen_tokens import byte_tokenizer
+from burnish.policies.parts.qwen_assembly import assemble
+from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.prompts import read_prompts
 from burnish.rewards.base import (
     AsyncRewardSet,

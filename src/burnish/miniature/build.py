@@ -45,7 +45,7 @@ from burnish.miniature.pictures import edit_example, text_example
 from burnish.miniature.prompt_sets import prompt_sets
 from burnish.miniature.sight import SightPlan
 from burnish.miniature.tokenizer import build_tokenizer
-from burnish.policies.qwen_assembly import assemble
+from burnish.policies.parts.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.progress import Progress, progress
 from burnish.prompts import write_prompts

@@ -18,7 +18,7 @@ from burnish.miniature.annotated import PicturesPlan, annotated_pictures
 from burnish.miniature.eyes import EyesPlan, learn_to_recognise
 from burnish.miniature.sight import SightPlan, learn_to_see, sample_texts
 from burnish.miniature.tokenizer import build_tokenizer
-from burnish.policies.qwen_assembly import assemble
+from burnish.policies.parts.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.progress import progress
 from burnish.rationales import chosen_evenly, write_rationales

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase
 
-from burnish.policies.qwen_tokens import learned_tokenizer
+from burnish.policies.parts.qwen_tokens import learned_tokenizer
 from burnish.world.edits import sample_edit
 from burnish.world.grammar import corpus
 

@@ -54,6 +54,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     family: ClassVar[str]
     """The file name on the shelf."""
 
+    pipeline_class: ClassVar[type]
+    """Of diffusers."""
+
     tasks: ClassVar[tuple[Task, ...]]
     """What the family can be asked for."""
 
@@ -65,6 +68,10 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     work: Work
     """Told of every velocity."""
+
+    has_shared_prefix: ClassVar[bool] = True
+    """Whether a prefix is work of the transformer, with gradient, done once for all samples and
+    steps of a prompt; else it only holds what the frozen parts have read."""
 
     block_class: ClassVar[str]
     """Class name of the repeated block; the unit of sharding and checkpointing."""
@@ -100,6 +107,14 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
         Raises:
             burnish.config.ConfigError: the folder is no pipeline of this family.
+        """
+
+    @classmethod
+    def check_guidance(cls, folder: Path, scale: float) -> None:
+        """Look, before weights are read, whether a pipeline folder can be drawn with guidance.
+
+        Raises:
+            burnish.config.ConfigError: it cannot, and the scale is not 1.
         """
 
     @classmethod

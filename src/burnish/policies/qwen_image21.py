@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from burnish import runtime
 from burnish.config import ConfigError
-from burnish.policies.pipelines import PipelinePolicy, check_rows
-from burnish.policies.qwen_assembly import assemble
-from burnish.policies.qwen_encoding import (
+from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
+from burnish.policies.parts.qwen_assembly import assemble
+from burnish.policies.parts.qwen_encoding import (
     SLOT_TOKENS,
     QwenCondition,
     QwenPrompt,
@@ -29,9 +29,9 @@ from burnish.policies.qwen_encoding import (
     encode_pixels,
     latent_statistics,
 )
-from burnish.policies.qwen_prefix import KeyValueStore, QwenPrefix
-from burnish.policies.qwen_tokens import byte_tokenizer
-from burnish.policies.reading import source_image
+from burnish.policies.parts.qwen_prefix import KeyValueStore, QwenPrefix
+from burnish.policies.parts.qwen_tokens import byte_tokenizer
+from burnish.policies.parts.reading import source_image
 from burnish.types import Prompt, Task
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.

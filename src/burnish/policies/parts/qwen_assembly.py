@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish import runtime
-from burnish.policies.qwen_tokens import SPECIAL_TOKENS
+from burnish.policies.parts.qwen_tokens import SPECIAL_TOKENS
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from burnish.policies.base import Prefix
-from burnish.policies.qwen_encoding import QwenPrompt
+from burnish.policies.parts.qwen_encoding import QwenPrompt
 
 
 def turn_frame_axis(

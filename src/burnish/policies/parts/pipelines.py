@@ -9,7 +9,7 @@ import json
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,7 +19,7 @@ from torch import Tensor
 from burnish.config import ConfigError
 from burnish.guidance import compose
 from burnish.policies.base import Policy, Prefix, Work
-from burnish.policies.reading import Condition, PromptReader, hash_json
+from burnish.policies.parts.reading import Condition, PromptReader, hash_json
 from burnish.types import Prompt
 
 ConditionT = TypeVar("ConditionT", bound=Condition[Any])
@@ -29,9 +29,6 @@ PolicyT = TypeVar("PolicyT", bound="PipelinePolicy[Any, Any]")
 
 class PipelinePolicy(Policy[ConditionT, PrefixT]):
     """One diffusers pipeline as a policy; a family adds what is its own."""
-
-    pipeline_class: ClassVar[type]
-    """Of diffusers."""
 
     def __init__(
         self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
@@ -138,6 +135,10 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
         conditional, unconditional = velocities.chunk(2)
         return compose(conditional, unconditional, scale), conditional
+
+    def pipeline_noise(self, latents: Float[Tensor, "batch token channel"]) -> Tensor:
+        """The same noise as the pipeline's own call takes it."""
+        return latents
 
     def fingerprint(self) -> dict[str, str]:
         config = self.pipeline.scheduler.config

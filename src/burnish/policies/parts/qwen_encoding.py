@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from burnish import runtime
-from burnish.policies.reading import (
+from burnish.policies.parts.reading import (
     Condition,
     EncodedPrompt,
     PromptReader,

@@ -1,0 +1,333 @@
+"""The family of FLUX.2 [klein]: text, target and source image in one joint attention.
+
+Decided here: every edit has its own source image, and prompts whose sources differ in size run in
+calls of their own, as one call has one set of positions; the target is always a square of
+`resolution` pixels; noise is drawn in float32. Guidance is that of the undistilled base models,
+away from the empty prompt or a negative one; a step-distilled model has none and is refused it.
+"""
+
+import copy
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Generator, Tensor
+
+from burnish import runtime
+from burnish.config import ConfigError
+from burnish.policies.parts.joint import JointPrefix, reassemble
+from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
+from burnish.policies.parts.qwen_tokens import byte_tokenizer
+from burnish.policies.parts.reading import (
+    Condition,
+    EncodedPrompt,
+    PromptReader,
+    require_one_task,
+    source_image,
+    tokenizer_facts,
+)
+from burnish.types import Prompt, Task
+
+# Before the imports below: they fail where torch and torchvision are unequal builds.
+runtime.ensure_torchvision()
+
+from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2  # noqa: E402
+from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel  # noqa: E402
+from diffusers.pipelines.flux2.pipeline_flux2_klein import (  # noqa: E402
+    Flux2KleinPipeline,
+    compute_empirical_mu,
+)
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa: E402
+    FlowMatchEulerDiscreteScheduler,
+)
+from transformers import Qwen3Config, Qwen3ForCausalLM  # noqa: E402
+
+FluxCondition = Condition[EncodedPrompt]
+
+_PATCH = 2  # Side of the square of latents that is one token.
+_MAX_AREA = 1024 * 1024  # Pixels of a source image; the pipeline makes larger ones smaller.
+_SOURCE_TIME = 10  # Distance on the first position axis between the target and its source.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class FluxReader(PromptReader[EncodedPrompt]):
+    """Text encoder, tokenizer and VAE of one pipeline, and the prompts they have read."""
+
+    row = EncodedPrompt
+
+    def embed(self, prompts: Sequence[Prompt]) -> FluxCondition:
+        is_edit = require_one_task(prompts) == "edit"
+        pictures = [source_image(prompt).convert("RGB") for prompt in prompts] if is_edit else []
+        pipeline = self._pipeline
+        states, _ = pipeline.encode_prompt([p.text for p in prompts], device=self.device)
+        channels = pipeline.transformer.config.in_channels
+        rows = []
+        for row, prompt in enumerate(prompts):
+            source: Tensor = states.new_zeros(0, channels)
+            shapes: tuple[tuple[int, int, int], ...] = ()
+            if is_edit:
+                grid = encode_grid(pipeline.vae, self._pixels(pictures[row]))
+                source, shapes = pack(grid)[0], ((1, grid.shape[-2], grid.shape[-1]),)
+            rows.append(
+                EncodedPrompt(
+                    key=self.key(prompt), embedding=states[row], source=source, shapes=shapes
+                )
+            )
+        return Condition(tuple(rows))
+
+    def _pixels(self, picture: Image.Image) -> Float[Tensor, "1 3 height width"]:
+        """In [-1, 1], of a size that the VAE divides, as the pipeline prepares a source."""
+        prepare, multiple = self._pipeline.image_processor, self._pipeline.vae_scale_factor * _PATCH
+        prepare.check_image_input(picture)
+        if picture.width * picture.height > _MAX_AREA:
+            picture = prepare._resize_to_target_area(picture, _MAX_AREA)
+        width, height = (side // multiple * multiple for side in picture.size)
+        pixels: Tensor = prepare.preprocess(picture, height=height, width=width, resize_mode="crop")
+        return pixels
+
+    def template(self) -> Any:
+        pipeline, tokenizer = self._pipeline, self._pipeline.tokenizer
+        return [
+            tokenizer.chat_template,
+            tokenizer_facts(tokenizer),
+            tokenizer.padding_side,
+            pipeline.tokenizer_max_length,
+        ]
+
+
+class Flux2KleinPolicy(PipelinePolicy[FluxCondition, JointPrefix]):
+    """A `diffusers.Flux2KleinPipeline` as a policy."""
+
+    family: ClassVar[str] = "flux2_klein"
+    pipeline_class: ClassVar[type] = Flux2KleinPipeline
+    tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
+    has_shared_prefix: ClassVar[bool] = False
+    block_class: ClassVar[str] = "Flux2TransformerBlock"
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
+    # Not the outer projection of the single blocks: its name, attn.to_out, is that of a list of
+    # modules in the double ones.
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_qkv_mlp_proj",
+        "ff.linear_in",
+        "ff.linear_out",
+    )
+
+    def __init__(
+        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
+    ) -> None:
+        super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
+        self._side = resolution // (pipeline.vae_scale_factor * _PATCH)
+        self._channels = pipeline.transformer.config.in_channels
+
+    def _make_reader(self, cache_folder: Path | None) -> FluxReader:
+        return FluxReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
+
+    @classmethod
+    def check_guidance(cls, folder: Path, scale: float) -> None:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        if scale != 1 and index.get("is_distilled"):
+            raise ConfigError(
+                f"need guidance_scale=1 for the step-distilled model in {folder}, got {scale:g}; "
+                "take the base model, which has guidance, or leave guidance out"
+            )
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> "Flux2KleinPolicy":
+        with runtime.seeded(seed, "tiny", cls.family):
+            tokenizer = byte_tokenizer()
+            tokenizer.chat_template = _CHAT_TEMPLATE
+            padding: Any = tokenizer.pad_token_id
+            # The pipeline reads states behind layers 9, 18 and 27.
+            encoder = Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=16,
+                intermediate_size=32,
+                num_hidden_layers=28,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=8,
+                max_position_embeddings=1024,
+                pad_token_id=padding,
+            )
+            vae = AutoencoderKLFlux2(
+                block_out_channels=(8, 8, 8, 8),
+                layers_per_block=1,
+                latent_channels=4,
+                norm_num_groups=4,
+            )
+            transformer = Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=1,
+                num_single_layers=1,
+                attention_head_dim=16,
+                num_attention_heads=2,
+                joint_attention_dim=3 * 16,
+                axes_dims_rope=(4, 4, 4, 4),
+                guidance_embeds=False,
+            )
+            # Fresh statistics are 0 and 1, and would hide that they are used.
+            statistics: Any = vae.bn
+            statistics.running_mean.normal_(std=0.3)
+            statistics.running_var.uniform_(0.5, 1.5)
+            pipeline = Flux2KleinPipeline(
+                scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+                vae=vae.eval(),
+                text_encoder=Qwen3ForCausalLM(encoder).eval(),
+                tokenizer=tokenizer,
+                transformer=transformer.eval(),
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, resolution=64)
+
+    # --- Prompts -----------------------------------------------------------------------------
+
+    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> FluxCondition:
+        return self.encode([dataclasses.replace(p, text=negative_prompt) for p in prompts])
+
+    def prefix(self, condition: FluxCondition) -> JointPrefix:
+        return JointPrefix(condition.prompts)
+
+    def join(self, prefixes: Sequence[JointPrefix]) -> JointPrefix:
+        return JointPrefix.join(prefixes)
+
+    # --- Velocity ----------------------------------------------------------------------------
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, " batch"],
+        prefix: JointPrefix,
+    ) -> Float[Tensor, "batch token channel"]:
+        check_rows(len(latents), prefix)
+        self.work.count(len(latents))
+        layouts = prefix.layouts()
+        parts = [self._call(latents[rows], sigmas[rows], prefix.take(rows)) for rows in layouts]
+        return reassemble(parts, layouts)
+
+    def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
+        """Samples of one layout."""
+        like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
+        texts, sources = prefix.embeddings(like), prefix.sources(like)
+        places = [_grid_positions(0, (1, self._side, self._side))]
+        for number, shape in enumerate(prefix.prompts[0].shapes, start=1):
+            places.append(_grid_positions(number * _SOURCE_TIME, shape))
+        slots = torch.zeros(texts.shape[1], 4, dtype=torch.long)
+        slots[:, 3] = torch.arange(texts.shape[1])
+        (velocity,) = self.transformer(
+            hidden_states=torch.cat([latents.to(like), sources], dim=1),
+            timestep=sigmas.to(self.device),
+            guidance=None,
+            encoder_hidden_states=texts,
+            txt_ids=slots.to(self.device),
+            img_ids=torch.cat(places).to(self.device),
+            return_dict=False,
+        )
+        return velocity[:, : latents.shape[1]].float()
+
+    # --- Latents and images ------------------------------------------------------------------
+
+    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
+        shape = (1, self._channels, self._side, self._side)
+        drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
+        return pack(torch.cat(drawn).to(self.device))
+
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        return latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
+
+    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
+        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        shift = compute_empirical_mu(image_seq_len=self._side**2, num_steps=num_steps)
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        scheduler.set_timesteps(sigmas=sigmas, mu=shift)
+        return scheduler.sigmas.float().cpu()
+
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        mean, std = latent_statistics(self.vae)
+        grid = self.pipeline_noise(latents).to(self.vae.device, self.vae.dtype) * std + mean
+        pixels = self.vae.decode(torch.pixel_shuffle(grid, _PATCH), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token channel"]:
+        return pack(encode_grid(self.vae, 2 * images - 1)).float()
+
+    def pipeline_latents(
+        self,
+        prompt: Prompt,
+        noise: Float[Tensor, "1 token channel"],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+        negative_prompt: str = "",
+    ) -> Float[Tensor, "1 token channel"]:
+        away, _ = self.pipeline.encode_prompt([negative_prompt], device=self.device)
+        clean = self.pipeline(
+            prompt=prompt.text,
+            image=source_image(prompt).convert("RGB") if prompt.task == "edit" else None,
+            negative_prompt_embeds=away,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_steps,
+            latents=self.pipeline_noise(noise),
+            height=self.resolution,
+            width=self.resolution,
+            output_type="latent",
+        ).images
+        return pack(_normalised(self.vae, clean))
+
+
+def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's channels, shaped for `batch channel y x`."""
+    variance = vae.bn.running_var + vae.config.batch_norm_eps
+    return vae.bn.running_mean.view(1, -1, 1, 1), variance.sqrt().view(1, -1, 1, 1)
+
+
+def encode_grid(
+    vae: Any, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch channel y x"]:
+    """Normalised latents of pixels in [-1, 1], squares of them in the channels."""
+    return _normalised(vae, vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode())
+
+
+def _normalised(vae: Any, latents: Tensor) -> Tensor:
+    mean, std = latent_statistics(vae)
+    return (torch.pixel_unshuffle(latents, _PATCH) - mean) / std
+
+
+def pack(grid: Float[Tensor, "batch channel y x"]) -> Float[Tensor, "batch token channel"]:
+    """Row by row."""
+    return grid.flatten(2).transpose(1, 2).contiguous()
+
+
+def _grid_positions(time: int, shape: tuple[int, int, int]) -> Tensor:
+    """Positions of an image's tokens on the axes of time, height, width and text."""
+    frames, height, width = shape
+    return torch.cartesian_prod(
+        torch.arange(time, time + frames),
+        torch.arange(height),
+        torch.arange(width),
+        torch.zeros(1, dtype=torch.long),
+    )
