@@ -90,6 +90,11 @@ def _check_family(config: RunConfig) -> None:
             )
     scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}
     for name, stage in config.stages.items():
+        if strange := [task for task in stage.prompts.tasks if task not in family.tasks]:
+            raise ConfigError(
+                f"stages.{name}.prompts.tasks: need {' or '.join(family.tasks)} for policy.family="
+                f"{family.family}, got {strange[0]}; leave the task out, or take another family"
+            )
         scales[f"stages.{name}.rollout.guidance_scale"] = stage.rollout.guidance_scale
     for key, scale in scales.items():
         try:

@@ -98,3 +98,13 @@ def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> 
     index("Flux2KleinPipeline", is_distilled=True)
     with pytest.raises(ConfigError, match=r"evaluation\.guidance_scale: need guidance_scale=1"):
         check_inputs(recipe("flux2_klein", tmp_path))
+
+
+def test_a_task_that_the_family_cannot_do_is_told_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
+    config = recipe("stable_diffusion3", tmp_path)
+    stage = config.stages["t2i_teacher"]
+    prompts = stage.prompts.model_copy(update={"tasks": ("t2i", "edit")})
+    stages = {"t2i_teacher": stage.model_copy(update={"prompts": prompts})}
+    with pytest.raises(ConfigError, match=r"need t2i for .*stable_diffusion3, got edit"):
+        check_inputs(config.model_copy(update={"stages": stages}))

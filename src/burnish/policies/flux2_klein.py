@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 from burnish import runtime
 from burnish.config import ConfigError
-from burnish.policies.parts.joint import JointPrefix, reassemble
+from burnish.policies.parts.joint import JointPrefix, pack, reassemble
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.reading import (
@@ -225,7 +225,7 @@ class Flux2KleinPolicy(PipelinePolicy[FluxCondition, JointPrefix]):
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
         """Samples of one layout."""
         like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
-        texts, sources = prefix.embeddings(like), prefix.sources(like)
+        texts, sources = prefix.stacked("embedding", like), prefix.stacked("source", like)
         places = [_grid_positions(0, (1, self._side, self._side))]
         for number, shape in enumerate(prefix.prompts[0].shapes, start=1):
             places.append(_grid_positions(number * _SOURCE_TIME, shape))
@@ -315,11 +315,6 @@ def encode_grid(
 def _normalised(vae: Any, latents: Tensor) -> Tensor:
     mean, std = latent_statistics(vae)
     return (torch.pixel_unshuffle(latents, _PATCH) - mean) / std
-
-
-def pack(grid: Float[Tensor, "batch channel y x"]) -> Float[Tensor, "batch token channel"]:
-    """Row by row."""
-    return grid.flatten(2).transpose(1, 2).contiguous()
 
 
 def _grid_positions(time: int, shape: tuple[int, int, int]) -> Tensor:

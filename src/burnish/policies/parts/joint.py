@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from burnish.policies.base import Prefix
@@ -41,13 +42,14 @@ class JointPrefix(Prefix):
             found.setdefault((prompt.shapes, len(prompt.embedding)), []).append(row)
         return list(found.values())
 
-    def embeddings(self, like: Tensor) -> Tensor:
-        """Of all rows, which have one layout, `sample slot channel`."""
-        return torch.stack([prompt.embedding for prompt in self.prompts]).to(like)
+    def stacked(self, field: str, like: Tensor) -> Tensor:
+        """A tensor of all rows, which have one layout, on the device of another."""
+        return torch.stack([getattr(prompt, field) for prompt in self.prompts]).to(like)
 
-    def sources(self, like: Tensor) -> Tensor:
-        """Likewise, `sample token channel`; no tokens for text to image."""
-        return torch.stack([prompt.source for prompt in self.prompts]).to(like)
+
+def pack(grid: Float[Tensor, "batch channel y x"]) -> Float[Tensor, "batch token channel"]:
+    """Tokens row by row."""
+    return grid.flatten(2).transpose(1, 2).contiguous()
 
 
 def reassemble(parts: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> Tensor:

@@ -55,7 +55,8 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         self.resolution = resolution
         self.work = Work()
         self._reader: Any = self._make_reader(cache_folder)
-        self.text_encoder.requires_grad_(False).eval()
+        for encoder in self._reader.encoders:
+            encoder.requires_grad_(False).eval()
         self.vae.requires_grad_(False).eval()
 
     @abstractmethod

@@ -100,6 +100,11 @@ class PromptReader(ABC, Generic[RowT]):
         """Plain data that decides, besides weights, what a prompt becomes."""
 
     @property
+    def encoders(self) -> list[Any]:
+        """The frozen text encoders."""
+        return [self._pipeline.text_encoder]
+
+    @property
     def device(self) -> torch.device:
         """Where rows are."""
         return self._pipeline.text_encoder.device
@@ -130,7 +135,7 @@ class PromptReader(ABC, Generic[RowT]):
         """Hashes of everything that decides what a prompt becomes."""
         return {
             "vae": _hash_module(self._pipeline.vae),
-            "encoder": _hash_module(self._pipeline.text_encoder),
+            "encoder": hash_json([_hash_module(encoder) for encoder in self.encoders]),
             "template": hash_json(self.template()),
         }
 
@@ -153,7 +158,7 @@ class PromptReader(ABC, Generic[RowT]):
 
     def _forget_if_weights_changed(self) -> None:
         # Torch counts every write to a tensor: an optimizer step or a loaded checkpoint is noticed.
-        frozen = (self._pipeline.text_encoder, self._pipeline.vae)
+        frozen = (*self.encoders, self._pipeline.vae)
         writes = sum(p._version for module in frozen for p in module.parameters())
         if writes != self._weights:
             self._kept.clear()

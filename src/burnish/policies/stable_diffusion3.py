@@ -1,0 +1,327 @@
+"""The family of Stable Diffusion 3 and 3.5: three frozen text encoders, joint attention, no edits.
+
+Decided here: a token of ours is one place of the VAE's latents, as the transformer cuts its patches
+itself; noise is drawn in float32. Guidance is true guidance away from the empty prompt or a
+negative one, read by all three encoders.
+"""
+
+import copy
+import dataclasses
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import Generator, Tensor
+
+from burnish import runtime
+from burnish.policies.parts.joint import JointPrefix, pack, reassemble
+from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
+from burnish.policies.parts.reading import (
+    Condition,
+    EncodedPrompt,
+    PromptReader,
+    require_one_task,
+    tokenizer_facts,
+)
+from burnish.types import Prompt, Task
+
+# Before the imports below: they fail where torch and torchvision are unequal builds.
+runtime.ensure_torchvision()
+
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel  # noqa: E402
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (  # noqa: E402
+    StableDiffusion3Pipeline,
+    calculate_shift,
+)
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa: E402
+    FlowMatchEulerDiscreteScheduler,
+)
+from transformers import (  # noqa: E402
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StablePrompt(EncodedPrompt):
+    """One prompt as the transformer reads it: states of all three encoders, and a summary."""
+
+    pooled: Float[Tensor, " channel"]
+
+
+StableCondition = Condition[StablePrompt]
+
+
+class StableReader(PromptReader[StablePrompt]):
+    """Text encoders and tokenizers of one pipeline, and the prompts they have read."""
+
+    row = StablePrompt
+
+    @property
+    def encoders(self) -> list[Any]:
+        parts = self._pipeline.components
+        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        # The third may be left out, to save memory: then its states are zeros.
+        return [parts[name] for name in names if parts[name] is not None]
+
+    def embed(self, prompts: Sequence[Prompt]) -> StableCondition:
+        if require_one_task(prompts) == "edit":
+            raise ValueError(
+                "need prompts of task t2i for stable_diffusion3, got edits, which need a source "
+                "image that this family does not read; take another family"
+            )
+        texts = [prompt.text for prompt in prompts]
+        states, _, pooled, _ = self._pipeline.encode_prompt(
+            texts, texts, texts, device=self.device, do_classifier_free_guidance=False
+        )
+        none = states.new_zeros(0, self._pipeline.transformer.config.in_channels)
+        return Condition(
+            tuple(
+                StablePrompt(
+                    key=self.key(prompt),
+                    embedding=states[row],
+                    pooled=pooled[row],
+                    source=none,
+                    shapes=(),
+                )
+                for row, prompt in enumerate(prompts)
+            )
+        )
+
+    def template(self) -> Any:
+        parts = self._pipeline.components
+        tokenizers = [parts[name] for name in ("tokenizer", "tokenizer_2", "tokenizer_3")]
+        return [tokenizer_facts(one) for one in tokenizers if one is not None]
+
+
+class StableDiffusion3Policy(PipelinePolicy[StableCondition, JointPrefix]):
+    """A `diffusers.StableDiffusion3Pipeline` as a policy."""
+
+    family: ClassVar[str] = "stable_diffusion3"
+    pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
+    tasks: ClassVar[tuple[Task, ...]] = ("t2i",)
+    has_shared_prefix: ClassVar[bool] = False
+    block_class: ClassVar[str] = "JointTransformerBlock"
+    guidance_argument: ClassVar[str] = "guidance_scale"
+    size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
+    lora_targets: ClassVar[tuple[str, ...]] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def __init__(
+        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
+    ) -> None:
+        super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
+        self._side = resolution // pipeline.vae_scale_factor
+        self._channels = pipeline.transformer.config.in_channels
+
+    def _make_reader(self, cache_folder: Path | None) -> StableReader:
+        return StableReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
+
+    @classmethod
+    def tiny(cls, seed: int = 0) -> "StableDiffusion3Policy":
+        with runtime.seeded(seed, "tiny", cls.family):
+            clip = [_tiny_clip(width) for width in (16, 24)]
+            words = _tiny_sentences()
+            # Its annotations say one block.
+            blocks: dict[str, Any] = {
+                "down_block_types": ("DownEncoderBlock2D",) * 4,
+                "up_block_types": ("UpDecoderBlock2D",) * 4,
+                "block_out_channels": (8, 8, 8, 8),
+            }
+            pipeline = StableDiffusion3Pipeline(
+                scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+                vae=AutoencoderKL(
+                    **blocks,
+                    norm_num_groups=4,
+                    latent_channels=4,
+                    scaling_factor=1.5,
+                    shift_factor=0.1,
+                    use_quant_conv=False,
+                    use_post_quant_conv=False,
+                ).eval(),
+                text_encoder=clip[0][1],
+                tokenizer=clip[0][0],
+                text_encoder_2=clip[1][1],
+                tokenizer_2=clip[1][0],
+                text_encoder_3=T5EncoderModel(
+                    T5Config(
+                        vocab_size=len(words),
+                        d_model=40,
+                        d_kv=8,
+                        d_ff=32,
+                        num_heads=2,
+                        num_layers=1,
+                    )
+                ).eval(),
+                tokenizer_3=words,
+                transformer=SD3Transformer2DModel(
+                    sample_size=8,
+                    in_channels=4,
+                    out_channels=4,
+                    num_layers=2,
+                    attention_head_dim=16,
+                    num_attention_heads=2,
+                    joint_attention_dim=40,
+                    caption_projection_dim=32,
+                    pooled_projection_dim=40,
+                    pos_embed_max_size=16,
+                    qk_norm="rms_norm",
+                ).eval(),
+            )
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, resolution=64)
+
+    # --- Prompts -----------------------------------------------------------------------------
+
+    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> StableCondition:
+        return self.encode([dataclasses.replace(p, text=negative_prompt) for p in prompts])
+
+    def prefix(self, condition: StableCondition) -> JointPrefix:
+        return JointPrefix(condition.prompts)
+
+    def join(self, prefixes: Sequence[JointPrefix]) -> JointPrefix:
+        return JointPrefix.join(prefixes)
+
+    # --- Velocity ----------------------------------------------------------------------------
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, " batch"],
+        prefix: JointPrefix,
+    ) -> Float[Tensor, "batch token channel"]:
+        check_rows(len(latents), prefix)
+        self.work.count(len(latents))
+        layouts = prefix.layouts()
+        parts = [self._call(latents[rows], sigmas[rows], prefix.take(rows)) for rows in layouts]
+        return reassemble(parts, layouts)
+
+    def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
+        """Samples of one layout."""
+        like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
+        (velocity,) = self.transformer(
+            hidden_states=self.pipeline_noise(latents).to(like),
+            timestep=1000 * sigmas.to(self.device),
+            encoder_hidden_states=prefix.stacked("embedding", like),
+            pooled_projections=prefix.stacked("pooled", like),
+            return_dict=False,
+        )
+        return pack(velocity).float()
+
+    # --- Latents and images ------------------------------------------------------------------
+
+    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
+        shape = (1, self._channels, self._side, self._side)
+        drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
+        return pack(torch.cat(drawn).to(self.device))
+
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        return latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
+
+    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
+        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        config, settings = scheduler.config, {}
+        if config.get("use_dynamic_shifting"):
+            settings["mu"] = calculate_shift(
+                (self._side // self.transformer.config.patch_size) ** 2,
+                config.get("base_image_seq_len", 256),
+                config.get("max_image_seq_len", 4096),
+                config.get("base_shift", 0.5),
+                config.get("max_shift", 1.16),
+            )
+        scheduler.set_timesteps(num_steps, **settings)
+        return scheduler.sigmas.float().cpu()
+
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        config = self.vae.config
+        grid = self.pipeline_noise(latents).to(self.vae.device, self.vae.dtype)
+        pixels = self.vae.decode(
+            grid / config.scaling_factor + config.shift_factor, return_dict=False
+        )[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token channel"]:
+        config = self.vae.config
+        pixels = (2 * images - 1).to(self.vae.device, self.vae.dtype)
+        grid = self.vae.encode(pixels).latent_dist.mode()
+        return pack((grid - config.shift_factor) * config.scaling_factor).float()
+
+    def pipeline_latents(
+        self,
+        prompt: Prompt,
+        noise: Float[Tensor, "1 token channel"],
+        *,
+        num_steps: int,
+        guidance_scale: float,
+        negative_prompt: str = "",
+    ) -> Float[Tensor, "1 token channel"]:
+        clean = self.pipeline(
+            prompt=prompt.text,
+            negative_prompt=negative_prompt,
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_steps,
+            latents=self.pipeline_noise(noise),
+            height=self.resolution,
+            width=self.resolution,
+            output_type="latent",
+        ).images
+        return pack(clean)
+
+
+def _tiny_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+    """One token for each byte, in words and at their end."""
+    symbols = sorted(ByteLevel.alphabet())
+    symbols += [f"{symbol}</w>" for symbol in symbols]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {symbol: number for number, symbol in enumerate(symbols)}
+    end = numbers["<|endoftext|>"]
+    config = CLIPTextConfig(
+        vocab_size=len(numbers),
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    tokenizer = CLIPTokenizer(vocab=numbers, merges=[], model_max_length=77)
+    return tokenizer, CLIPTextModelWithProjection(config).eval()
+
+
+def _tiny_t5(size: int) -> T5EncoderModel:
+    config = T5Config(vocab_size=size, d_model=40, d_kv=8, d_ff=32, num_heads=2, num_layers=1)
+    return T5EncoderModel(config).eval()
+
+
+def _tiny_sentences() -> T5Tokenizer:
+    """One piece for each printable character."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(symbol, -3.0) for symbol in string.digits + string.ascii_letters + ".,"]
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
