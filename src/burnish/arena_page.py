@@ -35,7 +35,7 @@ def leaderboard(found: Mapping[str, Any]) -> Table:
 
 def bounds(row: Mapping[str, Any]) -> str:
     """The interval of a rating, where there is one."""
-    if row["low"] is not None and row["low"] == row["high"]:
+    if row["is_anchor"]:
         return "anchor"
     return "none" if row["low"] is None else f"{row['low']:.0f} to {row['high']:.0f}"
 

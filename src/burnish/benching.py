@@ -14,7 +14,7 @@ that cannot be read only where that is wanted, because a judge at temperature 0 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,12 @@ class Taken:
     def kind(self) -> str:
         """Name of the bench."""
         return str(getattr(self.config, "kind", ""))
+
+    @property
+    def name(self) -> str:
+        """Of its folder: one kind may be several benches, one for each task."""
+        task = getattr(self.config, "task", None)
+        return self.kind if task is None else f"{self.kind}-{task}"
 
     @property
     def judge(self) -> dict[str, Any]:
@@ -137,6 +143,8 @@ class Drawing:
     guidance: Guidance
     num_steps: int
     seed: int = 0
+    dtype: str = ""
+    """Precision of its network; pictures of another one are other pictures."""
 
 
 def model_facts(folder: Path, drawing: Drawing) -> dict[str, str]:
@@ -150,7 +158,7 @@ def model_facts(folder: Path, drawing: Drawing) -> dict[str, str]:
             continue
         with path.open("rb") as file:
             found.update(hashlib.file_digest(file, "sha256").digest())
-    settings = json.dumps([drawing.guidance.settings(), drawing.num_steps, drawing.seed])
+    settings = json.dumps([drawing.guidance.settings(), *astuple(drawing)[1:]])
     return {"the model": found.hexdigest()[:16], "how it draws": settings}
 
 

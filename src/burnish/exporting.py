@@ -7,7 +7,7 @@ model draws and not what the base does.
 import contextlib
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -87,6 +87,10 @@ class Deployment(Config):
     num_steps: int = Field(default=40, ge=1)
     guidance_scale: float = Field(default=4.0, ge=0)
     negative_prompt: str = ""
+    seed: int = 0
+    """Of the pictures by which it is measured."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Precision of its network."""
 
     @property
     def guidance(self) -> Guidance:
@@ -97,7 +101,13 @@ class Deployment(Config):
     def of(cls, config: RunConfig, policy: str) -> "Deployment":
         """As a run deploys one of its policies."""
         settings = config.deployed(policy).settings()
-        return cls(policy=config.policy, num_steps=config.evaluation.num_steps, **settings)
+        return cls(
+            policy=config.policy,
+            num_steps=config.evaluation.num_steps,
+            seed=config.evaluation.seed,
+            dtype=config.runtime.dtype,
+            **settings,
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "Deployment | None":

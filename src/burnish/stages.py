@@ -19,7 +19,15 @@ from burnish.algorithms.distill import DistillConfig
 from burnish.arena.battles import write_battles
 from burnish.arena.contest import gather
 from burnish.arena.raters import scores, vote
-from burnish.benching import Drawing, Taken, draw_pictures, judge_pictures, model_facts
+from burnish.bench_tree import Replies
+from burnish.benching import (
+    Drawing,
+    Taken,
+    draw_pictures,
+    judge_pictures,
+    model_facts,
+    read_replies,
+)
 from burnish.config import located
 from burnish.curation import measure_prompts, num_drawn, write_kept
 from burnish.evaluation import Row, measure, read_scores, write_rows
@@ -30,9 +38,10 @@ from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig
 from burnish.runtime import Runtime
 from burnish.shelves import load_policy
-from burnish.tracking import Run, read_rows, write_atomic
+from burnish.significance import MIN_COVERAGE
+from burnish.tracking import Run, RunError, read_rows, write_atomic
 from burnish.training import StageConfig, train
-from burnish.types import Prompt
+from burnish.types import Failed, Prompt
 
 BATTLES = "battles.jsonl"
 _FOLDERS = {
@@ -200,14 +209,37 @@ def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> No
     path = config.policy.path if name == BASE else STAGE + name
     model = model_folder(folder, path)
     policy = load_policy(config.policy, model, rt)
-    drawing = Drawing(config.deployed(name), config.evaluation.num_steps, config.evaluation.seed)
+    plan = config.evaluation
+    drawing = Drawing(config.deployed(name), plan.num_steps, plan.seed, str(rt.dtype))
     facts = model_facts(model, drawing)
     for bench, settings in config.benches_of(name).items():
         taken = Taken.of(settings)
         pictures, place = bench_places(folder, name, bench)
         label = f"{name} on {bench}"
         draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=label)
-        judge_pictures(taken, pictures, place / taken.replies_folder, rt, label=label)
+        replies = place / taken.replies_folder
+        judge_pictures(taken, pictures, replies, rt, label=label)
+        _check_answered(taken, read_replies(taken, pictures, replies), f"benches.{bench}")
+
+
+def _check_answered(taken: Taken, replies: Replies, key: str) -> None:
+    """Raise where a judge has left out so many questions that a result would be invalid.
+
+    Replies that cannot be read are replies: to ask again would bring the same.
+    """
+    wanted = [
+        (item.id, number, question.name)
+        for item, number, _ in taken.places()
+        for question in taken.bench.questions(item)
+    ]
+    lost = [replies.get(one) for one in wanted if not isinstance(replies.get(one), str)]
+    if len(lost) > (1 - MIN_COVERAGE) * len(wanted):
+        reasons = [reply.reason for reply in lost if isinstance(reply, Failed)]
+        raise RunError(
+            f"{key}: need replies to {MIN_COVERAGE:.0%} of {len(wanted)} questions, got "
+            f"{len(wanted) - len(lost)} ({next(iter(reasons), 'nothing was asked')}); mend the "
+            "judge and start the same command again, what it answered is kept"
+        )
 
 
 def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Prompt]:

@@ -62,6 +62,9 @@ def test_a_file_comes_back_and_foreign_keys_are_left_alone(tmp_path: Path) -> No
         (line(winner="model_a"), "x.jsonl:1: need a winner of a, b, tie, both_bad, got 'model_a'"),
         (line(winner="ties"), "did you mean 'tie'?"),
         (line(voter=None), "x.jsonl:1: need the keys .*, got none named voter"),
+        (line().replace('"x"', "null"), "need a name for a, got None"),
+        (line(voter=" "), "need a name for voter, got ' '"),
+        (line(voter="\x1b[2J"), "need printable characters for voter"),
         (line(b="x"), "need two different models, got 'x' twice"),
         (line() + "\n" + line(), "x.jsonl:2: need one vote of a voter on a battle, got a second"),
         ("not json", "x.jsonl:1: need one JSON object a line"),
@@ -128,6 +131,19 @@ def test_a_category_without_the_anchor_and_few_prompts_are_told() -> None:
     assert few["board"]["rows"][0]["low"] is None and "fewer than 10" in few["board"]["reason"]
 
 
+def test_a_model_that_met_on_few_prompts_has_no_interval_and_the_others_have() -> None:
+    new = [
+        Battle(battle=f"n{n}", prompt=f"p{n}", category=CATEGORIES[0], a="new", b="base",
+               winner="tie", voter="v")
+        for n in range(3)
+    ]  # fmt: skip
+    found = rate([*battles(), *new])["board"]
+    rows = {row["model"]: row for row in found["rows"]}
+    assert rows["new"]["low"] is rows["new"]["high"] is None
+    assert rows["student"]["low"] < rows["student"]["high"]
+    assert "fewer than 10 prompts" in found["reason"]
+
+
 def test_agreement_counts_others_on_the_same_pictures() -> None:
     def seen(voter: str, a: str, b: str, winner: Any) -> Battle:
         return Battle(battle=voter, prompt="p", category="c", a=a, b=b, winner=winner, voter=voter)
@@ -155,12 +171,19 @@ def write_pictures(folder: Path, count: int = 30, side: int = 32) -> Path:
     return folder
 
 
-def test_only_what_all_have_drawn_is_fought_over(tmp_path: Path) -> None:
+def test_what_one_has_drawn_all_must_have_drawn(tmp_path: Path) -> None:
     places = {name: write_pictures(tmp_path / name, n) for name, n in (("x", 30), ("y", 20))}
-    contest = gather(places, PROMPTS)
+    with pytest.raises(ConfigError, match="y lacks 10 of 30, such as p20; draw them"):
+        gather(places, PROMPTS)
+    # What nobody has drawn is not asked for.
+    contest = gather({"y": places["y"], "w": write_pictures(tmp_path / "w", 20)}, PROMPTS)
     assert [prompt.id for prompt in contest.prompts] == [f"p{n}" for n in range(20)]
+    before = contest.digest()
+    (tmp_path / "w" / "p3.png").write_bytes((tmp_path / "w" / "p4.png").read_bytes())
+    assert contest.digest() != before
+    del places["y"]
     places["z"] = write_pictures(tmp_path / "z", 30, side=16)
-    with pytest.raises(ConfigError, match="need pictures of one size, got x 32 x 32, y 32 x 32, z"):
+    with pytest.raises(ConfigError, match="need pictures of one size, got x 32 x 32, z 16 x 16"):
         gather(places, PROMPTS)
     with pytest.raises(ConfigError, match=r"need pictures named after prompts, such as p0\.webp"):
         gather({"x": places["x"], "y": tmp_path}, PROMPTS)
@@ -214,6 +237,14 @@ def test_the_commands_rate_a_file_and_write_a_page(
     page = (tmp_path / "battles.html").read_text()
     assert "&lt;b&gt;bold" in page and "<b>bold" not in page and "<script" not in page
     assert "4 models, 301 votes on " in page
+    # Neither a mark of the encoding nor a page in the place of the votes harms them.
+    before = path.read_bytes()
+    path.write_bytes(b"\xef\xbb\xbf" + before)
+    for words in (["--out", str(path)], ["--resamples", "200"]):
+        code = cli.main(["arena", "rate", str(path), *words])
+        assert code == (2 if "--out" in words else 0)
+        assert path.read_bytes() == b"\xef\xbb\xbf" + before
+    assert "need a page beside the votes" in capsys.readouterr().err
     assert cli.main(["arena", "rate", str(path), "--anchor", "bse"]) == 2
     assert "did you mean 'base'" in capsys.readouterr().err
 

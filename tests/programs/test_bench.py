@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import uvicorn
 import yaml
 from fastapi import FastAPI, Request
@@ -30,7 +31,9 @@ from burnish.cli import main
 from burnish.cli.recipes import recipe_path
 from burnish.config import load, located, parse
 from burnish.run_config import RunConfig
-from burnish.tracking import Run
+from burnish.runtime import Runtime
+from burnish.stages import is_complete, run_job
+from burnish.tracking import Run, RunError
 
 
 class Server:
@@ -244,6 +247,26 @@ def test_lost_replies_make_a_result_invalid_until_they_are_asked_again(
     again = burnish("bench", "run", checkout, f"mine={drawn}", "--out", out)
     assert again.code == 0, again.err
     assert len(server.sent) - count == 3
+
+
+def test_a_run_asks_again_where_its_judge_failed(
+    server: Server, checkout: Path, tmp_path: Path
+) -> None:
+    config = load(
+        RunConfig,
+        recipe_path("smoke"),
+        ["evaluation.num_steps=1", "benches={}", "arena=null"],
+    )
+    settings = parse(BenchChoice, {"bench": yaml.safe_load(checkout.read_text())}).bench
+    config = config.model_copy(update={"benches": {"served": settings}})
+    rt = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    server.reply = lambda body: 500
+    with pytest.raises(RunError, match=r"benches\.served: need replies to 99% of \d+ questions"):
+        run_job(config, tmp_path / "run", "bench/base", rt)
+    assert not is_complete(tmp_path / "run", "bench/base")
+    asked, server.reply = len(server.sent), grades
+    run_job(config, tmp_path / "run", "bench/base", rt)
+    assert is_complete(tmp_path / "run", "bench/base") and len(server.sent) > asked
 
 
 def test_an_unreadable_reply_is_asked_again_only_where_that_is_wanted(

@@ -95,12 +95,22 @@ def test_a_reload_shows_the_same_pair_and_a_vote_the_next(client: TestClient) ->
 def test_undo_brings_the_pair_back_and_takes_the_vote_away(
     client: TestClient, ballots: Ballots
 ) -> None:
-    assert "no vote to undo" in client.post("/undo", data={}, headers={"content-length": "0"}).text
+    assert "not for you" in client.post("/undo", data={}, headers={"content-length": "0"}).text
     first = token(client.get("/"))
     client.post("/vote", data={"token": first, "winner": "a"})
-    assert token(client.post("/undo", content=b"")) == first and votes(ballots) == []
+    back = re.search(r'name="undo" value="([^"]+)"', client.get("/").text)
+    assert back is not None
+    form = {"undo": back[1]}
+    assert token(client.post("/undo", data=form)) == first and votes(ballots) == []
     client.post("/vote", data={"token": first, "winner": "b"})
     assert [vote.winner for vote in votes(ballots)] == ["b"]
+    # Sent twice, it takes back one vote.
+    second = token(client.get("/"))
+    client.post("/vote", data={"token": second, "winner": "tie"})
+    form = {"undo": second}
+    for _ in range(2):
+        assert token(client.post("/undo", data=form)) == second
+        assert [vote.winner for vote in votes(ballots)] == ["b"]
 
 
 def test_votes_at_once_are_counted_once(ballots: Ballots) -> None:
@@ -261,13 +271,17 @@ def test_a_file_of_another_contest_version_or_kind_is_refused(tmp_path: Path) ->
     path = tmp_path / "votes.sqlite"
     Ballots(path, own)
     Ballots(path, own)
-    with pytest.raises(ConfigError, match=r"need the models and prompts that .* was begun with"):
+    with pytest.raises(
+        ConfigError, match="need the models, pictures and prompts that"
+    ):
         Ballots(path, Contest(prompts=own.prompts[:3], pictures=own.pictures))
     database = sqlite3.connect(path)
     database.execute("UPDATE facts SET value = '99' WHERE name = 'version'")
     database.commit()
-    with pytest.raises(ConfigError, match=r"need votes of version 1, .* has version 99"):
+    with pytest.raises(ConfigError, match=r"need votes of version 2, .* has version 99"):
         Ballots(path, own)
+    with pytest.raises(ConfigError, match=r"need votes of version 2, .* has version 99"):
+        read_votes(path)
     (tmp_path / "text").write_text("no database at all, but long enough to look at" * 50)
     with pytest.raises(ConfigError, match="need an SQLite file of votes"):
         Ballots(tmp_path / "text", own)

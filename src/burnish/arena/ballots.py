@@ -13,12 +13,11 @@ which tells who looks.
 import contextlib
 import hashlib
 import hmac
-import json
 import secrets
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -29,7 +28,7 @@ from burnish.arena.battles import Battle, Winner
 from burnish.arena.contest import Contest
 from burnish.config import ConfigError
 
-VERSION = 1
+VERSION = 2
 """Of the layout; another version is refused by name."""
 RUINED = "gold:ruined"
 """Stands for the worse picture of a gold battle."""
@@ -85,12 +84,8 @@ class Ballots:
         """
         self._path, self._contest, self._gold = path, contest, gold
         self._pairs = contest.matches
-        described = json.dumps(
-            [sorted(contest.pictures), [prompt.id for prompt in contest.prompts]]
-        )
-        digest = hashlib.sha256(described.encode()).hexdigest()
         try:
-            self._secret = self._begin(digest)
+            self._secret = self._begin(contest.digest())
         except sqlite3.DatabaseError as error:
             raise ConfigError(
                 f"need an SQLite file of votes, got {path} ({error}); choose another"
@@ -110,15 +105,11 @@ class Ballots:
                 }
                 database.executemany("INSERT INTO facts VALUES (?, ?)", facts.items())
             found = dict(database.execute("SELECT name, value FROM facts").fetchall())
-        if found["version"] != str(VERSION):
-            raise ConfigError(
-                f"need votes of version {VERSION}, {self._path} has version {found['version']}; "
-                "use the version of Burnish that wrote it, or another file"
-            )
+        _check_version(self._path, found)
         if found["contest"] != digest:
             raise ConfigError(
-                f"need the models and prompts that {self._path} was begun with, got others; choose "
-                "another file"
+                f"need the models, pictures and prompts that {self._path} was begun with, got "
+                "others; choose another file"
             )
         return bytes.fromhex(found["secret"])
 
@@ -178,7 +169,11 @@ class Ballots:
             for row in database.execute("SELECT * FROM battles WHERE voter = ?", (voter,))
         }
         met = Counter(
-            frozenset((row["a"], row["b"])) for row in database.execute("SELECT a, b FROM battles")
+            frozenset((row["a"], row["b"]))
+            # What was shown and never voted on, to somebody who only passed by, is no meeting.
+            for row in database.execute(
+                "SELECT a, b FROM battles WHERE id IN (SELECT battle FROM events)"
+            )
         )
         left = {
             pair: own
@@ -242,23 +237,32 @@ class Ballots:
                 (name, winner, time.time()),
             )
 
-    def undo(self, voter: str) -> bool:
-        """Take back the newest vote of a voter; False if there is none."""
+    def newest(self, voter: str) -> str | None:
+        """The token of the battle of a voter's newest vote that counts; None without one."""
         with self._writing() as database:
             row = database.execute(
                 f"{_LAST} WHERE b.voter = ? AND e.winner IS NOT NULL ORDER BY e.number DESC"
                 " LIMIT 1",
                 (voter,),
             ).fetchone()
-            if row is None:
-                return False
+        return None if row is None else self._shown(row).token
+
+    def undo(self, token: str, voter: str) -> None:
+        """Take the vote on a battle back; to do it again changes nothing.
+
+        Raises:
+            VoteError: a token that was not given to this voter.
+        """
+        name = self.battle(token, voter)["id"]
+        with self._writing() as database:
+            if self._last(database, name) is None:
+                return
+            now = time.time()
             database.execute(
-                "INSERT INTO events (battle, winner, at) VALUES (?, NULL, ?)",
-                (row["id"], time.time()),
+                "INSERT INTO events (battle, winner, at) VALUES (?, NULL, ?)", (name, now)
             )
             # It is what the voter sees next.
-            database.execute("UPDATE battles SET shown = ? WHERE id = ?", (time.time(), row["id"]))
-            return True
+            database.execute("UPDATE battles SET shown = ? WHERE id = ?", (now, name))
 
     def _last(self, database: sqlite3.Connection, battle: str) -> str | None:
         row = database.execute(
@@ -286,15 +290,25 @@ class Ballots:
         return int(count)
 
 
+def _check_version(path: Path, facts: Mapping[str, str]) -> None:
+    if facts.get("version") != str(VERSION):
+        raise ConfigError(
+            f"need votes of version {VERSION}, {path} has version {facts.get('version')}; "
+            "use the version of Burnish that wrote it, or another file"
+        )
+
+
 def read_votes(path: Path) -> tuple[list[Battle], dict[str, tuple[int, int]]]:
     """All votes that count, and how each voter did on gold: right ones of so many.
 
     Raises:
-        ConfigError: no file of votes.
+        ConfigError: no file of votes, or of another version.
     """
     try:
-        database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         database.row_factory = sqlite3.Row
+        facts = dict(database.execute("SELECT name, value FROM facts").fetchall())
+        _check_version(path, facts)
         rows = database.execute(f"{_LAST} WHERE e.winner IS NOT NULL ORDER BY e.number").fetchall()
         database.close()
     except sqlite3.DatabaseError as error:

@@ -45,7 +45,8 @@ def read_battles(path: Path) -> list[Battle]:
         ConfigError: no such file, or the first line that is no battle, with its number.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        # Some programs begin a file with the mark of its encoding.
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"need a JSONL file of battles, got {path} ({reason})") from None
@@ -83,6 +84,13 @@ def _battle(line: str, where: str) -> Battle:
         raise ConfigError(
             f"{where}: need the keys {', '.join(_KEYS)}, got none named {missing[0]}; add it"
         )
+    for key in _KEYS:
+        if not isinstance(row[key], str | int) or not str(row[key]).strip():
+            raise ConfigError(f"{where}: need a name for {key}, got {row[key]!r}; correct it")
+        if not str(row[key]).isprintable():
+            raise ConfigError(
+                f"{where}: need printable characters for {key}, got {row[key]!r}; correct it"
+            )
     winner = row["winner"]
     if winner not in get_args(Winner):
         near = nearest(str(winner), get_args(Winner))

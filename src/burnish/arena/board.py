@@ -117,6 +117,10 @@ def board(
     counts = whole.votes.sum(0) + whole.votes.sum(1)
     wins = whole.score.sum(1) + (whole.votes - whole.score).sum(0)
     order = ratings.order(found.strength)
+    few = _prompts_of_each(votes) < MIN_PROMPTS
+    if low is not None and high is not None:
+        # Few prompts of one model make an interval that errs too often, whatever the others have.
+        low, high = (np.where(few, np.nan, ends) for ends in (low, high))
     rows = [
         {
             "model": players[player],
@@ -124,6 +128,7 @@ def board(
             "low": _rounded(low, player),
             "high": _rounded(high, player),
             "votes": int(counts[player]),
+            "is_anchor": players[player] == anchor,
             "score": round(float(wins[player] / counts[player]), 4),
         }
         for player in order
@@ -135,7 +140,7 @@ def board(
         "prompts": len(votes.prompts),
         "matrix": [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in rates],
         "left_side": round(float(ratings.ELO * found.side), 2) if has_side else None,
-        "reason": "" if low is not None else f"fewer than {MIN_PROMPTS} prompts: no intervals",
+        "reason": f"fewer than {MIN_PROMPTS} prompts: no intervals" if few.any() else "",
     }
 
 
@@ -155,7 +160,16 @@ def _intervals(
 
 
 def _rounded(values: ndarray | None, place: int) -> float | None:
-    return None if values is None else round(float(values[place]), 2)
+    if values is None or np.isnan(values[place]):
+        return None
+    return round(float(values[place]), 2)
+
+
+def _prompts_of_each(votes: Votes) -> ndarray:
+    """On how many prompts each player met somebody."""
+    met = np.zeros((len(votes.players), len(votes.prompts)), dtype=bool)
+    met[votes.left, votes.prompt] = met[votes.right, votes.prompt] = True
+    return met.sum(1)
 
 
 def voters(battles: Sequence[Battle]) -> list[dict[str, Any]]:

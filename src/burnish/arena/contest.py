@@ -1,10 +1,11 @@
 """Who meets whom on what: pictures of several models for the same prompts.
 
 A contestant is a name with a picture of each prompt: a policy of a run folder, or any folder of
-pictures that are named by the ids of a set of prompts. Only prompts that all have drawn are fought
-over, and all pictures of a prompt have one size, or the eye would know them by it.
+pictures that are named by the ids of a set of prompts. A prompt that one has drawn must have been
+drawn by all, and all pictures of a prompt have one size, or the eye would know them by it.
 """
 
+import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,16 @@ class Contest:
     prompts: tuple[Prompt, ...]
     pictures: Mapping[str, Mapping[str, Path]]
     """By contestant, then by prompt."""
+
+    def digest(self) -> str:
+        """Changes with prompts, contestants, and their pictures."""
+        found = hashlib.sha256(repr([(p.id, p.text) for p in self.prompts]).encode())
+        for name in sorted(self.pictures):
+            found.update(f"\0{name}\0".encode())
+            for prompt in self.prompts:
+                data = self.pictures[name][prompt.id].read_bytes()
+                found.update(hashlib.sha256(data).digest())
+        return found.hexdigest()
 
     @property
     def matches(self) -> list[tuple[str, str]]:
@@ -54,7 +65,7 @@ class Contest:
 def gather(
     places: Mapping[str, Path], prompts: Sequence[Prompt], *, tasks: Sequence[str] | None = None
 ) -> Contest:
-    """The pictures of folders for the prompts that all of them have.
+    """The pictures of folders for the prompts that they have.
 
     Args:
         places: folder of each contestant, by its name.
@@ -62,7 +73,7 @@ def gather(
         tasks: of the prompts; None is all.
 
     Raises:
-        ConfigError: fewer than two contestants, a folder without pictures of the prompts, or
+        ConfigError: fewer than two contestants, a folder without a picture that another has, or
             pictures of one prompt that differ in size.
     """
     if len(places) < 2:
@@ -79,6 +90,15 @@ def gather(
     if not shared:
         counts = ", ".join(f"{name} {len(own)}" for name, own in found.items())
         raise ConfigError(f"need prompts that all have drawn, got none in common ({counts})")
+    drawn = [p for p in wanted if any(p in own for own in found.values())]
+    if len(shared) < len(drawn):
+        lost = {name: [p for p in drawn if p not in own] for name, own in found.items()}
+        name = max(lost, key=lambda name: len(lost[name]))
+        raise ConfigError(
+            f"need a picture of every prompt that another has drawn, {name} lacks "
+            f"{len(lost[name])} of {len(drawn)}, such as {lost[name][0]}; draw them, or take "
+            f"those prompts out of --prompts"
+        )
     for prompt in shared:
         sizes = {name: images.read(own[prompt.id]).size for name, own in found.items()}
         if len(set(sizes.values())) > 1:

@@ -25,6 +25,7 @@ from burnish.progress import progress
 from burnish.questions import Asked, Item, Question, Slot
 from burnish.runtime import Runtime
 from burnish.significance import MIN_COVERAGE
+from burnish.tracking import lock
 from burnish.types import Failed, Prompt
 
 _CHOICES: Mapping[str, Winner] = {
@@ -116,9 +117,13 @@ def duel(
 
     Raises:
         ConfigError: no judge, or one that does not choose.
-        RunError: the folder has replies of another judge.
+        RunError: the folder has replies of another judge, or another process is in it.
     """
+    lock(folder)
     identity = json.dumps(judge.identity, sort_keys=True)
+    if not read_ledger(folder, _REPLIES):
+        # What a judge never answered to binds nobody to it.
+        (folder / "judge.json").unlink(missing_ok=True)
     pin(folder, "judge", {"the judge": hashlib.sha256(identity.encode()).hexdigest()[:16]})
     asked = [
         one
@@ -177,7 +182,8 @@ def _counted(asked: Sequence[Asked], said: Mapping[Any, str | Failed], model: st
         failed = next(own.reason for own in choices.values() if isinstance(own, Failed))
         raise ConfigError(
             f"need a choice on {MIN_COVERAGE:.0%} of {len(asked)} questions, got {len(told)} "
-            f"({failed}); mend the judge and start the same command with --again"
+            f"({failed}); mend the judge and start the same command again, with --again where it "
+            "answered without a choice"
         )
     battles, agreed = [], []
     for number, one in enumerate(asked):

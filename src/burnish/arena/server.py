@@ -102,6 +102,7 @@ class _Booth:
             pictures=None if shown is None else [self._name(shown, side) for side in _SIDES],
             source=None if shown is None else self._name(shown, "source"),
             counted=self._ballots.counted(voter),
+            newest=self._ballots.newest(voter),
             note=note,
             nonce=nonce,
         )
@@ -174,13 +175,18 @@ class _Booth:
     def _is_fast(self, voter: str) -> bool:
         return self._ballots.votes_since(voter, 60.0) >= MAX_RATE
 
-    def undo(self, request: Request) -> Response:
-        """Take the newest vote back and show its battle again."""
-        voter = self._voter(request)
+    async def undo(self, request: Request) -> Response:
+        """Take a vote back, once however often it is asked for, and show its battle again."""
+        voter, form = self._voter(request), await _form(request)
+        return await run_in_threadpool(self._take_back, voter, form)
+
+    def _take_back(self, voter: str, form: Mapping[str, str]) -> Response:
         if self._is_fast(voter):
             return self._page(voter, note=_WAIT, status=429)
-        if not self._ballots.undo(voter):
-            return self._page(voter, note="There is no vote to undo.", status=409)
+        try:
+            self._ballots.undo(form.get("undo", ""), voter)
+        except VoteError as error:
+            return self._page(voter, note=str(error), status=409)
         return RedirectResponse("/", status_code=303)
 
 

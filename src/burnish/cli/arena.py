@@ -65,10 +65,11 @@ def rate(
     from burnish.arena.board import rate as rated
     from burnish.arena_page import leaderboard, write_arena_page
 
+    target = out or battles.with_suffix(".html")
+    if target.resolve() == battles.resolve():
+        raise ConfigError(f"need a page beside the votes, got {target} for both; change --out")
     found = rated(read_battles(battles), anchor=anchor, resamples=resamples)
-    page = write_arena_page(
-        found, out or battles.with_suffix(".html"), shlex.join(["burnish", *sys.argv[1:]])
-    )
+    page = write_arena_page(found, target, shlex.join(["burnish", *sys.argv[1:]]))
     Console(width=None if sys.stdout.isatty() else 120).print(leaderboard(found))
     print(f"Page: {page}")
     if as_json:
@@ -190,6 +191,7 @@ def votes(
     from burnish.arena.ballots import read_votes
     from burnish.arena.battles import write_battles
 
+    _check_new(out)
     found, gold = read_votes(database)
     write_battles(out, found)
     print(f"{len(found)} votes: {out}")

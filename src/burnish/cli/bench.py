@@ -4,6 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +65,10 @@ def run(
     ],
     base: Base = None,
     out: Place = None,
-    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the pictures; a run's own, or 0 for others, if left out."),
+    ] = None,
     again: Again = False,
     as_json: Json = False,
 ) -> None:
@@ -78,10 +82,10 @@ def run(
     from burnish.tracking import lock
 
     taken = _taken(which)
-    folder = out or Path("bench") / taken.kind
+    folder = out or Path("bench") / taken.name
     found = {name: _source(taken, place) for name, place in _models(places, taken).items()}
     base = _base(base, list(found))
-    print(power(len(taken.items), _known_spread(folder), taken.bench.scale))
+    print(power(len(taken.items), _known_spread(folder, taken), taken.bench.scale))
     rt = runtime.start()
     if rt.is_main:
         # Or two would pay for the same replies.
@@ -137,7 +141,7 @@ def read(
                     f"need one file a model, got two for {name or model!r}; NAME=FILE"
                 )
             found[name or model] = said
-    folder = out or Path("bench") / f"{taken.kind}-read"
+    folder = out or Path("bench") / f"{taken.name}-read"
     judge = {"model": "official program", "file": digest_of([path for _, path in given])}
     advice = "take the result of a complete run of the official program"
     _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json, advice)
@@ -191,16 +195,18 @@ def _pictures(
     source: "Path | tuple[Path, Deployment]",
     folder: Path,
     rt: "Runtime",
-    seed: int,
+    seed: int | None,
 ) -> Path:
     """The folder of a model's pictures, which are drawn where they are not there."""
-    from burnish import benching
+    from burnish import benching, runtime
     from burnish.shelves import load_policy
 
     if isinstance(source, Path):
         return source
     model, deployed = source
-    drawing = benching.Drawing(deployed.guidance, deployed.num_steps, seed)
+    rt = replace(rt, dtype=runtime.choose_dtype(deployed.dtype, rt.device))
+    own = deployed.seed if seed is None else seed
+    drawing = benching.Drawing(deployed.guidance, deployed.num_steps, own, str(rt.dtype))
     facts = benching.model_facts(model, drawing)
     pictures = folder / "pictures" / name
     if not benching.are_drawn(taken, pictures, facts):
@@ -219,13 +225,14 @@ def _base(given: str | None, names: Sequence[str]) -> str:
     return given
 
 
-def _known_spread(folder: Path) -> float | None:
-    """How much prompts differ in the newest result there."""
+def _known_spread(folder: Path, taken: "Taken") -> float | None:
+    """How much prompts differ in the newest result of this bench there."""
     try:
-        found = json.loads((folder / "bench.json").read_text(encoding="utf-8"))["spread"]
+        found = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
+        spread, key = found["spread"], found["key"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return found if isinstance(found, float) else None
+    return spread if isinstance(spread, float) and key == taken.key(taken.judge) else None
 
 
 def _finish(

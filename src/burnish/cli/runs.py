@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -131,8 +131,21 @@ def _finish(folder: Path, as_json: bool) -> None:
     console = Console(width=None if is_told else 120)
     console.print(tables.table(found), tables.cost_table(found))
     console.print(f"Report: {page}", soft_wrap=True, highlight=False, markup=False)
+    for note in _invalid(folder):
+        print(f"burnish: note: {note}", file=sys.stderr)
     if as_json:
         print(json.dumps({"folder": str(folder), "report": str(page), "summary": found}))
+
+
+def _invalid(folder: Path) -> Iterator[str]:
+    """What the benches of a run do not say."""
+    from burnish.bench_page import why_invalid
+
+    for path in sorted((folder / "benches").glob("*.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for model, own in found["models"].items():
+            if not own["is_valid"]:
+                yield f"bench {path.stem} is invalid for {model}: {why_invalid(found, model)}"
 
 
 @app.command(hidden=True)
