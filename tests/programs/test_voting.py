@@ -271,9 +271,7 @@ def test_a_file_of_another_contest_version_or_kind_is_refused(tmp_path: Path) ->
     path = tmp_path / "votes.sqlite"
     Ballots(path, own)
     Ballots(path, own)
-    with pytest.raises(
-        ConfigError, match="need the models, pictures and prompts that"
-    ):
+    with pytest.raises(ConfigError, match="need the models, pictures and prompts that"):
         Ballots(path, Contest(prompts=own.prompts[:3], pictures=own.pictures))
     database = sqlite3.connect(path)
     database.execute("UPDATE facts SET value = '99' WHERE name = 'version'")
