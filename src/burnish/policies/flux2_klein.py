@@ -7,7 +7,6 @@ away from the empty prompt or a negative one; a step-distilled model has none an
 """
 
 import copy
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
-from torch import Generator, Tensor
+from torch import Tensor
 
 from burnish import runtime
 from burnish.config import ConfigError
-from burnish.policies.parts.joint import JointPrefix, pack, reassemble
-from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
+from burnish.policies.parts.joint import JointPolicy, JointPrefix, pack
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.reading import (
     Condition,
@@ -104,13 +102,13 @@ class FluxReader(PromptReader[EncodedPrompt]):
         ]
 
 
-class Flux2KleinPolicy(PipelinePolicy[FluxCondition, JointPrefix]):
+class Flux2KleinPolicy(JointPolicy):
     """A `diffusers.Flux2KleinPipeline` as a policy."""
 
     family: ClassVar[str] = "flux2_klein"
     pipeline_class: ClassVar[type] = Flux2KleinPipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
-    has_shared_prefix: ClassVar[bool] = False
+    patch: ClassVar[int] = _PATCH
     block_class: ClassVar[str] = "Flux2TransformerBlock"
     guidance_argument: ClassVar[str] = "guidance_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
@@ -129,13 +127,6 @@ class Flux2KleinPolicy(PipelinePolicy[FluxCondition, JointPrefix]):
         "ff.linear_in",
         "ff.linear_out",
     )
-
-    def __init__(
-        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
-    ) -> None:
-        super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
-        self._side = resolution // (pipeline.vae_scale_factor * _PATCH)
-        self._channels = pipeline.transformer.config.in_channels
 
     def _make_reader(self, cache_folder: Path | None) -> FluxReader:
         return FluxReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
@@ -197,33 +188,7 @@ class Flux2KleinPolicy(PipelinePolicy[FluxCondition, JointPrefix]):
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=64)
 
-    # --- Prompts -----------------------------------------------------------------------------
-
-    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> FluxCondition:
-        return self.encode([dataclasses.replace(p, text=negative_prompt) for p in prompts])
-
-    def prefix(self, condition: FluxCondition) -> JointPrefix:
-        return JointPrefix(condition.prompts)
-
-    def join(self, prefixes: Sequence[JointPrefix]) -> JointPrefix:
-        return JointPrefix.join(prefixes)
-
-    # --- Velocity ----------------------------------------------------------------------------
-
-    def velocity(
-        self,
-        latents: Float[Tensor, "batch token channel"],
-        sigmas: Float[Tensor, " batch"],
-        prefix: JointPrefix,
-    ) -> Float[Tensor, "batch token channel"]:
-        check_rows(len(latents), prefix)
-        self.work.count(len(latents))
-        layouts = prefix.layouts()
-        parts = [self._call(latents[rows], sigmas[rows], prefix.take(rows)) for rows in layouts]
-        return reassemble(parts, layouts)
-
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        """Samples of one layout."""
         like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
         texts, sources = prefix.stacked("embedding", like), prefix.stacked("source", like)
         places = [_grid_positions(0, (1, self._side, self._side))]
@@ -241,18 +206,6 @@ class Flux2KleinPolicy(PipelinePolicy[FluxCondition, JointPrefix]):
             return_dict=False,
         )
         return velocity[:, : latents.shape[1]].float()
-
-    # --- Latents and images ------------------------------------------------------------------
-
-    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
-        shape = (1, self._channels, self._side, self._side)
-        drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
-        return pack(torch.cat(drawn).to(self.device))
-
-    def pipeline_noise(
-        self, latents: Float[Tensor, "batch token channel"]
-    ) -> Float[Tensor, "batch channel y x"]:
-        return latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
         # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.

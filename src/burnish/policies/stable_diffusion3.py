@@ -6,21 +6,18 @@ negative one, read by all three encoders.
 """
 
 import copy
-import dataclasses
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from tokenizers.pre_tokenizers import ByteLevel
-from torch import Generator, Tensor
+from torch import Tensor
 
 from burnish import runtime
-from burnish.policies.parts.joint import JointPrefix, pack, reassemble
-from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
+from burnish.policies.parts.joint import JointPolicy, JointPrefix, pack
 from burnish.policies.parts.reading import (
     Condition,
     EncodedPrompt,
@@ -104,13 +101,13 @@ class StableReader(PromptReader[StablePrompt]):
         return [tokenizer_facts(one) for one in tokenizers if one is not None]
 
 
-class StableDiffusion3Policy(PipelinePolicy[StableCondition, JointPrefix]):
+class StableDiffusion3Policy(JointPolicy):
     """A `diffusers.StableDiffusion3Pipeline` as a policy."""
 
     family: ClassVar[str] = "stable_diffusion3"
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i",)
-    has_shared_prefix: ClassVar[bool] = False
+    patch: ClassVar[int] = 1
     block_class: ClassVar[str] = "JointTransformerBlock"
     guidance_argument: ClassVar[str] = "guidance_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
@@ -124,13 +121,6 @@ class StableDiffusion3Policy(PipelinePolicy[StableCondition, JointPrefix]):
         "attn.add_v_proj",
         "attn.to_add_out",
     )
-
-    def __init__(
-        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
-    ) -> None:
-        super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
-        self._side = resolution // pipeline.vae_scale_factor
-        self._channels = pipeline.transformer.config.in_channels
 
     def _make_reader(self, cache_folder: Path | None) -> StableReader:
         return StableReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
@@ -189,33 +179,7 @@ class StableDiffusion3Policy(PipelinePolicy[StableCondition, JointPrefix]):
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=64)
 
-    # --- Prompts -----------------------------------------------------------------------------
-
-    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> StableCondition:
-        return self.encode([dataclasses.replace(p, text=negative_prompt) for p in prompts])
-
-    def prefix(self, condition: StableCondition) -> JointPrefix:
-        return JointPrefix(condition.prompts)
-
-    def join(self, prefixes: Sequence[JointPrefix]) -> JointPrefix:
-        return JointPrefix.join(prefixes)
-
-    # --- Velocity ----------------------------------------------------------------------------
-
-    def velocity(
-        self,
-        latents: Float[Tensor, "batch token channel"],
-        sigmas: Float[Tensor, " batch"],
-        prefix: JointPrefix,
-    ) -> Float[Tensor, "batch token channel"]:
-        check_rows(len(latents), prefix)
-        self.work.count(len(latents))
-        layouts = prefix.layouts()
-        parts = [self._call(latents[rows], sigmas[rows], prefix.take(rows)) for rows in layouts]
-        return reassemble(parts, layouts)
-
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        """Samples of one layout."""
         like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
         (velocity,) = self.transformer(
             hidden_states=self.pipeline_noise(latents).to(like),
@@ -225,18 +189,6 @@ class StableDiffusion3Policy(PipelinePolicy[StableCondition, JointPrefix]):
             return_dict=False,
         )
         return pack(velocity).float()
-
-    # --- Latents and images ------------------------------------------------------------------
-
-    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
-        shape = (1, self._channels, self._side, self._side)
-        drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
-        return pack(torch.cat(drawn).to(self.device))
-
-    def pipeline_noise(
-        self, latents: Float[Tensor, "batch token channel"]
-    ) -> Float[Tensor, "batch channel y x"]:
-        return latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
         # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.

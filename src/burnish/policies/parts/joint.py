@@ -1,4 +1,4 @@
-"""The prefix of families whose text and image read each other at every noise level.
+"""Families whose text and image read each other at every noise level.
 
 There what a prompt is to the transformer changes with the noisy latents, so nothing but what the
 frozen encoder and VAE made of it can be shared between samples and steps, and a prefix has no
@@ -6,15 +6,21 @@ gradient. One call of such a transformer has one layout: prompts of equal length
 equal size.
 """
 
+import dataclasses
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Generator, Tensor
 
 from burnish.policies.base import Prefix
-from burnish.policies.parts.reading import EncodedPrompt
+from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
+from burnish.policies.parts.reading import Condition, EncodedPrompt
+from burnish.types import Prompt
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +35,6 @@ class JointPrefix(Prefix):
 
     def take(self, rows: Sequence[int]) -> "JointPrefix":
         return JointPrefix(tuple(self.prompts[row] for row in rows))
-
-    @classmethod
-    def join(cls, prefixes: Sequence["JointPrefix"]) -> "JointPrefix":
-        """All samples of all prefixes, in order."""
-        return cls(tuple(prompt for prefix in prefixes for prompt in prefix.prompts))
 
     def layouts(self) -> list[list[int]]:
         """Rows that can share a call of the transformer."""
@@ -52,9 +53,57 @@ def pack(grid: Float[Tensor, "batch channel y x"]) -> Float[Tensor, "batch token
     return grid.flatten(2).transpose(1, 2).contiguous()
 
 
-def reassemble(parts: Sequence[Tensor], layouts: Sequence[Sequence[int]]) -> Tensor:
-    """Rows in their own order, from one result for each layout."""
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.tensor([row for rows in layouts for row in rows], device=parts[0].device)
-    return torch.cat(list(parts)).index_select(0, order.argsort())
+class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
+    """A policy of such a family; it adds its pipeline, its reader and one call of its transformer.
+
+    Latents are square, a token is a square of `patch` latents, and noise is drawn in float32.
+    """
+
+    has_shared_prefix: ClassVar[bool] = False
+    patch: ClassVar[int]
+    """Side of the square of latents that is one token."""
+
+    def __init__(
+        self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
+    ) -> None:
+        super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
+        self._side = resolution // (pipeline.vae_scale_factor * self.patch)
+        self._channels = pipeline.transformer.config.in_channels
+
+    @abstractmethod
+    def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
+        """Velocity of samples of one layout."""
+
+    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> Condition[Any]:
+        return self.encode([dataclasses.replace(p, text=negative_prompt) for p in prompts])
+
+    def prefix(self, condition: Condition[Any]) -> JointPrefix:
+        return JointPrefix(condition.prompts)
+
+    def join(self, prefixes: Sequence[JointPrefix]) -> JointPrefix:
+        return JointPrefix(tuple(prompt for prefix in prefixes for prompt in prefix.prompts))
+
+    def velocity(
+        self,
+        latents: Float[Tensor, "batch token channel"],
+        sigmas: Float[Tensor, " batch"],
+        prefix: JointPrefix,
+    ) -> Float[Tensor, "batch token channel"]:
+        check_rows(len(latents), prefix)
+        self.work.count(len(latents))
+        layouts = prefix.layouts()
+        parts = [self._call(latents[rows], sigmas[rows], prefix.take(rows)) for rows in layouts]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([row for rows in layouts for row in rows], device=self.device)
+        return torch.cat(parts).index_select(0, order.argsort())
+
+    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
+        shape = (1, self._channels, self._side, self._side)
+        drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
+        return pack(torch.cat(drawn).to(self.device))
+
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        return latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
