@@ -393,7 +393,9 @@ def test_a_run_is_trained_measured_and_reported(
     page = (out / "report.html").read_text()
     assert "Bench: truth" in page and "Arena: text to image" in page
     for link in re.findall(r'href="([^"#][^"]*)"', page):
-        assert (out / link).is_file(), link
+        # A name in the arena leads to the folder of its pictures.
+        place = out / link
+        assert place.is_dir() if link.endswith("/") else place.is_file(), link
     replies = next(out.glob("benches/student/truth/judged-*/replies-0.jsonl"))
     kept = (out / "stages" / "student" / "metrics.jsonl", replies)
     rows = [path.read_bytes() for path in kept]
