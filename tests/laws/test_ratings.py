@@ -9,6 +9,7 @@ import pytest
 from numpy import ndarray
 
 from burnish import ratings
+from burnish.significance import MIN_PROMPTS
 
 # Written by tests/laws/arena_rank_reference.py with arena-rank 0.1.1, in an environment of its own.
 REFERENCE = Path(__file__).parent / "arena_rank_reference.json"
@@ -114,17 +115,20 @@ def test_win_rates_take_both_sides_together() -> None:
     assert rates[0, 1] == pytest.approx(wanted)
 
 
-def test_intervals_over_prompts_cover_what_was_planted() -> None:
-    """1,000 tournaments whose votes on a prompt agree more than chance: each prompt draws its own
-    chance for each pair, Beta around the pair's, so that strengths stay those of all prompts."""
+def coverage(prompts: int, tournaments: int) -> tuple[float, float]:
+    """Share of planted ratings inside intervals over prompts, and over single votes.
+
+    Votes on a prompt agree more than chance: each prompt draws its own chance for each pair, Beta
+    around the pair's, so that strengths stay those of all prompts.
+    """
     rng = np.random.default_rng(0)
-    num, prompts, per_pair = 4, 60, 5
+    num, per_pair = 4, 5
     strength = np.array([0.0, 0.3, -0.3, 0.8])
     pairs = np.array([(i, j) for i in range(num) for j in range(num) if i != j])
     chance = 1 / (1 + np.exp(-(strength[pairs[:, 0]] - strength[pairs[:, 1]])))
     planted = ratings.ELO * (strength - strength[0])
     covered, naive = [], []
-    for _ in range(1000):
+    for _ in range(tournaments):
         own = rng.beta(2 * chance, 2 * (1 - chance), (prompts, len(pairs)))
         wins = rng.binomial(per_pair, own).astype(float)
         clusters = ratings.Tally(np.zeros((prompts, num, num)), np.zeros((prompts, num, num)))
@@ -143,9 +147,32 @@ def test_intervals_over_prompts_cover_what_was_planted() -> None:
         again = ratings.fit(ratings.Tally(np.broadcast_to(whole.votes, draws.shape), draws))
         low, high = ratings.interval(again.elo(0, at=0.0))
         naive.append((low[1:] <= planted[1:]) & (planted[1:] <= high[1:]))
-    share, plain = float(np.mean(covered)), float(np.mean(naive))
-    print(f"covered: {share:.3f} over prompts, {plain:.3f} over votes")
+    return float(np.mean(covered)), float(np.mean(naive))
+
+
+def test_intervals_over_prompts_cover_what_was_planted() -> None:
+    share, plain = coverage(prompts=60, tournaments=1000)
+    print(f"60 prompts: {share:.3f} covered over prompts, {plain:.3f} over votes")
     assert 0.93 <= share <= 0.97 and plain < 0.85
+
+
+def test_few_prompts_make_intervals_that_are_somewhat_short() -> None:
+    """At the least number that makes one at all."""
+    share, _ = coverage(prompts=MIN_PROMPTS, tournaments=400)
+    print(f"{MIN_PROMPTS} prompts: {share:.3f} covered over prompts")
+    assert 0.85 <= share <= 0.95
+
+
+def test_the_prior_pulls_few_votes_to_the_middle_and_many_not_at_all() -> None:
+    pulls = {}
+    for count in (200, 2_000, 100_000):
+        left, right, score, _ = votes(3, 6, count)
+        tally = ratings.tally(left, right, score, 6)
+        plain, pulled = (ratings.fit(tally, prior=prior).elo(0) for prior in (0.0, 1.0))
+        pulls[count] = float(np.abs(plain - pulled).max())
+        assert np.ptp(pulled) < np.ptp(plain)
+    print(", ".join(f"{count:,} votes: {pull:.2f} Elo" for count, pull in pulls.items()))
+    assert pulls[200] > pulls[2_000] > pulls[100_000] and pulls[100_000] < 0.1
 
 
 def test_what_a_number_of_prompts_can_show() -> None:

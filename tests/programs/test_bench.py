@@ -447,6 +447,28 @@ def test_the_released_file_is_read_without_any_judge(
 # --- The miniature ---------------------------------------------------------------------------
 
 
+def test_a_model_of_a_run_is_drawn_as_in_the_run(tmp_path: Path, burnish: Burnish) -> None:
+    """With its seed and its precision: the pictures are the same to the last bit."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    changes = [
+        "evaluation.seed=7",
+        "runtime.dtype=bfloat16",
+        "benches={t2i: {kind: miniature, limit: 4}}",
+    ]
+    config = load(RunConfig, recipe_path("smoke"), [*changes, "arena=null"])
+    Run.create(run, config)
+    rt = config.runtime.build()
+    run_job(config, run, "bench/base", rt)
+    done = burnish(
+        "bench", "run", "{kind: miniature, limit: 4}", f"base={run / 'base'}", "--out", out
+    )
+    assert done.code == 0, done.err
+    there, here = run / "benches/base/t2i/pictures", out / "pictures" / "base"
+    names = sorted(file.name for file in here.glob("*.png"))
+    assert len(names) == 4
+    assert all((there / n).read_bytes() == (here / n).read_bytes() for n in names)
+
+
 def test_the_same_seed_draws_the_same_pictures_and_gives_the_same_numbers(
     tmp_path: Path, burnish: Burnish
 ) -> None:

@@ -140,12 +140,15 @@ def _finish(folder: Path, as_json: bool) -> None:
 def _invalid(folder: Path) -> Iterator[str]:
     """What the benches of a run do not say."""
     from burnish.bench_page import why_invalid
+    from burnish.summary import read_run
 
-    for path in sorted((folder / "benches").glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
+    for name in read_run(folder).benches:
+        path = folder / "benches" / f"{name}.json"
+        # A report is also written before a bench is taken.
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"models": {}}
         for model, own in found["models"].items():
             if not own["is_valid"]:
-                yield f"bench {path.stem} is invalid for {model}: {why_invalid(found, model)}"
+                yield f"bench {name} is invalid for {model}: {why_invalid(found, model)}"
 
 
 @app.command(hidden=True)

@@ -6,7 +6,6 @@ calls of their own, as one call has one set of positions; the target is always a
 away from the empty prompt or a negative one; a step-distilled model has none and is refused it.
 """
 
-import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -208,12 +207,9 @@ class Flux2KleinPolicy(JointPolicy):
         return velocity[:, : latents.shape[1]].float()
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
         shift = compute_empirical_mu(image_seq_len=self._side**2, num_steps=num_steps)
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        scheduler.set_timesteps(sigmas=sigmas, mu=shift)
-        return scheduler.sigmas.float().cpu()
+        return self._levels(sigmas=sigmas, mu=shift)
 
     def decode(
         self, latents: Float[Tensor, "batch token channel"]

@@ -5,7 +5,6 @@ one call of the pipeline shares one set of images; the target is always a square
 pixels, also where the source is not; noise is drawn in float32; a drawn image's alpha is dropped.
 """
 
-import copy
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,20 +208,18 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
         return torch.cat(drawn).to(self.device).transpose(1, 2).contiguous()
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        config = self.pipeline.scheduler.config
         sigmas = self.pipeline.config.sample_sigmas
         if sigmas is None or len(sigmas) != num_steps:
             sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         shift = calculate_shift(
             self._side**2,
-            scheduler.config.get("base_image_seq_len", 256),
-            scheduler.config.get("max_image_seq_len", 4096),
-            scheduler.config.get("base_shift", 0.5),
-            scheduler.config.get("max_shift", 1.15),
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
         )
-        scheduler.set_timesteps(sigmas=sigmas, mu=shift)
-        return scheduler.sigmas.float().cpu()
+        return self._levels(sigmas=sigmas, mu=shift)
 
     def decode(
         self, latents: Float[Tensor, "batch token channel"]

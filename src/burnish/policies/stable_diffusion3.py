@@ -5,7 +5,6 @@ itself; noise is drawn in float32. Guidance is true guidance away from the empty
 negative one, read by all three encoders.
 """
 
-import copy
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -191,9 +190,7 @@ class StableDiffusion3Policy(JointPolicy):
         return pack(velocity).float()
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        config, settings = scheduler.config, {}
+        config, settings = self.pipeline.scheduler.config, {}
         if config.get("use_dynamic_shifting"):
             settings["mu"] = calculate_shift(
                 (self._side // self.transformer.config.patch_size) ** 2,
@@ -202,8 +199,7 @@ class StableDiffusion3Policy(JointPolicy):
                 config.get("base_shift", 0.5),
                 config.get("max_shift", 1.16),
             )
-        scheduler.set_timesteps(num_steps, **settings)
-        return scheduler.sigmas.float().cpu()
+        return self._levels(num_steps, **settings)
 
     def decode(
         self, latents: Float[Tensor, "batch token channel"]

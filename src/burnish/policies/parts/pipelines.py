@@ -137,6 +137,13 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         conditional, unconditional = velocities.chunk(2)
         return compose(conditional, unconditional, scale), conditional
 
+    def _levels(self, *arguments: Any, **settings: Any) -> Float[Tensor, " level"]:
+        """Noise levels that the pipeline's scheduler sets for some arguments."""
+        # A scheduler keeps its place in the schedule: a copy leaves the pipeline's own alone.
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(*arguments, **settings)
+        return scheduler.sigmas.float().cpu()
+
     def pipeline_noise(self, latents: Float[Tensor, "batch token channel"]) -> Tensor:
         """The same noise as the pipeline's own call takes it."""
         return latents
