@@ -3,6 +3,7 @@
 A study folder has a run folder for each seed, `seed-0` and so on, and what is computed from them:
 
     scores.jsonl   every score of every arm, so that anybody can compute the table again
+    course.jsonl   reward, held-out score and shares of the advantage of every arm as it trained
     study.json     the table
     study.md       the table as it is read
     study.html     the same with curves and pictures, in one file
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ConfigError, located, nearest
+from burnish.courses import course, mean_course
 from burnish.curves import budgets
 from burnish.evaluation import Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
@@ -114,6 +116,7 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
             )
     rows = [row | {"run": s} for s in done for row in all_scores(config, runs[s])]
     folders = [runs[s] for s in done]
+    trained = list(course(config, {s: runs[s] for s in done}))
     found = {
         "name": config.name,
         "question": config.study.question,
@@ -124,10 +127,12 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
         "folding": [row for arm in config.stages for row in _folding(folders, arm)],
         "cost": {arm: _cost(config, folders, arm) for arm in config.stages},
         "budgets": budgets(config, folders),
+        "course": mean_course(trained),
     }
     with writing(folder / "study.json"):
         write_json(folder / "study.json", found)
         write_atomic(folder / "scores.jsonl", "".join(raw_rows(config, rows)))
+        write_atomic(folder / "course.jsonl", "".join(json.dumps(r) + "\n" for r in trained))
         write_atomic(folder / "study.md", markdown(found))
     write_study_page(config, found, folders, folder)
     return found

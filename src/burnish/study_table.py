@@ -47,6 +47,11 @@ def markdown(found: Mapping[str, Any]) -> str:
         ],
     )
     lines += _section(
+        "While training, mean over seeds",
+        "| arm | after steps | reward | held-out score | seeds called hacked | advantage from |",
+        [_part(row) for row in found["course"]],
+    )
+    lines += _section(
         "Cost, mean over seeds",
         "| arm | pictures | to choose prompts | network evaluations | minutes | points gained a "
         "1,000 pictures | a minute |",
@@ -69,6 +74,14 @@ def _rate(found: Mapping[str, Any], arm: str, per: float, *spent: float | None) 
     if None in spent or not gains or not total:
         return "missing"
     return plain(100 * statistics.fmean(gains) * per / total, 2, "+")
+
+
+def _part(row: Mapping[str, Any]) -> str:
+    """One span of an arm's training."""
+    shares = ", ".join(f"{name} {share:.0%}" for name, share in row["shares"].items())
+    reward, held_out = ("" if v is None else f"{v:.3f}" for v in (row["reward"], row["held_out"]))
+    hacked = "" if row["held_out"] is None else str(row["hacked"])
+    return f"| {row['arm']} | {row['step']} | {reward} | {held_out} | {hacked} | {shares} |"
 
 
 def _comparison(row: Mapping[str, Any]) -> str:

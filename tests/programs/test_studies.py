@@ -9,10 +9,12 @@ import pytest
 
 from burnish import revision, studies
 from burnish.config import ConfigError, parse
+from burnish.courses import course, mean_course
 from burnish.curves import budgets
 from burnish.evaluation import Row, read_scores, write_rows
-from burnish.guard import GuardConfig
+from burnish.guard import FOLDER, GuardConfig
 from burnish.launcher import pending
+from burnish.looks import LOOKS
 from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
 from burnish.stages import is_complete, job_folder
@@ -245,6 +247,7 @@ def test_an_arm_without_scores_is_there_and_marked(tmp_path: Path) -> None:
             "seeds": [0],
             "cost": {},
             "budgets": {},
+            "course": [],
             "folding": [],
         }
     )
@@ -367,3 +370,44 @@ def test_a_run_is_given_nothing_that_would_change_its_results(tmp_path: Path) ->
     for changes in ({"seed": 5}, {"stages": stages}):
         assert revision.take_up(make_config(tmp_path, **changes), run) == []
         assert (run / "config.yaml").read_bytes() == before
+
+
+def test_the_course_puts_the_reward_of_a_span_beside_the_look_at_its_end(tmp_path: Path) -> None:
+    runs = {seed: make_run(tmp_path, seed) for seed in (0, 1)}
+    for seed, run in runs.items():
+        stage = run / "stages" / "plain"
+        rows = [
+            {"step": n, "reward/mean": float(n + seed), "advantage/share_truth": 0.25 + seed / 2}
+            for n in range(20)
+        ]
+        write_rows(stage / "metrics.jsonl", rows)
+        looks = [(0, 0.5, "fine"), (8, 0.7 + seed / 5, "fine"), (16, 0.6, "hacked")]
+        # The second seed was ended by its guard before the first.
+        looked = [
+            {"step": step, "held_out": held_out, "verdict": verdict}
+            for step, held_out, verdict in looks[: 3 - seed]
+        ]
+        write_rows(stage / FOLDER / LOOKS, looked)
+    rows = list(course(make_config(tmp_path), runs))
+    # Arms without rewards and without looks have no course.
+    assert {row["arm"] for row in rows} == {"plain"} and len(rows) == 5
+    means = mean_course(rows)
+    assert [row["step"] for row in means] == [0, 8]
+    start, end = means
+    assert start["reward"] is None and start["held_out"] == 0.5 and start["hacked"] == 0
+    assert end["reward"] == pytest.approx(4.0) and end["held_out"] == pytest.approx(0.8)
+    assert end["shares"] == {"truth": pytest.approx(0.5)}
+    (last,) = (row for row in rows if row["step"] == 16)
+    assert last["reward"] == pytest.approx(11.5) and last["verdict"] == "hacked"
+
+
+def test_a_training_that_nobody_looked_at_is_told_in_quarters(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 0)
+    rows = [{"step": n, "reward/mean": float(n)} for n in range(20)]
+    write_rows(run / "stages" / "better" / "metrics.jsonl", rows)
+    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+    assert [(row["step"], row["reward"]) for row in found["course"]] == [
+        (5, 2.0), (10, 7.0), (15, 12.0), (20, 17.0)
+    ]  # fmt: skip
+    assert "| better | 15 | 12.000 |  |  |  |" in (tmp_path / "study" / "study.md").read_text()
+    assert len((tmp_path / "study" / "course.jsonl").read_text().splitlines()) == 4
