@@ -51,6 +51,16 @@ class Advantages:
     keep: Bool[Tensor, " group"]
     """Some sample of the group has a nonzero advantage; the others can be dropped and counted."""
 
+    def of(self, groups: slice) -> "Advantages":
+        """Those of some groups; `share` stays that of the batch."""
+        return Advantages(
+            advantages=self.advantages[groups],
+            contributions=self.contributions[:, groups],
+            share=self.share,
+            is_below_floor=self.is_below_floor[:, groups],
+            keep=self.keep[groups],
+        )
+
 
 def normalised_weights(weights: Float[Tensor, "reward group"]) -> Float[Tensor, "reward group"]:
     """Weights that sum to 1 over the rewards that apply to each group: w_k / sum_j w_j.

@@ -76,11 +76,20 @@ def run_jobs(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
         _drop_result(folder, job, everything=force)
     launch(
         todo,
-        command=lambda job: [sys.executable, "-m", "burnish", "job", str(folder), job],
+        command=lambda job: command(config.runtime, folder, job),
         log_file=lambda job: log_file(folder, job),
         places=places(config.runtime, len(todo)),
         num_complete=len(jobs) - len(todo),
     )
+
+
+def command(settings: "RuntimeConfig", folder: Path, job: str) -> list[str]:
+    """The command line of a job; a training stage may have several processes."""
+    start = [sys.executable, "-m"]
+    if settings.processes > 1 and job.startswith("train/"):
+        start += ["torch.distributed.run", "--standalone"]
+        start += ["--nproc-per-node", str(settings.processes), "-m"]
+    return [*start, "burnish", "job", str(folder), job]
 
 
 def pending(folder: Path, jobs: Jobs, *, force: bool = False) -> dict[str, tuple[str, ...]]:
@@ -104,14 +113,22 @@ def places(config: "RuntimeConfig", num_jobs: int) -> list[dict[str, str]]:
     import torch
 
     from burnish import runtime
+    from burnish.config import ConfigError
 
+    ranks = config.processes
     if runtime.choose_device(config.device).type == "cuda":
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
-        return [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+        if len(names) < ranks:
+            raise ConfigError(
+                f"runtime.processes: need a GPU for each of {ranks}, found {len(names)}; set "
+                f"runtime.processes={len(names)}"
+            )
+        starts = range(0, len(names) - ranks + 1, ranks)
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(names[n : n + ranks])} for n in starts]
     threads = config.threads or 1
-    count = max(1, min(runtime.usable_cores() // threads, num_jobs))
-    limits = {"OMP_NUM_THREADS": str(threads)} if count > 1 else {}
+    count = max(1, min(runtime.usable_cores() // (threads * ranks), num_jobs))
+    limits = {"OMP_NUM_THREADS": str(threads)} if count * ranks > 1 else {}
     return [{**_KEEP_FREED, **limits} for _ in range(count)]
 
 

@@ -23,12 +23,13 @@ class Progress:
     _depth = 0
     _last_line = 0.0
 
-    def __init__(self, label: str, total: int | None, done: int) -> None:
-        self.label, self.total, self.done = label, total, done
+    def __init__(self, label: str, total: int | None, done: int, *, is_shown: bool = True) -> None:
+        self.label, self.total, self.done, self._is_shown = label, total, done, is_shown
         self._first, self._start = done, time.monotonic()
         if Progress._depth == 0:
             Progress._last_line = self._start
-            Progress._screen = _screen() if sys.stderr.isatty() else None
+            is_terminal = sys.stderr.isatty() and is_shown
+            Progress._screen = _screen() if is_terminal else None
         Progress._depth += 1
         screen = Progress._screen
         self._task = screen and screen.add_task(label, total=total, completed=done, note="")
@@ -38,7 +39,7 @@ class Progress:
         self.done += count
         if Progress._screen is not None and self._task is not None:
             Progress._screen.update(self._task, completed=self.done, note=note)
-        elif time.monotonic() - Progress._last_line >= self.LINE_SECONDS:
+        elif self._is_shown and time.monotonic() - Progress._last_line >= self.LINE_SECONDS:
             self._print(note)
 
     def close(self) -> None:
@@ -50,7 +51,7 @@ class Progress:
                 Progress._screen = None
             else:
                 Progress._screen.remove_task(self._task)
-        elif Progress._depth == 0 and time.monotonic() - self._start > 2:
+        elif self._is_shown and Progress._depth == 0 and time.monotonic() - self._start > 2:
             self._print("")
 
     def _print(self, note: str) -> None:
@@ -79,9 +80,12 @@ def _screen() -> rich.progress.Progress:
 
 
 @contextlib.contextmanager
-def progress(label: str, total: int | None = None, *, done: int = 0) -> Iterator[Progress]:
-    """Show progress on stderr while inside; `done` is what a resumed task had done before."""
-    bar = Progress(label, total, done)
+def progress(
+    label: str, total: int | None = None, *, done: int = 0, is_shown: bool = True
+) -> Iterator[Progress]:
+    """Show progress on stderr while inside; `done` is what a resumed task had done before, and one
+    of several processes shows it for all."""
+    bar = Progress(label, total, done, is_shown=is_shown)
     try:
         yield bar
     finally:

@@ -3,7 +3,8 @@
 A run folder belongs to one configuration, because results of two must never be mixed. Some settings
 decide no result that is there: what is said of the recipe, and which benches are taken and who
 votes in the arena, which only read what was trained. A finished run may be given those later, or
-others. A study's arms do not know each other, so an arm that has changed is run again alone.
+others. How many processes train a stage decides none, either, so that a run may go on with another
+number. A study's arms do not know each other, so an arm that has changed is run again alone.
 """
 
 import shutil
@@ -40,6 +41,8 @@ def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]
     before = read_run(folder)
     loose = (*_FREE, "stages") if arms else _FREE
     same = {name: getattr(config, name) for name in loose}
+    processes = {"processes": config.runtime.processes}
+    same["runtime"] = before.runtime.model_copy(update=processes)
     if before == config or before.model_copy(update=same) != config:
         return []
     # Before anything is touched: its run may be going on.

@@ -103,6 +103,17 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _processes_have_groups(self) -> "RunConfig":
+        for name, stage in self.stages.items():
+            if stage.prompts_per_step < self.runtime.processes:
+                raise ValueError(
+                    f"need a group for each of {self.runtime.processes} processes, got "
+                    f"stages.{name}.prompts_per_step={stage.prompts_per_step}; raise it, or lower "
+                    "runtime.processes"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _merges_have_parts(self) -> "RunConfig":
         for name, merge in self.merges.items():
             _check_name(name)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _GIBIBYTE = 1 << 30
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: one may measure or write alone."""
+_MESSAGE = 1 << 25
+"""Elements of one message."""
+ItemT = TypeVar("ItemT")
 _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "safetensors", "numpy")
 
 
@@ -48,6 +52,10 @@ class RuntimeConfig(Config):
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; `auto` is bfloat16 on a GPU, float32 elsewhere."""
+
+    processes: int = Field(default=1, ge=1)
+    """Of each training stage, on a GPU each if there are any; the groups of a step are dealt out to
+    them. A run may go on with another number."""
 
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch on the CPU; None keeps OMP_NUM_THREADS, or else takes the usable cores."""
@@ -82,6 +90,36 @@ class Runtime:
                     stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 
+    def mine(self, items: Sequence[ItemT]) -> Sequence[ItemT]:
+        """The part of this process: items are dealt out in turn."""
+        return items[self.rank :: self.world_size]
+
+    def together(self, items: Sequence[Any]) -> list[Any]:
+        """What every process has of items that were dealt out, in the order of the whole."""
+        parts = self.gather(list(items))
+        return [
+            part[row]
+            for row in range(max(len(part) for part in parts))
+            for part in parts
+            if row < len(part)
+        ]
+
+    def gather(self, value: Any) -> list[Any]:
+        """A value of every process, in the order of their ranks; it travels as JSON."""
+        if self.world_size == 1:
+            return [value]
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.long) for _ in range(self.world_size)]
+        torch.distributed.all_gather(sizes, torch.tensor([len(data)]))
+        longest = max(int(size) for size in sizes)
+        found = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+        padded = torch.nn.functional.pad(data, (0, longest - len(data)))
+        torch.distributed.all_gather(found, padded)
+        return [
+            json.loads(bytes(part[: int(size)].tolist()))
+            for part, size in zip(found, sizes, strict=True)
+        ]
+
     def all_reduce_sum(self, value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
         """The sum of `value` over all processes; the same tensor where there is one process."""
         if self.world_size == 1:
@@ -95,14 +133,24 @@ class Runtime:
         return value if self.world_size == 1 else self.all_reduce_sum(value) / self.world_size
 
     def all_reduce_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Average the gradients over all ranks in one message; a missing one counts as zero."""
+        """Average the gradients over all processes; a missing one counts as zero, and one that all
+        lack stays missing."""
         if self.world_size == 1:
             return
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        mean = self.all_reduce_mean(torch.cat([grad.flatten() for grad in grads]))
-        parts = mean.split([parameter.numel() for parameter in parameters])
-        for parameter, part in zip(parameters, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        has = torch.tensor([int(p.grad is not None) for p in parameters], device=self.device)
+        wanted = [
+            p for p, n in zip(parameters, self.all_reduce_sum(has).tolist(), strict=True) if n
+        ]
+        while wanted:
+            # In messages of a bounded size, as each is a copy.
+            sizes = itertools.accumulate(p.numel() for p in wanted)
+            count = max(1, sum(size <= _MESSAGE for size in sizes))
+            bucket, wanted = wanted[:count], wanted[count:]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+            mean = self.all_reduce_mean(torch.cat([grad.flatten() for grad in grads]))
+            parts = mean.split([parameter.numel() for parameter in bucket])
+            for parameter, part in zip(bucket, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
 
     def broadcast(self, parameters: Sequence[Tensor]) -> None:
         """Give every rank the values of the first one, in place; ranks must start alike."""
@@ -111,6 +159,15 @@ class Runtime:
         with torch.no_grad():
             for parameter in parameters:
                 torch.distributed.broadcast(parameter, 0)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """The process that writes goes through before all others, which find what it has left."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -140,6 +197,10 @@ class Runtime:
             with contextlib.suppress(importlib.metadata.PackageNotFoundError):
                 facts[package] = importlib.metadata.version(package)
         return facts
+
+
+ALONE = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+"""One process on the CPU."""
 
 
 def start(config: RuntimeConfig | None = None) -> Runtime:

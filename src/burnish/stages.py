@@ -100,7 +100,8 @@ def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
         "arena": _meet,
     }[kind]
     work(config, folder, name, rt)
-    write_atomic(job_folder(folder, job) / "DONE", "")
+    if rt.is_main:
+        write_atomic(job_folder(folder, job) / "DONE", "")
 
 
 def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
@@ -110,7 +111,7 @@ def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     for other in config.stages:
         # An empty pool ends the job that measured it, before any stage that trains on one.
         if config.profile_of(other) == name:
-            _chosen(config, folder, other)
+            _chosen(config, folder, other, rt)
 
 
 def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
@@ -127,25 +128,27 @@ def _start(config: RunConfig, folder: Path, name: str, rt: Runtime) -> Policy[An
     return load_policy(config.policy, model_folder(folder, path), rt)
 
 
-def _chosen(config: RunConfig, folder: Path, name: str) -> StageConfig:
+def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageConfig:
     """The stage with the prompts that its curation keeps."""
     stage, profile = config.stages[name], config.profile_of(name)
     if stage.curation is None or profile is None:
         return stage
     source, own = (job_folder(folder, f"curate/{n}") for n in (profile, name))
-    write_kept(source, stage.prompts.read(), stage.curation, own)
+    if rt.is_main:
+        write_kept(source, stage.prompts.read(), stage.curation, own)
     prompts = stage.prompts.model_copy(update={"path": str(own / "kept.jsonl"), "limit": None})
     return stage.model_copy(update={"prompts": prompts})
 
 
 def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     stage = config.stages[name]
-    policy = _start(config, folder, name, rt)
-    # By its own words, so that a run can be moved; what it refers to is looked up here.
-    run = Run.create(job_folder(folder, f"train/{name}"), stage, environment=rt.describe())
-    files = {f"the files of {name}": digest_of(r.inputs()) for name, r in stage.rewards.items()}
-    pin(run.folder, "rewards", files)
-    stage = with_folders(config, _chosen(config, folder, name), folder)
+    policy, place = _start(config, folder, name, rt), job_folder(folder, f"train/{name}")
+    with rt.main_first():
+        # By its own words, so that a run can be moved; what it refers to is looked up here.
+        run = Run.create(place, stage, environment=rt.describe()) if rt.is_main else Run.open(place)
+        files = {f"the files of {name}": digest_of(r.inputs()) for name, r in stage.rewards.items()}
+        pin(run.folder, "rewards", files)
+        stage = with_folders(config, _chosen(config, folder, name, rt), folder)
     train(stage, policy, run, rt, seed=config.seed, label=name)
 
 

@@ -15,17 +15,16 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from burnish import runtime
 from burnish.adapters import LoraConfig, attach, detach, write_adapter
 from burnish.algorithms.base import AdvantagesConfig, Algorithm, LearnsFrom, SelfCheckError, Setting
-from burnish.batches import chunks, stack
 from burnish.config import Config
 from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
 from burnish.looks import Watch
-from burnish.optimization import OptimizerConfig, State, moved, set_rate
+from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
@@ -34,7 +33,8 @@ from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
-from burnish.types import Group, Prompt, Signal
+from burnish.types import Group, Prompt
+from burnish.updates import update
 
 
 class StageConfig(Config):
@@ -145,19 +145,20 @@ def train(
     policy.transformer.requires_grad_(True)
     before = [parameter.detach().clone() for _, parameter in policy.trainable()]
     # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
-    algorithm = config.algorithm.build(_setting(config, policy, seed))
+    algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
     if config.lora is not None:
         with runtime.seeded(seed, "lora"):
             attach(policy.transformer, config.lora, policy.lora_targets)
     state = State.start(policy, config.optimizer)
-    state.restore(run)
     prompts = config.prompts.read()
+    with rt.main_first():
+        state.restore(run)
+        watch = _watch(config, algorithm, run, state.step, prompts)
     pool = config.algorithm.pool
     sampler = GroupSampler(prompts, per_step=config.prompts_per_step, seed=seed, pool=pool)
-    watch = _watch(config, algorithm, run, state.step, prompts)
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
-        progress(label, config.steps, done=state.step) as bar,
+        progress(label, config.steps, done=state.step, is_shown=rt.is_main) as bar,
     ):
         while state.step < config.steps:
             is_due = watch is not None and watch.looks.is_due(state.step)
@@ -166,20 +167,34 @@ def train(
                 bar.advance(0, note="ended by its guard")
                 break
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
-            run.log(state.step, metrics | seen)
+            if rt.is_main:
+                run.log(state.step, metrics | seen)
             state.step += 1
-            if state.step % config.save_every == 0 or state.step == config.steps:
+            is_last = state.step == config.steps
+            if rt.is_main and (is_last or state.step % config.save_every == 0):
                 state.save(run)
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
     if watch is not None and watch.looks.last_step < state.step and not watch.is_over:
         _look(watch, state, run, rt)
+    folder = run.folder / "model"
+    if rt.is_main:
+        _finish(config, state, watch, run, before)
+    rt.barrier()
+    return folder
+
+
+def _finish(
+    config: StageConfig, state: State, watch: Watch | None, run: Run, before: Sequence[Tensor]
+) -> None:
+    """Write what was trained; `before` are the weights that it started from."""
+    policy = state.policy
     state.finish()
     if watch is not None:
         watch.restore(policy)
     if config.lora is not None:
         write_adapter(run.folder / "lora", detach(policy.transformer))
-    return _export(policy, before, run.folder / "model")
+    _export(policy, before, run.folder / "model")
 
 
 def _watch(
@@ -192,7 +207,13 @@ def _watch(
 
 
 def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
-    """What is seen of the policy as it would be written now."""
+    """What the main process sees of the policy as it would be written now, known to all."""
+    seen = _looked(watch, state, run, rt) if rt.is_main else {}
+    watch.looks.rows = rt.gather(watch.looks.rows)[0]
+    return seen
+
+
+def _looked(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
     rewards = [
         row["reward/mean"]
         for row in run.metrics()
@@ -203,7 +224,7 @@ def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]
         return watch.look(state.policy, state.step, reward, rt)
 
 
-def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Setting:
+def _setting(config: StageConfig, policy: Policy[Any, Any], rt: Runtime, seed: int) -> Setting:
     return Setting(
         policy=policy,
         guidance=config.rollout.guidance,
@@ -216,6 +237,7 @@ def _setting(config: StageConfig, policy: Policy[Any, Any], seed: int) -> Settin
         seed=seed,
         rewards=config.rewards,
         advantages=config.advantages,
+        rt=rt,
     )
 
 
@@ -233,15 +255,21 @@ def _step(
     before = state.policy.work.evaluations
     with state.averaged(config.optimizer.draw_average):
         with run.timer("rollout"), rt.autocast():
-            groups = _rollout(config, algorithm, scorer, state, sampler.prompts(state.step), seed)
+            own = rt.mine(sampler.prompts(state.step))
+            groups = _rollout(config, algorithm, scorer, state, own, seed)
         with run.timer("credit"), rt.autocast():
             signals, metrics = algorithm.credit(groups, state.step)
-    metrics["data/images"] = float(sum(len(group.trajectories) for group in groups))
-    metrics["data/trained"] = float(len(signals))
     with run.timer("update"):
-        metrics |= _update(config, algorithm, state, rt, signals, seed)
-    metrics["data/evaluations"] = float(state.policy.work.evaluations - before)
-    return metrics
+        updated = update(
+            config.optimizer, algorithm, state, rt, own, signals, seed=seed, total=config.steps
+        )
+    counts = {
+        "data/images": float(sum(len(group.trajectories) for group in groups)),
+        "data/trained": float(len(signals)),
+        "data/evaluations": float(state.policy.work.evaluations - before),
+    }
+    parts = rt.gather(counts)
+    return metrics | {name: sum(part[name] for part in parts) for name in counts} | updated
 
 
 def _rollout(
@@ -262,73 +290,7 @@ def _rollout(
     return [scored[group.prompt.id] for group in drawn]
 
 
-def _update(
-    config: StageConfig,
-    algorithm: Algorithm,
-    state: State,
-    rt: Runtime,
-    signals: list[Signal],
-    seed: int,
-) -> dict[str, float]:
-    """All optimizer steps on the signals of one rollout."""
-    plan, parameters = config.optimizer, [p for _, p in state.policy.trainable()]
-    turns = _turns(signals, plan.num_updates, runtime.generator(seed, "order", state.step))
-    totals: dict[str, list[float]] = {}
-    for update in range(plan.num_updates):
-        part = [s for s, turn in zip(signals, turns, strict=True) if turn == update]
-        states = sum(len(signal.sigmas) for signal in part)
-        for chunk in chunks(part, plan.micro_batch):
-            batch = stack(chunk, state.policy.device)
-            with rt.autocast():
-                output = algorithm.loss(state.policy, batch)
-            (output.loss * len(batch.sigmas) / states).backward()
-            for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
-                totals.setdefault(name, []).append(value)
-            if state.step == update == 0:
-                check_ratio(output.metrics, plan.num_updates)
-        norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
-        if not bool(norm.isfinite()):
-            raise RunError(
-                f"need a finite gradient, got {float(norm)} at step {state.step}; lower "
-                "optimizer.learning_rate and start again, the last checkpoint is as it was"
-            )
-        totals.setdefault("policy/grad_norm", []).append(float(norm))
-        place = state.step * plan.num_updates + update
-        set_rate(state.optimizer, plan, update=place, total=config.steps * plan.num_updates)
-        witness = moved(parameters) if state.step == update == 0 else None
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        if witness is not None and signals and not witness():
-            raise SelfCheckError("need weights that move, got none changed by the first step")
-        if state.average:
-            torch._foreach_lerp_(
-                state.average, [p.detach() for p in parameters], 1 - plan.ema_decay
-            )
-    return {name: sum(values) / len(values) for name, values in totals.items()}
-
-
-def check_ratio(metrics: Mapping[str, float], num_updates: int) -> None:
-    """Old and new policy are the same before the first update."""
-    # With several updates the old velocities come from batches of another shape.
-    allowed = 0.0 if num_updates == 1 else 1e-3
-    ratio = metrics.get("policy/ratio_max", 1.0)
-    if abs(ratio - 1) > allowed:
-        raise SelfCheckError(f"need a ratio of 1 before the first update, got {ratio:.8g}")
-
-
-def _turns(signals: Sequence[Signal], num_updates: int, draws: torch.Generator) -> list[int]:
-    """Update of each signal: every group is dealt out evenly, so that advantages stay balanced."""
-    groups: dict[str, list[int]] = {}
-    for row, signal in enumerate(signals):
-        groups.setdefault(signal.prompt.id, []).append(row)
-    turns = [0] * len(signals)
-    for first, rows in enumerate(groups.values()):
-        for place, member in enumerate(torch.randperm(len(rows), generator=draws).tolist()):
-            turns[rows[member]] = (first + place) % num_updates
-    return turns
-
-
-def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) -> Path:
+def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) -> None:
     """Write the pipeline, read it again, and check that it is ours and not the start."""
     policy.transformer.requires_grad_(False)
     ours = dict(policy.transformer.named_parameters())
@@ -349,4 +311,3 @@ def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) ->
             raise SelfCheckError(
                 f"need the written weights to be the trained ones, got other {name}"
             )
-    return folder

@@ -28,8 +28,9 @@ from burnish.prompts import read_prompts
 from burnish.residency import Source, Teachers
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout import RolloutConfig, sample
-from burnish.training import check_ratio
+from burnish.runtime import ALONE
 from burnish.types import Failed, Group, Guidance, Prompt, Scored
+from burnish.updates import check_ratio
 
 GUIDANCE = 3.0
 KINDS = [
@@ -117,11 +118,11 @@ def test_a_plain_sum_lets_the_reward_with_the_larger_unit_rule(
     values = {"points": [1.0, 5.0, 1.0, 5.0], "hundredths": [0.01, 0.01, 0.02, 0.02]}
     said = {name: tuple(Scored(value=v) for v in row) for name, row in values.items()}
     scored = [replace(group, scores=said) for group in drawn]
-    each = reward_advantages(scored, configs, AdvantagesConfig())
-    plain = reward_advantages(scored, configs, AdvantagesConfig(combination="sum"))
+    each = reward_advantages(scored, configs, AdvantagesConfig(), ALONE)
+    plain = reward_advantages(scored, configs, AdvantagesConfig(combination="sum"), ALONE)
     assert each[1]["advantage/share_points"] == pytest.approx(0.5, abs=1e-3)
     assert plain[1]["advantage/share_points"] > 0.99
-    clamped = reward_advantages(scored, configs, AdvantagesConfig(clamp=0.5))[0].advantages
+    clamped = reward_advantages(scored, configs, AdvantagesConfig(clamp=0.5), ALONE)[0].advantages
     assert float(clamped.abs().max()) == 0.5
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -31,6 +30,7 @@ from burnish.objectives import velocity_kl
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
 from burnish.rollout import RolloutConfig
+from burnish.runtime import ALONE, Runtime
 from burnish.types import Group, Guidance, LossOutput, Prompt, Signal, Task, Trajectory
 
 
@@ -139,6 +139,8 @@ class Setting:
     seed: int
     rewards: Mapping[str, RewardConfig]
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    rt: Runtime = ALONE
+    """Whose processes the groups of a step are dealt out to."""
 
 
 class Anchor:
@@ -216,13 +218,23 @@ def reward_advantages(
     groups: Sequence[Group],
     configs: Mapping[str, RewardConfig],
     plan: AdvantagesConfig,
+    rt: Runtime,
 ) -> tuple[Advantages, dict[str, float]]:
     """Group-normalised, category-weighted advantages of scored groups, and what to log.
+
+    Args:
+        groups: of this process.
+        configs: of the rewards.
+        plan: from scores to advantages.
+        rt: whose processes have the other groups of the step.
+
+    Returns:
+        Advantages of these groups; the numbers are of the groups of all processes.
 
     Raises:
         ValueError: groups of different sizes.
     """
-    table = tabulated(groups, configs)
+    table = tabulated(groups, configs).of_all(rt)
     values, present, weights = table.values, table.present, table.weights
     advantages = group_advantages(
         values,
@@ -235,14 +247,15 @@ def reward_advantages(
         rescale_batch=plan.rescale_batch,
         clamp=plan.clamp,
     )
-    asked = torch.tensor([[name in group.scores for group in groups] for name in configs])
+    asked = table.asked
     metrics = {"reward/missing": 1.0 - float(present[asked].float().mean()) if asked.any() else 0.0}
     metrics["data/dropped_groups"] = float((~advantages.keep).sum())
     for r, name in enumerate(configs):
         if present[r].any():
             metrics[f"reward/{name}"] = float(values[r][present[r]].mean())
             metrics[f"advantage/share_{name}"] = float(advantages.share[r])
-    return advantages, metrics | _composite(values, present, weights)
+    own = advantages.of(slice(rt.rank, None, rt.world_size))
+    return own, metrics | _composite(values, present, weights)
 
 
 def _composite(values: Tensor, present: Tensor, weights: Tensor) -> dict[str, float]:

@@ -76,8 +76,9 @@ class Nft(Algorithm):
         self._anchor = Anchor(config, setting)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
+        setting = self._setting
         advantages, metrics = reward_advantages(
-            groups, self._setting.rewards, self._setting.advantages
+            groups, setting.rewards, setting.advantages, setting.rt
         )
         signals = []
         for group, place, trajectory, advantage in credited(groups, advantages):

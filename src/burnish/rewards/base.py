@@ -20,6 +20,7 @@ from pydantic import model_validator
 from torch import Tensor
 
 from burnish.config import Config
+from burnish.runtime import Runtime
 from burnish.types import Group, NotApplicable, Prompt, Score, Scored, ScoreRequest, Task
 
 EVERY_CATEGORY = "default"
@@ -212,7 +213,19 @@ class RewardTable:
     """The score exists; where it does not, its value means nothing."""
     weights: Float[Tensor, "reward group"]
     """0 where the reward has no say."""
+    asked: Bool[Tensor, "reward group"]
+    """The reward was to say something about the group."""
     floors: Float[Tensor, " reward"]
+
+    def of_all(self, rt: Runtime) -> "RewardTable":
+        """The table of the groups of all processes, in the order in which they were dealt out."""
+        if rt.world_size == 1:
+            return self
+        names = ("values", "present", "weights", "asked")
+        own = [[getattr(self, n)[:, g].tolist() for n in names] for g in range(len(self.asked[0]))]
+        columns = zip(names, zip(*rt.together(own), strict=True), strict=True)
+        found = {name: torch.tensor(column).transpose(0, 1) for name, column in columns}
+        return RewardTable(floors=self.floors, **found)
 
 
 def tabulated(groups: Sequence[Group], configs: Mapping[str, RewardConfig]) -> RewardTable:
@@ -236,6 +249,7 @@ def tabulated(groups: Sequence[Group], configs: Mapping[str, RewardConfig]) -> R
         values=torch.tensor([[[v or 0.0 for v in group] for group in row] for row in found]),
         present=torch.tensor([[[v is not None for v in group] for group in row] for row in found]),
         weights=torch.tensor(weights),
+        asked=torch.tensor([[name in group.scores for group in groups] for name in configs]),
         floors=torch.tensor([config.floor for config in configs.values()]),
     )
 

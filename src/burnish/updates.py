@@ -1,0 +1,141 @@
+"""The optimizer steps on the signals of one rollout, alike on one process or several.
+
+Every group is dealt out evenly over the updates of a step, and every process has the signals of its
+own groups. The loss of an update is the mean over the states of all processes, so that the gradient
+does not know how many there are: each adds its part, and parts may be uneven or empty.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from burnish import runtime
+from burnish.algorithms.base import Algorithm, SelfCheckError
+from burnish.batches import chunks, stack
+from burnish.optimization import OptimizerConfig, State, moved, set_rate
+from burnish.runtime import Runtime
+from burnish.tracking import RunError
+from burnish.types import Prompt, Signal
+
+
+def update(
+    plan: OptimizerConfig,
+    algorithm: Algorithm,
+    state: State,
+    rt: Runtime,
+    prompts: Sequence[Prompt],
+    signals: Sequence[Signal],
+    *,
+    seed: int,
+    total: int,
+) -> dict[str, float]:
+    """Make all optimizer steps of one step of a stage; returns the means of what the loss logs.
+
+    Args:
+        plan: how often, and how fast.
+        algorithm: whose loss it is.
+        state: changed in place.
+        rt: processes and precision.
+        prompts: that this process drew, in order; those of dropped groups, too.
+        signals: of this process.
+        seed: of the order.
+        total: steps of the stage.
+
+    Raises:
+        RunError: a gradient that is not finite.
+        SelfCheckError: a ratio other than 1 before the first update, or weights that do not move.
+    """
+    parameters = [parameter for _, parameter in state.policy.trainable()]
+    logged: dict[str, list[float]] = {}
+    norms = []
+    for number, part in enumerate(_parts(plan, rt, prompts, signals, state.step, seed)):
+        states = sum(rt.gather(sum(len(signal.sigmas) for signal in part)))
+        for chunk in chunks(part, plan.micro_batch):
+            batch = stack(chunk, state.policy.device)
+            with rt.autocast():
+                output = algorithm.loss(state.policy, batch)
+            # What is averaged over processes is the sum of their parts.
+            share = len(batch.sigmas) * rt.world_size / max(states, 1)
+            (output.loss * share).backward()
+            for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
+                logged.setdefault(name, []).append(value)
+            if state.step == number == 0:
+                check_ratio(output.metrics, plan.num_updates)
+        rt.all_reduce_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+        if not bool(norm.isfinite()):
+            raise RunError(
+                f"need a finite gradient, got {float(norm)} at step {state.step}; lower "
+                "optimizer.learning_rate and start again, the last checkpoint is as it was"
+            )
+        norms.append(float(norm))
+        place = state.step * plan.num_updates + number
+        set_rate(state.optimizer, plan, update=place, total=total * plan.num_updates)
+        witness = moved(parameters) if state.step == number == 0 else None
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        if witness is not None and states and not witness():
+            raise SelfCheckError("need weights that move, got none changed by the first step")
+        if state.average:
+            torch._foreach_lerp_(
+                state.average, [p.detach() for p in parameters], 1 - plan.ema_decay
+            )
+    return _means(rt, logged) | {"policy/grad_norm": sum(norms) / len(norms)}
+
+
+def _parts(
+    plan: OptimizerConfig,
+    rt: Runtime,
+    prompts: Sequence[Prompt],
+    signals: Sequence[Signal],
+    step: int,
+    seed: int,
+) -> Iterator[list[Signal]]:
+    """The signals of this process for each update."""
+    counts = [sum(signal.prompt.id == prompt.id for signal in signals) for prompt in prompts]
+    draws = runtime.generator(seed, "order", step)
+    turns = rt.mine(_turns(rt.together(counts), plan.num_updates, draws))
+    own = [turn for group in turns for turn in group]
+    for number in range(plan.num_updates):
+        yield [signal for signal, turn in zip(signals, own, strict=True) if turn == number]
+
+
+def _turns(counts: Sequence[int], num_updates: int, draws: torch.Generator) -> list[list[int]]:
+    """Update of each signal of each group: every group is dealt out evenly, so that advantages stay
+    balanced.
+
+    Args:
+        counts: signals of each group; a dropped one has none.
+        num_updates: optimizer steps.
+        draws: of the order.
+    """
+    turns: list[list[int]] = []
+    first = 0
+    for count in counts:
+        own = [0] * count
+        for place, member in enumerate(torch.randperm(count, generator=draws).tolist()):
+            own[member] = (first + place) % num_updates
+        turns.append(own)
+        first += count > 0
+    return turns
+
+
+def _means(rt: Runtime, logged: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Over the micro-batches of all processes."""
+    parts = rt.gather({name: [sum(values), len(values)] for name, values in logged.items()})
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {}
+    for name in names:
+        own = [part[name] for part in parts if name in part]
+        found[name] = sum(value for value, _ in own) / sum(count for _, count in own)
+    return found
+
+
+def check_ratio(metrics: Mapping[str, float], num_updates: int) -> None:
+    """Old and new policy are the same before the first update."""
+    # With several updates the old velocities come from batches of another shape.
+    allowed = 0.0 if num_updates == 1 else 1e-3
+    ratio = metrics.get("policy/ratio_max", 1.0)
+    if abs(ratio - 1) > allowed:
+        raise SelfCheckError(f"need a ratio of 1 before the first update, got {ratio:.8g}")

@@ -1,0 +1,124 @@
+"""A stage on several processes: real ones, started by torchrun, that talk over gloo."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from burnish import launcher, revision
+from burnish.config import ConfigError, parse
+from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.run_config import RunConfig
+from burnish.tracking import Run, read_rows
+
+pytestmark = pytest.mark.slow
+JOB = "train/stage"
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    QwenImage21Policy.tiny().save(folder)
+    return folder
+
+
+def recipe(kind: str, model: Path, processes: int, **changes: Any) -> RunConfig:
+    """A stage of three steps of five groups, which no two processes share evenly."""
+    stage: dict[str, Any] = {
+        "steps": 3,
+        "save_every": 1,
+        "prompts_per_step": 5,
+        "prompts": {"path": "embedded:prompts/train.jsonl", "tasks": ["t2i"], "limit": 10},
+        "rollout": {"num_steps": 3, "group_size": 3, "window": 0, "keep": "none"},
+        "algorithm": {"kind": kind},
+        "optimizer": {"num_updates": 2, "micro_batch": 8, "ema_decay": 0.5},
+        "rewards": {"truth": {"kind": "oracle", "floor": 0.01}},
+    }
+    if kind == "grpo":
+        stage["rollout"] |= {"window": 1, "keep": "window"}
+        # Needs the scores of all groups at once.
+        stage["advantages"] = {"rescale_batch": True}
+        stage["guard"] = {"judge": {"kind": "oracle"}, "every": 2, "num_prompts": 8}
+    if kind == "distill":
+        del stage["rewards"]
+        stage["rollout"] |= {"guidance_scale": 1.0, "keep": 2, "group_size": 1}
+        stage["algorithm"]["teachers"] = {"t2i": {"path": str(model), "guidance_scale": 2.0}}
+        # Or the start would be what it ends with.
+        stage["algorithm"]["fixed_states"] = None
+    data = {
+        "name": "several",
+        "policy": {"path": str(model), "resolution": 64},
+        "runtime": {"device": "cpu", "threads": 1, "processes": processes},
+        "stages": {"stage": stage | changes},
+        "judge": {"kind": "oracle"},
+    }
+    return parse(RunConfig, data)
+
+
+def begin(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
+    """The stage's job, as a run starts it."""
+    revision.take_up(config, folder)
+    Run.create(folder, config)
+    command = launcher.command(config.runtime, folder, JOB)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+
+
+def finish(config: RunConfig, folder: Path) -> Path:
+    assert begin(config, folder).wait(timeout=600) == 0
+    return folder / "stages" / "stage"
+
+
+def distance(one: Path, other: Path) -> float:
+    """Largest difference of the transformers of two pipelines."""
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(one / file), load_file(other / file)
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("nft", 4), ("grpo", 2), ("distill", 2)])
+def test_several_processes_train_what_one_trains(
+    kind: str, processes: int, model: Path, tmp_path: Path
+) -> None:
+    alone = finish(recipe(kind, model, 1), tmp_path / "alone")
+    together = finish(recipe(kind, model, processes), tmp_path / "together")
+    assert distance(alone / "model", together / "model") < TOLERANCE
+    # The start is elsewhere: there is something to agree on.
+    assert distance(alone / "model", model) > 10 * TOLERANCE
+    for one, other in zip(
+        *(read_rows(p / "metrics.jsonl") for p in (alone, together)), strict=True
+    ):
+        assert one.keys() == other.keys()
+        for name in ("data/images", "data/trained", "reward/mean", "policy/grad_norm"):
+            assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-3), name
+
+
+def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(
+    model: Path, tmp_path: Path
+) -> None:
+    alone = finish(recipe("nft", model, 1), tmp_path / "alone")
+    folder = tmp_path / "cut"
+    torchrun = begin(recipe("nft", model, 2), folder)
+    rows = folder / "stages" / "stage" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while not read_rows(rows) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    # All end with it.
+    assert torchrun.wait(timeout=120) != 0
+    assert not (folder / "stages" / "stage" / "DONE").exists() and len(read_rows(rows)) < 3
+    resumed = finish(recipe("nft", model, 3), folder)
+    assert [row["step"] for row in read_rows(rows)] == [0, 1, 2]
+    assert distance(alone / "model", resumed / "model") < TOLERANCE
+
+
+def test_every_process_needs_a_group(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"need a group for each of 6 processes, got .*=5"):
+        recipe("nft", model, 6)
