@@ -49,7 +49,7 @@ class Adapter:
 
 
 def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None:
-    """Put trainable factors beside the weights of a diffusers transformer, which are frozen.
+    """Put trainable float32 factors beside the weights of a diffusers transformer, frozen now.
 
     The second factor is zero, so that nothing changes yet; the first is drawn from the global
     random generator.
@@ -78,6 +78,10 @@ def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None
             f"lora.targets: need names of linear modules, got {', '.join(wanted)}, none of which "
             f"is one; take some of {', '.join(sorted(names))}"
         ) from None
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            # In bfloat16 most steps would be lost by rounding.
+            parameter.data = parameter.data.float()
 
 
 def detach(transformer: Any) -> dict[str, Adapter]:

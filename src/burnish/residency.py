@@ -100,7 +100,7 @@ def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:
         ConfigError: it does not share them.
     """
     expected = policy.fingerprint()
-    model = type(policy).load(source.folder, resolution=policy.resolution)
+    model = type(policy).load(source.folder, resolution=policy.resolution, dtype=policy.dtype)
     for part, digest in model.fingerprint().items():
         if digest != expected[part]:
             raise ConfigError(

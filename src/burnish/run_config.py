@@ -114,6 +114,16 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _rounded_weights_are_not_trained(self) -> "RunConfig":
+        for name, stage in self.stages.items():
+            if self.policy.dtype == "bfloat16" and stage.lora is None:
+                raise ValueError(
+                    f"need a LoRA to train weights that are kept in bfloat16, got stages.{name} "
+                    f"without; set stages.{name}.lora.rank=32 or policy.dtype=float32"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _merges_have_parts(self) -> "RunConfig":
         for name, merge in self.merges.items():
             _check_name(name)

@@ -34,7 +34,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from burnish.config import Config, ConfigError
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""By the names that recipes use."""
 _GIBIBYTE = 1 << 30
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: one may measure or write alone."""
@@ -82,12 +83,17 @@ class Runtime:
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
         """Run the networks inside in `dtype`; does nothing where `dtype` is float32."""
-        with contextlib.ExitStack() as stack:
-            if self.dtype != torch.float32:
-                stack.enter_context(torch.autocast(self.device.type, dtype=self.dtype))
-                if self.device.type == "cpu":
-                    # The backward of the CPU's fused attention is several times slower in bfloat16.
-                    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        is_on = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=is_on), self.attention():
+            yield
+
+    @contextlib.contextmanager
+    def attention(self) -> Iterator[None]:
+        """Take the kernel of attention that `autocast` takes: a backward pass that computes blocks
+        again, outside of it, must compute them alike."""
+        is_slow = self.dtype != torch.float32 and self.device.type == "cpu"
+        # The backward of the CPU's fused attention is several times slower in bfloat16.
+        with sdpa_kernel(SDPBackend.MATH) if is_slow else contextlib.nullcontext():
             yield
 
     def mine(self, items: Sequence[ItemT]) -> Sequence[ItemT]:
@@ -240,7 +246,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The torch dtype of a name in `auto`, `float32`, `bfloat16`."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[name]
+    return DTYPES[name]
 
 
 # --- Seeds -----------------------------------------------------------------------------------

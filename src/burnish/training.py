@@ -305,7 +305,9 @@ def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) ->
         policy.save(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)
-    fresh = type(policy).load(folder, resolution=policy.resolution, device=policy.device)
+    fresh = type(policy).load(
+        folder, resolution=policy.resolution, device=policy.device, dtype=policy.dtype
+    )
     for name, parameter in fresh.transformer.named_parameters():
         if not torch.equal(parameter, ours[name]):
             raise SelfCheckError(

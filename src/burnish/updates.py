@@ -57,7 +57,8 @@ def update(
                 output = algorithm.loss(state.policy, batch)
             # What is averaged over processes is the sum of their parts.
             share = len(batch.sigmas) * rt.world_size / max(states, 1)
-            (output.loss * share).backward()
+            with rt.attention():
+                (output.loss * share).backward()
             for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
                 logged.setdefault(name, []).append(value)
             if state.step == number == 0:

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from burnish import runtime
+from burnish import checkpoint, runtime
+from burnish.adapters import LoraConfig, read_adapter
 from burnish.config import ConfigError, parse
 from burnish.preflight import check_inputs
 from burnish.run_config import RunConfig
@@ -83,6 +85,43 @@ def test_a_family_goes_from_teachers_to_a_student(family: str, tmp_path: Path) -
     assert (stages / "student" / "lora" / "pytorch_lora_weights.safetensors").is_file()
     scores = (tmp_path / "run/evaluation/student/scores.jsonl").read_text()
     assert scores.count("composite") == 4 * len(policy_class(family).tasks)
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_lora_is_trained_beside_rounded_weights(family: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    policy_class(family).tiny().save(model)
+    config = recipe(family, model)
+    first = config.stages["t2i_teacher"].model_copy(update={"lora": LoraConfig(rank=2)})
+    policy = config.policy.model_copy(update={"dtype": "bfloat16", "checkpointing": True})
+    student = config.stages["student"].model_dump()
+    student["algorithm"]["teachers"] = {"t2i": {"path": "stage:t2i_teacher"}}
+    student["prompts"]["tasks"] = ["t2i"]
+    config = parse(
+        RunConfig,
+        config.model_dump()
+        | {
+            "policy": policy.model_dump(),
+            "stages": {"t2i_teacher": first.model_dump(), "student": student},
+        },
+    )
+    rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
+    for job in ("train/t2i_teacher", "train/student"):
+        run_job(config, tmp_path / "run", job, rt)
+    for name in config.stages:
+        stage = tmp_path / "run" / "stages" / name
+        found = checkpoint.latest(stage / "checkpoints")
+        assert found is not None
+        assert {t.dtype for t in found.tensors["policy"].values()} == {torch.float32}
+        learnt = read_adapter(stage / "lora")
+        assert any(float(adapter.high.abs().max()) > 0 for adapter in learnt.values())
+        written = load_file(stage / "model/transformer/diffusion_pytorch_model.safetensors")
+        assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+
+
+def test_rounded_weights_are_not_trained_whole(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"need a LoRA .* set stages\.t2i_teacher\.lora\.rank"):
+        recipe("qwen_image21", tmp_path, policy={"path": str(tmp_path), "dtype": "bfloat16"})
 
 
 def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> None:

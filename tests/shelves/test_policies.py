@@ -228,6 +228,33 @@ def test_gradient_through_a_shared_prefix_is_that_of_separate_ones(policy, promp
     assert share > 1e-3 if policy.has_shared_prefix else share <= 1e-5
 
 
+def test_checkpointing_changes_no_gradient_and_keeps_less(policy, prompts):
+    latents, sigmas, kept = start(policy, 6), levels(6), []
+
+    def once() -> torch.Tensor:
+        storages: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            prefix = policy.prefix(policy.encode(prompts)).take([0, 1, 0, 2, 1, 0])
+            loss = policy.velocity(latents, sigmas, prefix).square().sum()
+        kept.append(sum(storages.values()))
+        return gradient(policy, loss)
+
+    plain = once()
+    policy.transformer.enable_gradient_checkpointing()
+    try:
+        again = once()
+    finally:
+        policy.transformer.disable_gradient_checkpointing()
+    assert (again - plain).norm() <= 1e-5 * plain.norm()
+    assert kept[1] < 0.7 * kept[0]
+
+
 def test_the_unconditional_branch_runs_only_where_guidance_asks_for_it(policy, prompts):
     prefix = policy.prefix(policy.encode(prompts))
     null = policy.prefix(policy.encode_null(prompts))

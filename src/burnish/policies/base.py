@@ -212,6 +212,11 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     def device(self) -> torch.device:
         """Where the transformer is."""
 
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """In which the transformer's own weights are kept."""
+
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that a run updates."""
         return (

@@ -188,7 +188,7 @@ class Flux2KleinPolicy(JointPolicy):
         return cls(pipeline, resolution=64)
 
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
+        like = latents.new_zeros(0, device=self.device, dtype=self.dtype)
         texts, sources = prefix.stacked("embedding", like), prefix.stacked("source", like)
         places = [_grid_positions(0, (1, self._side, self._side))]
         for number, shape in enumerate(prefix.prompts[0].shapes, start=1):

@@ -147,11 +147,11 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
         is_image = torch.cat([longest.is_image, longest.is_image.new_ones(1)]).to(self.device)
         cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
         self.transformer(
-            hidden_states=torch.cat([sources, target], dim=1).to(self.device, self._dtype),
+            hidden_states=torch.cat([sources, target], dim=1).to(self.device, self.dtype),
             timestep=torch.zeros(count, device=self.device),
             encoder_hidden_states=pad_sequence(
                 [prompt.embedding for prompt in prompts], batch_first=True
-            ).to(self.device, self._dtype),
+            ).to(self.device, self.dtype),
             encoder_hidden_states_mask=slots < lengths[:, None] if is_padded else None,
             img_shapes=[[*longest.shapes, (1, 2, 2)]] * count,
             img_mask=is_image.expand(count, -1),
@@ -185,10 +185,10 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
         # The text itself is in the cache. What is passed here only stands for its length: it puts
         # the target where the cached keys expect it and gives the padding mask its columns.
         width, context = prefix.store.width, self.transformer.config.context_in_dim
-        blank = torch.zeros(1, 1, context, device=self.device, dtype=self._dtype)
+        blank = torch.zeros(1, 1, context, device=self.device, dtype=self.dtype)
         is_image = torch.arange(width + num_tokens // SLOT_TOKENS, device=self.device) >= width
         (velocity,) = self.transformer(
-            hidden_states=latents.to(self.device, self._dtype),
+            hidden_states=latents.to(self.device, self.dtype),
             timestep=sigmas.to(self.device),
             encoder_hidden_states=blank.expand(batch, width, context),
             encoder_hidden_states_mask=prefix.valid(),

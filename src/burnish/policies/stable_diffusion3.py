@@ -179,7 +179,7 @@ class StableDiffusion3Policy(JointPolicy):
         return cls(pipeline, resolution=64)
 
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        like = latents.new_zeros(0, device=self.device, dtype=self._dtype)
+        like = latents.new_zeros(0, device=self.device, dtype=self.dtype)
         (velocity,) = self.transformer(
             hidden_states=self.pipeline_noise(latents).to(like),
             timestep=1000 * sigmas.to(self.device),

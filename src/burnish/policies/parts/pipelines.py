@@ -159,7 +159,7 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         return next(self.transformer.parameters()).device
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype
 
 
