@@ -18,6 +18,8 @@ from torch import Tensor
 from burnish import checkpoint
 from burnish.config import Config
 from burnish.policies.base import Policy
+from burnish.runtime import Runtime
+from burnish.sharding import full, like, local
 from burnish.tracking import Run
 
 
@@ -93,7 +95,7 @@ class State:
             parameter.copy_(mean)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds."""
+        """What a checkpoint holds; the tensors may be spread over processes."""
         names = [name for name, _ in self.policy.trainable()]
         return {
             "policy": {name: p.detach() for name, p in self.policy.trainable()},
@@ -101,32 +103,49 @@ class State:
             "optimizer": checkpoint.optimizer_state(self.optimizer)[0],
         }
 
-    def save(self, run: Run) -> None:
-        """Write a checkpoint of the step that comes next."""
+    def save(self, run: Run, rt: Runtime) -> None:
+        """Write a checkpoint of the step that comes next, whole, so that any number of processes
+        can take it up; all must come here."""
         state = {"optimizer": checkpoint.optimizer_state(self.optimizer)[1]}
-        checkpoint.save(run.checkpoints, self.step, self.tensors(), state, keep=2)
+        tensors = {
+            group: {name: _gathered(tensor, rt) for name, tensor in named.items()}
+            for group, named in self.tensors().items()
+        }
+        if rt.is_main:
+            checkpoint.save(run.checkpoints, self.step, tensors, state, keep=2)
 
-    def restore(self, run: Run) -> None:
-        """Continue where the newest whole checkpoint was written, if there is one."""
+    def restore(self, run: Run, rt: Runtime) -> None:
+        """Continue where the newest whole checkpoint was written, if there is one; all processes
+        must come here."""
         found = checkpoint.latest(run.checkpoints)
         if found is not None:
             with torch.no_grad():
                 for name, parameter in self.policy.trainable():
-                    parameter.copy_(found.tensors["policy"][name])
+                    parameter.copy_(like(found.tensors["policy"][name], parameter))
                 for (name, _), mean in zip(self.policy.trainable(), self.average, strict=False):
-                    mean.copy_(found.tensors["average"][name])
-            checkpoint.load_optimizer_state(
-                self.optimizer, found.tensors["optimizer"], found.state["optimizer"]
-            )
+                    mean.copy_(like(found.tensors["average"][name], mean))
+            parameters = [parameter for _, parameter in self.policy.trainable()]
+            tensors = {
+                key: like(tensor, parameters[int(key.partition(".")[0])])
+                for key, tensor in found.tensors["optimizer"].items()
+            }
+            checkpoint.load_optimizer_state(self.optimizer, tensors, found.state["optimizer"])
             self.step = found.step
-        run.rewind(self.step - 1)
+        if rt.is_main:
+            run.rewind(self.step - 1)
+
+
+def _gathered(tensor: Tensor, rt: Runtime) -> Tensor:
+    """A whole tensor where it will be written, and nothing elsewhere: one at a time on a device."""
+    whole = full(tensor)
+    return whole.cpu() if rt.is_main else whole.new_empty(0)
 
 
 def moved(parameters: Sequence[Tensor]) -> Callable[[], bool]:
-    """Remember the weights; the answer tells whether any has changed since."""
-    before = [parameter.detach().clone() for parameter in parameters]
+    """Remember the weights that are here; the answer tells whether any has changed since."""
+    before = [local(parameter.detach()).clone() for parameter in parameters]
     return lambda: any(
-        not torch.equal(a, b.detach()) for a, b in zip(before, parameters, strict=True)
+        not torch.equal(a, local(b.detach())) for a, b in zip(before, parameters, strict=True)
     )
 
 

@@ -27,6 +27,7 @@ from burnish.guard import GuardConfig
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
+from burnish.sharding import check_family
 from burnish.shelves import PolicyConfig, families, load_policy, policy_class
 from burnish.training import StageConfig
 from burnish.types import Guidance, Prompt
@@ -88,6 +89,8 @@ def _check_family(config: RunConfig) -> None:
                 f"{key}: need a {family.pipeline_class.__name__} for policy.family="
                 f"{family.family}, got a {found} in {path}; {advice}"
             )
+    if config.runtime.sharding != "none":
+        check_family(family)
     scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}
     for name, stage in config.stages.items():
         if strange := [task for task in stage.prompts.tasks if task not in family.tasks]:

@@ -58,6 +58,9 @@ class RuntimeConfig(Config):
     """Of each training stage, on a GPU each if there are any; the groups of a step are dealt out to
     them. A run may go on with another number."""
 
+    sharding: Literal["none", "full"] = "none"
+    """`full` spreads the weights of what is trained over the processes of a stage (FSDP2)."""
+
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch on the CPU; None keeps OMP_NUM_THREADS, or else takes the usable cores."""
 
@@ -74,6 +77,8 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    is_sharded: bool = False
+    """Whether what is trained is spread over the processes."""
 
     @property
     def is_main(self) -> bool:
@@ -218,7 +223,11 @@ def start(config: RuntimeConfig | None = None) -> Runtime:
     local_rank = _from_environment("LOCAL_RANK", 0)
     device = choose_device(config.device, local_rank)
     runtime = Runtime(
-        device=device, dtype=choose_dtype(config.dtype, device), rank=rank, world_size=world_size
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        rank=rank,
+        world_size=world_size,
+        is_sharded=config.sharding == "full" and world_size > 1,
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -31,6 +31,7 @@ from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
+from burnish.sharding import Shards
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
 from burnish.types import Group, Prompt
@@ -143,16 +144,17 @@ def train(
         SelfCheckError: a self-check failed.
     """
     policy.transformer.requires_grad_(True)
-    before = [parameter.detach().clone() for _, parameter in policy.trainable()]
+    before = [p.detach().cpu().clone() for _, p in policy.trainable()] if rt.is_main else []
     # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
     algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
     if config.lora is not None:
         with runtime.seeded(seed, "lora"):
             attach(policy.transformer, config.lora, policy.lora_targets)
+    shards = Shards(policy, rt)
     state = State.start(policy, config.optimizer)
     prompts = config.prompts.read()
+    state.restore(run, rt)
     with rt.main_first():
-        state.restore(run)
         watch = _watch(config, algorithm, run, state.step, prompts)
     pool = config.algorithm.pool
     sampler = GroupSampler(prompts, per_step=config.prompts_per_step, seed=seed, pool=pool)
@@ -162,34 +164,37 @@ def train(
     ):
         while state.step < config.steps:
             is_due = watch is not None and watch.looks.is_due(state.step)
-            seen = _look(watch, state, run, rt) if watch is not None and is_due else {}
+            seen = _look(watch, state, shards, run, rt) if watch is not None and is_due else {}
             if watch is not None and watch.is_over:
                 bar.advance(0, note="ended by its guard")
                 break
-            metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
+            metrics = _step(config, algorithm, sampler, scorer, state, shards, run, rt, seed)
             if rt.is_main:
                 run.log(state.step, metrics | seen)
             state.step += 1
-            is_last = state.step == config.steps
-            if rt.is_main and (is_last or state.step % config.save_every == 0):
-                state.save(run)
+            if state.step % config.save_every == 0 or state.step == config.steps:
+                state.save(run, rt)
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
     if watch is not None and watch.looks.last_step < state.step and not watch.is_over:
-        _look(watch, state, run, rt)
+        _look(watch, state, shards, run, rt)
+    state.finish()
+    shards.leave(is_needed=rt.is_main)
     folder = run.folder / "model"
     if rt.is_main:
-        _finish(config, state, watch, run, before)
+        _finish(config, policy, watch, run, before)
     rt.barrier()
     return folder
 
 
 def _finish(
-    config: StageConfig, state: State, watch: Watch | None, run: Run, before: Sequence[Tensor]
+    config: StageConfig,
+    policy: Policy[Any, Any],
+    watch: Watch | None,
+    run: Run,
+    before: Sequence[Tensor],
 ) -> None:
     """Write what was trained; `before` are the weights that it started from."""
-    policy = state.policy
-    state.finish()
     if watch is not None:
         watch.restore(policy)
     if config.lora is not None:
@@ -206,9 +211,10 @@ def _watch(
     return Guard(config.guard, config.rollout, config.prompts.tasks, run.folder, step=step)
 
 
-def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
+def _look(watch: Watch, state: State, shards: Shards, run: Run, rt: Runtime) -> dict[str, float]:
     """What the main process sees of the policy as it would be written now, known to all."""
-    seen = _looked(watch, state, run, rt) if rt.is_main else {}
+    with run.timer("look"), state.averaged(bool(state.average)), shards.whole():
+        seen = _looked(watch, state, run, rt) if rt.is_main else {}
     watch.looks.rows = rt.gather(watch.looks.rows)[0]
     return seen
 
@@ -220,8 +226,7 @@ def _looked(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, floa
         if row["step"] >= watch.looks.last_step and row.get("reward/mean") is not None
     ]
     reward = sum(rewards) / len(rewards) if rewards else None
-    with run.timer("look"), state.averaged(bool(state.average)):
-        return watch.look(state.policy, state.step, reward, rt)
+    return watch.look(state.policy, state.step, reward, rt)
 
 
 def _setting(config: StageConfig, policy: Policy[Any, Any], rt: Runtime, seed: int) -> Setting:
@@ -247,13 +252,14 @@ def _step(
     sampler: GroupSampler,
     scorer: AsyncRewardSet,
     state: State,
+    shards: Shards,
     run: Run,
     rt: Runtime,
     seed: int,
 ) -> dict[str, float]:
     """One rollout and its updates; returns metrics."""
     before = state.policy.work.evaluations
-    with state.averaged(config.optimizer.draw_average):
+    with state.averaged(config.optimizer.draw_average), shards.whole():
         with run.timer("rollout"), rt.autocast():
             own = rt.mine(sampler.prompts(state.step))
             groups = _rollout(config, algorithm, scorer, state, own, seed)
@@ -294,7 +300,7 @@ def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) ->
     """Write the pipeline, read it again, and check that it is ours and not the start."""
     policy.transformer.requires_grad_(False)
     ours = dict(policy.transformer.named_parameters())
-    if all(torch.equal(a, b) for a, b in zip(before, ours.values(), strict=True)):
+    if all(torch.equal(a, b.cpu()) for a, b in zip(before, ours.values(), strict=True)):
         raise RunError(
             "need groups whose rewards differ, got none in the whole stage, so that nothing was "
             "learnt; choose other prompts or rewards, or a larger group"

@@ -6,6 +6,7 @@ does not know how many there are: each adds its part, and parts may be uneven or
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from burnish import runtime
 from burnish.algorithms.base import Algorithm, SelfCheckError
 from burnish.batches import chunks, stack
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
+from burnish.policies.base import Policy
 from burnish.runtime import Runtime
+from burnish.sharding import full
 from burnish.tracking import RunError
 from burnish.types import Prompt, Signal
 
@@ -51,7 +54,10 @@ def update(
     norms = []
     for number, part in enumerate(_parts(plan, rt, prompts, signals, state.step, seed)):
         states = sum(rt.gather(sum(len(signal.sigmas) for signal in part)))
-        for chunk in chunks(part, plan.micro_batch):
+        for chunk in _even(list(chunks(part, plan.micro_batch)), rt):
+            if chunk is None:
+                _idle(state.policy, prompts[0], rt)
+                continue
             batch = stack(chunk, state.policy.device)
             with rt.autocast():
                 output = algorithm.loss(state.policy, batch)
@@ -63,8 +69,11 @@ def update(
                 logged.setdefault(name, []).append(value)
             if state.step == number == 0:
                 check_ratio(output.metrics, plan.num_updates)
-        rt.all_reduce_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm)
+        if not rt.is_sharded:
+            rt.all_reduce_gradients(parameters)
+        elif not states:
+            state.optimizer.zero_grad(set_to_none=True)
+        norm = full(nn.utils.clip_grad_norm_(parameters, plan.max_grad_norm))
         if not bool(norm.isfinite()):
             raise RunError(
                 f"need a finite gradient, got {float(norm)} at step {state.step}; lower "
@@ -76,13 +85,30 @@ def update(
         witness = moved(parameters) if state.step == number == 0 else None
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        if witness is not None and states and not witness():
+        if witness is not None and states and not any(rt.gather(witness())):
             raise SelfCheckError("need weights that move, got none changed by the first step")
         if state.average:
             torch._foreach_lerp_(
                 state.average, [p.detach() for p in parameters], 1 - plan.ema_decay
             )
     return _means(rt, logged) | {"policy/grad_norm": sum(norms) / len(norms)}
+
+
+def _even(found: list[Sequence[Signal]], rt: Runtime) -> Sequence[Sequence[Signal] | None]:
+    """As many micro-batches on every process where all must compute together; None is nothing."""
+    if not rt.is_sharded:
+        return found
+    return [*found, *[None] * (max(rt.gather(len(found))) - len(found))]
+
+
+def _idle(policy: Policy[Any, Any], prompt: Prompt, rt: Runtime) -> None:
+    """Take part in a pass through the transformer with nothing to add."""
+    with rt.autocast():
+        noise = policy.noise([runtime.generator(0, "idle")])
+        level = torch.full((1,), 0.5, device=policy.device)
+        velocity = policy.velocity(noise, level, policy.prefix(policy.encode([prompt])))
+    with rt.attention():
+        (0.0 * velocity.sum()).backward()
 
 
 def _parts(

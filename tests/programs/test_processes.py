@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from burnish import launcher, revision
+from burnish import checkpoint, launcher, revision
 from burnish.config import ConfigError, parse
-from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.preflight import check_inputs
 from burnish.run_config import RunConfig
+from burnish.shelves import policy_class
 from burnish.tracking import Run, read_rows
 
 pytestmark = pytest.mark.slow
@@ -22,13 +23,22 @@ TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    QwenImage21Policy.tiny().save(folder)
-    return folder
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for family in ("qwen_image21", "stable_diffusion3"):
+        found[family] = tmp_path_factory.mktemp(family)
+        policy_class(family).tiny().save(found[family])
+    return found
 
 
-def recipe(kind: str, model: Path, processes: int, **changes: Any) -> RunConfig:
+@pytest.fixture(scope="module")
+def model(models: dict[str, Path]) -> Path:
+    return models["qwen_image21"]
+
+
+def recipe(
+    kind: str, model: Path, processes: int, *, policy: Any = None, sharding: str = "none"
+) -> RunConfig:
     """A stage of three steps of five groups, which no two processes share evenly."""
     stage: dict[str, Any] = {
         "steps": 3,
@@ -53,9 +63,9 @@ def recipe(kind: str, model: Path, processes: int, **changes: Any) -> RunConfig:
         stage["algorithm"]["fixed_states"] = None
     data = {
         "name": "several",
-        "policy": {"path": str(model), "resolution": 64},
-        "runtime": {"device": "cpu", "threads": 1, "processes": processes},
-        "stages": {"stage": stage | changes},
+        "policy": {"path": str(model), "resolution": 64, **(policy or {})},
+        "runtime": {"device": "cpu", "threads": 1, "processes": processes, "sharding": sharding},
+        "stages": {"stage": stage},
         "judge": {"kind": "oracle"},
     }
     return parse(RunConfig, data)
@@ -97,6 +107,30 @@ def test_several_processes_train_what_one_trains(
         assert one.keys() == other.keys()
         for name in ("data/images", "data/trained", "reward/mean", "policy/grad_norm"):
             assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-3), name
+
+
+@pytest.mark.parametrize("kind", ["grpo", "nft"])
+def test_spread_weights_are_trained_as_whole_ones(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    model, policy = models["stable_diffusion3"], {"family": "stable_diffusion3"}
+    alone = finish(recipe(kind, model, 1, policy=policy), tmp_path / "alone")
+    spread = recipe(kind, model, 2, policy=policy, sharding="full")
+    together = finish(spread, tmp_path / "spread")
+    assert distance(alone / "model", together / "model") < TOLERANCE
+    assert distance(alone / "model", model) > 10 * TOLERANCE
+    # A checkpoint is whole, however many processes wrote it.
+    names = [p.name for p in sorted((alone / "checkpoints").glob("step-*"))]
+    for group, tensors in checkpoint.load(alone / "checkpoints" / names[-1]).tensors.items():
+        theirs = checkpoint.load(together / "checkpoints" / names[-1]).tensors[group]
+        assert tensors.keys() == theirs.keys()
+        for name, tensor in tensors.items():
+            assert float((tensor - theirs[name]).abs().max()) < TOLERANCE, name
+
+
+def test_a_family_that_shares_prefixes_is_not_spread(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"need runtime\.sharding=none .*family=qwen_image21"):
+        check_inputs(recipe("nft", model, 2, sharding="full"))
 
 
 def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(

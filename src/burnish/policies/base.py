@@ -73,8 +73,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     """Whether a prefix is work of the transformer, with gradient, done once for all samples and
     steps of a prompt; else it only holds what the frozen parts have read."""
 
-    block_class: ClassVar[str]
-    """Class name of the repeated block; the unit of sharding and checkpointing."""
+    block_classes: ClassVar[tuple[str, ...]]
+    """Class names of the repeated blocks; the units of sharding."""
 
     guidance_argument: ClassVar[str]
     """Name of the scale of guidance in the pipeline's own call."""

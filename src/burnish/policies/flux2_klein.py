@@ -108,7 +108,10 @@ class Flux2KleinPolicy(JointPolicy):
     pipeline_class: ClassVar[type] = Flux2KleinPipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
     patch: ClassVar[int] = _PATCH
-    block_class: ClassVar[str] = "Flux2TransformerBlock"
+    block_classes: ClassVar[tuple[str, ...]] = (
+        "Flux2TransformerBlock",
+        "Flux2SingleTransformerBlock",
+    )
     guidance_argument: ClassVar[str] = "guidance_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
     # Not the outer projection of the single blocks: its name, attn.to_out, is that of a list of

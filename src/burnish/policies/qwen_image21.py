@@ -49,7 +49,7 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
     family: ClassVar[str] = "qwen_image21"
     pipeline_class: ClassVar[type] = QwenImage21Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
-    block_class: ClassVar[str] = "QwenImage21TransformerBlock"
+    block_classes: ClassVar[tuple[str, ...]] = ("QwenImage21TransformerBlock",)
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width", "output_resolution")
     lora_targets: ClassVar[tuple[str, ...]] = (

@@ -107,7 +107,7 @@ class StableDiffusion3Policy(JointPolicy):
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i",)
     patch: ClassVar[int] = 1
-    block_class: ClassVar[str] = "JointTransformerBlock"
+    block_classes: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     guidance_argument: ClassVar[str] = "guidance_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
     lora_targets: ClassVar[tuple[str, ...]] = (

@@ -1,0 +1,115 @@
+"""A transformer whose weights are spread over processes (FSDP2).
+
+Each process keeps a part of every weight, of its gradient, of its average and of its optimizer
+state. In an update a block is gathered while it computes. Before work without gradient, which any
+process may do alone and as often as it likes, the transformer is gathered once for all of it.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from burnish.config import ConfigError
+from burnish.policies.base import Policy
+from burnish.runtime import Runtime
+
+
+class Shards:
+    """The transformer of a policy, spread if the runtime asks for it; else all of this is free."""
+
+    def __init__(self, policy: Policy[Any, Any], rt: Runtime) -> None:
+        """Spread the transformer block by block.
+
+        Args:
+            policy: changed in place; what is trained must be settled.
+            rt: processes.
+
+        Raises:
+            ConfigError: a family whose prompts are read by the transformer, once for all steps:
+                those keys and values leave a block behind its back.
+        """
+        self._policy, self._modules = policy, list[FSDPModule]()
+        if not rt.is_sharded:
+            return
+        check_family(type(policy))
+        # On no device: only who writes the result at the end fills it.
+        self._plain = copy.deepcopy(policy.transformer).to("meta")
+        mesh = torch.distributed.init_device_mesh(rt.device.type, (rt.world_size,))
+        blocks = policy.block_classes
+        for module in [m for m in policy.transformer.modules() if type(m).__name__ in blocks]:
+            fully_shard(module, mesh=mesh)
+        fully_shard(policy.transformer, mesh=mesh)
+        self._modules = [m for m in policy.transformer.modules() if isinstance(m, FSDPModule)]
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, every process has all weights, and needs no other process; all must come here."""
+        for module in self._modules:
+            module.set_reshard_after_forward(False)
+            module.unshard()
+        try:
+            yield
+        finally:
+            for module in self._modules:
+                module.reshard()
+                module.set_reshard_after_forward(True)
+
+    def leave(self, *, is_needed: bool) -> None:
+        """Give the policy a plain transformer with all weights again; all processes must come here.
+
+        Args:
+            is_needed: whether this process wants it; to the others the policy is lost.
+        """
+        if not self._modules:
+            return
+        spread: Any = self._policy.transformer
+        with self.whole(), torch.no_grad():
+            if is_needed:
+                plain = self._plain.to_empty(device=self._policy.device)
+                for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+                    tensor.copy_(_member(spread, name))
+                policy: Any = self._policy
+                policy.transformer = policy.pipeline.transformer = plain
+        self._modules = []
+
+
+def check_family(family: type[Policy[Any, Any]]) -> None:
+    """Raise unless transformers of the family can be spread."""
+    if family.has_shared_prefix:
+        raise ConfigError(
+            f"need runtime.sharding=none for policy.family={family.family}, whose prompts are read "
+            "once for all steps, got full; train a LoRA with policy.dtype=bfloat16 instead"
+        )
+
+
+def full(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """A whole tensor; if it is spread, all processes must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """The part of a tensor that this process has."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(whole: Shaped[Tensor, "..."], tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """A whole tensor on the device of another, and spread as that is."""
+    moved = whole.to(tensor.device)
+    if isinstance(tensor, DTensor) and whole.ndim:
+        return distribute_tensor(moved, tensor.device_mesh, tensor.placements)
+    return moved
+
+
+def _member(module: Any, name: str) -> Tensor:
+    """A parameter or buffer by its dotted name."""
+    for part in name.split("."):
+        module = getattr(module, part)
+    found: Tensor = module
+    return found
