@@ -54,6 +54,16 @@ def small_judge(tmp_path_factory: pytest.TempPathFactory, save_judge: Callable[.
 
 
 @pytest.fixture
+def small_sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources of Qwen-Image-Edit take seconds to read at the size that diffusers' module has as a
+    constant, for its pipeline and for ours."""
+    from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus
+
+    monkeypatch.setattr(edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+    monkeypatch.setattr(edit_plus, "VAE_IMAGE_SIZE", 96 * 96)
+
+
+@pytest.fixture
 def copy_with(small_judge: Path, tmp_path: Path) -> Callable[[dict[str, object]], Path]:
     """A copy of the small judge with more in its judge.json."""
 

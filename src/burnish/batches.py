@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.policies.base import Policy
+from burnish.policies.base import Guided, Policy
 from burnish.types import Guidance, Prompt, Signal
 
 
@@ -34,10 +34,8 @@ class Batch:
         prompt."""
         return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
 
-    def guided(
-        self, policy: Policy[Any, Any], guidance: Guidance
-    ) -> tuple[Float[Tensor, " state *latent"], Float[Tensor, " state *latent"]]:
-        """The policy's (guided, conditional) velocity at every state."""
+    def guided(self, policy: Policy[Any, Any], guidance: Guidance) -> Guided:
+        """Both branches of the policy, and their composition, at every state."""
         null = policy.prefix(policy.encode_null(self.prompts, guidance.negative_prompt)).take(
             self.rows
         )
@@ -109,6 +107,6 @@ def evaluate_guided(
     found: list[tuple[Tensor, Tensor]] = []
     for chunk in chunks(signals, micro_batch):
         batch = stack(chunk, policy.device)
-        guided, conditional = batch.guided(policy, guidance)
+        guided, conditional, _ = batch.guided(policy, guidance)
         found += zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
     return found

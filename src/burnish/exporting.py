@@ -70,6 +70,7 @@ def export(
             licence=licence,
             guidance_argument=model.guidance_argument,
             size_arguments=model.size_arguments,
+            null_prompt=model.null_prompt,
             as_lora=as_lora,
             has_pictures=(unfinished / SAMPLES).is_file(),
         )

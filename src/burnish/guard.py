@@ -27,7 +27,7 @@ from torch import Tensor
 from burnish import runtime, traits
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
-from burnish.guidance import absorption, unconditional_from
+from burnish.guidance import absorption
 from burnish.looks import Look, Looks, Watch
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts, spaced
@@ -271,14 +271,14 @@ class Guard(Watch):
         if not self.looks.rows:
             states = self._states(policy, pictures, count)
             guided, conditional = self._velocities(policy, prompts, states)
-            other = unconditional_from(guided, conditional, self._rollout.guidance_scale)
             self.looks.folder.mkdir(parents=True, exist_ok=True)
             with writing(path):
-                save_file({**states, "conditional": conditional, "unconditional": other}, path)
+                save_file({**states, "conditional": conditional, "guided": guided}, path)
             return 0.0
         start = load_file(path)
         _, conditional = self._velocities(policy, prompts, start)
-        moved = absorption(conditional, start["conditional"], start["unconditional"])
+        scale = self._rollout.guidance_scale
+        moved = absorption(conditional, start["conditional"], start["guided"], scale)
         return float(moved.projection.mean())
 
     def _states(
@@ -304,7 +304,7 @@ class Guard(Watch):
         null = policy.encode_null(prompts, self._rollout.negative_prompt)
         both = policy.join([policy.prefix(policy.encode(prompts)), policy.prefix(null)])
         rows = range(len(prompts))
-        guided, conditional = policy.guided(
+        guided, conditional, _ = policy.guided(
             states["latents"].to(policy.device),
             states["sigmas"].to(policy.device),
             both.take(rows),

@@ -89,8 +89,10 @@ def compose(
         guided = unconditional + scale * (conditional - unconditional)
         rescaled = guided * |conditional| / |guided|, the lengths taken over the channels
 
-    Written from the conditional end, so that scale 1 returns `conditional` bit by bit. Gradient
-    reaches both branches; the callers that must not have it stop it.
+    A rescaled velocity has lost its length, so the unconditional one cannot be recovered from it;
+    whoever needs that one keeps it. Written from the conditional end, so that scale 1 returns
+    `conditional` bit by bit. Gradient reaches both branches; the callers that must not have it stop
+    it.
 
     Args:
         conditional: velocity given the prompt (and the source image, when editing).
@@ -114,33 +116,6 @@ def compose(
     wanted = conditional.norm(dim=channel_dim, keepdim=True)
     length = guided.norm(dim=channel_dim, keepdim=True)
     return guided * (wanted / length.clamp_min(torch.finfo(length.dtype).tiny))
-
-
-def unconditional_from(guided: Velocity, conditional: Velocity, scale: float) -> Velocity:
-    """Undo `compose` without rescale.
-
-        unconditional = conditional - (guided - conditional) / (scale - 1)
-
-    Saves storing the third velocity of a rollout for the `detached` mode. A rescaled composition
-    loses the guided length and cannot be undone.
-
-    Args:
-        guided: composed velocity, not rescaled.
-        conditional: conditional velocity it was composed from.
-        scale: guidance scale of the composition, not 1.
-
-    Raises:
-        ValueError: the scale is 1, where nothing of the unconditional velocity is left.
-
-    Reference: classifier-free guidance, arXiv:2207.12598.
-
-    >>> unconditional_from(torch.tensor([[4.0]]), torch.tensor([[2.0]]), 3.0)
-    tensor([[1.]])
-    """
-    if scale == 1:
-        raise ValueError("need a guidance scale other than 1, got 1; use the mode 'none'")
-    guided, conditional = _float32(guided), _float32(conditional)
-    return conditional - (guided - conditional) / (scale - 1)
 
 
 def residual(
@@ -228,7 +203,7 @@ def velocity_pair(
     if not use.is_needed:
         return VelocityPair(_float32(conditional), conditional_old)
     if unconditional is None:
-        source = "the trained weights" if use.has_gradient else "the rollout (unconditional_from)"
+        source = "the trained weights" if use.has_gradient else "the rollout"
         raise ValueError(
             f"need an unconditional velocity for {mode!r}, got none; take it from {source}"
         )
@@ -253,32 +228,43 @@ class Absorption:
 
 
 def absorption(
-    conditional: Velocity, conditional_reference: Velocity, unconditional_reference: Velocity
+    conditional: Velocity,
+    conditional_reference: Velocity,
+    guided_reference: Velocity,
+    scale: float,
 ) -> Absorption:
     """Guidance absorption: does training distil the guidance into the conditional branch?
 
         move = conditional - conditional_reference
-        guidance = conditional_reference - unconditional_reference
+        guidance = (guided_reference - conditional_reference) / (scale - 1)
         cosine = <move, guidance> / (|move| |guidance|)
         projection = <move, guidance> / |guidance|^2
 
-    A branch that has folded in a scale w has cosine 1 and projection w - 1.
+    Without rescale, guidance is conditional - unconditional, and a branch that has folded in a
+    scale w has cosine 1 and projection w - 1. However the reference composes, a branch that has
+    folded in all of its guidance has cosine 1 and projection scale - 1.
 
     Args:
         conditional: conditional velocity of the trained model.
         conditional_reference: conditional velocity of the model before training, same latents.
-        unconditional_reference: its unconditional velocity.
+        guided_reference: its guided velocity.
+        scale: guidance scale of that, not 1.
+
+    Raises:
+        ValueError: the scale is 1, where there is no guidance to absorb.
 
     Reference: an own measure; absorption itself is reported in arXiv:2606.27377 (guidance folded
     by distillation multiplies with guidance at inference).
 
     >>> guidance = torch.tensor([[1.0, 0.0]])
-    >>> absorption(4 * guidance, guidance, 0 * guidance)
+    >>> absorption(4 * guidance, guidance, 2 * guidance, 2.0)
     Absorption(cosine=tensor([1.]), projection=tensor([3.]))
     """
+    if scale == 1:
+        raise ValueError("need a guidance scale other than 1, got 1; nothing can be absorbed")
     reference = _float32(conditional_reference)
     move = (_float32(conditional) - reference).flatten(1)
-    guidance = (reference - _float32(unconditional_reference)).flatten(1)
+    guidance = ((_float32(guided_reference) - reference) / (scale - 1)).flatten(1)
     tiny = torch.finfo(move.dtype).tiny
     along = (move * guidance).sum(dim=1)
     length = guidance.norm(dim=1)

@@ -32,6 +32,7 @@ def model_card(
     licence: str,
     guidance_argument: str,
     size_arguments: Sequence[str],
+    null_prompt: str,
     as_lora: bool = False,
     has_pictures: bool = False,
 ) -> str:
@@ -44,6 +45,7 @@ def model_card(
         licence: SPDX identifier.
         guidance_argument: of the pipeline's call, for the scale of guidance.
         size_arguments: likewise, for the side in pixels.
+        null_prompt: what guidance leads away from where there is no negative prompt.
         as_lora: the model is a LoRA on its base.
         has_pictures: there are pictures beside the card.
     """
@@ -73,6 +75,7 @@ def model_card(
         guidance=config.deployed(policy),
         guidance_argument=guidance_argument,
         size_arguments=size_arguments,
+        null_prompt=null_prompt,
         is_embedded=config.policy.path.startswith(EMBEDDED),
         tasks=tasks,
         as_lora=as_lora,

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 from burnish import runtime
 from burnish.config import Config
 from burnish.flow import KERNELS
-from burnish.policies.base import Policy, Prefix
+from burnish.policies.base import Guided, Policy, Prefix
 from burnish.types import Group, Guidance, Prompt, Trajectory
 
 
@@ -324,9 +324,11 @@ def _denoise(
     for step in range(config.num_steps):
         sigma, sigma_next = (level.expand(len(samples)) for level in schedule[step : step + 2])
         if null is None:
-            guided = conditional = policy.velocity(latents, sigma, prefix)
+            velocity = policy.velocity(latents, sigma, prefix)
+            found = Guided(velocity, velocity, velocity)
         else:
-            guided, conditional = policy.guided(latents, sigma, prefix, null, config.guidance_scale)
+            found = policy.guided(latents, sigma, prefix, null, config.guidance_scale)
+        guided = found.guided
         next_latents = KERNELS["ode"](
             latents, guided, sigma=sigma, sigma_next=sigma_next, noise_level=0.0
         ).mean
@@ -350,8 +352,7 @@ def _denoise(
             sigmas=sigma,
             sigmas_next=sigma_next,
             noise=noise,
-            guided=guided,
-            conditional=conditional,
+            **found._asdict(),
         )
         latents = next_latents
     return latents
@@ -373,7 +374,7 @@ def _trajectory(
     """The record of a finished path."""
     steps: dict[str, Tensor] = {
         name: clean.new_zeros(0, *clean.shape)
-        for name in ("latents", "next_latents", "noise", "guided", "conditional")
+        for name in ("latents", "next_latents", "noise", *Guided._fields)
     } | {name: clean.new_zeros(0) for name in ("sigmas", "sigmas_next")}
     if sample.kept:
         steps = {name: torch.stack([kept[name] for kept in sample.kept]) for name in steps}

@@ -65,6 +65,8 @@ class Trajectory:
     guided: Float[Tensor, " step *latent"]
     """The velocity that moved the sample (equal to `conditional` where guidance is off)."""
     conditional: Float[Tensor, " step *latent"]
+    unconditional: Float[Tensor, " step *latent"]
+    """What guidance led away from (likewise)."""
     clean: Float[Tensor, "*latent"]
     """Latents at sigma = 0."""
     image: Float[Tensor, "3 height width"]

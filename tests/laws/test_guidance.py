@@ -17,7 +17,6 @@ from burnish.guidance import (
     absorption,
     compose,
     residual,
-    unconditional_from,
     unconditional_use,
     velocity_pair,
 )
@@ -69,14 +68,6 @@ def test_composition_runs_in_float32_for_bfloat16_branches() -> None:
     guided = compose(conditional, unconditional, 1.5)
     assert guided.dtype == torch.float32
     assert float(guided[0, 0]) == 1 - 2**-8
-
-
-def test_the_unconditional_velocity_comes_back_from_the_guided_one() -> None:
-    conditional, unconditional = normals(2, 5), normals(2, 5, seed=1)
-    guided = compose(conditional, unconditional, SCALE)
-    torch.testing.assert_close(unconditional_from(guided, conditional, SCALE), unconditional)
-    with pytest.raises(ValueError, match=r"need a guidance scale other than 1"):
-        unconditional_from(guided, conditional, 1.0)
 
 
 # The modes, on a linear model: conditional = a * x + b, unconditional = a * x + null
@@ -190,23 +181,24 @@ def test_detached_and_guided_pairs_follow_the_rollouts_composition() -> None:
         torch.testing.assert_close(pair.old, compose(old, other, SCALE, True))
 
 
-def test_law_12_a_recovered_unconditional_velocity_still_gives_a_ratio_of_exactly_one() -> None:
-    """Its rounding would show if the old velocity were the stored guided one."""
+@pytest.mark.parametrize("rescale", [False, True])
+def test_law_12_a_constant_unconditional_velocity_gives_a_ratio_of_exactly_one(
+    rescale: bool,
+) -> None:
     conditional = normals(2, 300).float()
-    guided = compose(conditional, normals(2, 300, seed=1).float(), SCALE)
-    recovered = unconditional_from(guided, conditional, SCALE).requires_grad_()
+    constant = normals(2, 300, seed=1).float().requires_grad_()
     pair = velocity_pair(
         "detached",
         conditional=conditional.clone().requires_grad_(),
         conditional_old=conditional,
-        guided_old=guided,
-        unconditional=recovered,
+        guided_old=compose(conditional, constant, SCALE, rescale),
+        unconditional=constant,
         scale=SCALE,
+        rescale=rescale,
     )
     assert torch.equal(pair.new, pair.old)
-    assert not torch.equal(pair.old, guided)
     pair.new.sum().backward()
-    assert recovered.grad is None
+    assert constant.grad is None
 
 
 def test_the_residual_starts_from_the_guided_velocity_and_moves_with_the_conditional() -> None:
@@ -299,22 +291,35 @@ def test_law_17_different_states_turn_the_conditional_reading_around() -> None:
 # Absorption
 
 
-@given(st.floats(0, 8))
-def test_a_folded_branch_has_cosine_one_and_projection_scale_minus_one(scale: float) -> None:
+@given(st.floats(0, 8), st.sampled_from([0.5, 2.0, 6.0]))
+def test_a_folded_branch_has_cosine_one_and_projection_scale_minus_one(
+    folded: float, scale: float
+) -> None:
+    """Whatever the scale that guidance was measured at."""
     conditional, unconditional = normals(3, 2, 4), normals(3, 2, 4, seed=1)
-    folded = compose(conditional, unconditional, scale)
-    found = absorption(folded, conditional, unconditional)
+    guided = compose(conditional, unconditional, scale)
+    found = absorption(compose(conditional, unconditional, folded), conditional, guided, scale)
     torch.testing.assert_close(
-        found.projection, torch.full((3,), scale - 1).double(), atol=1e-9, rtol=1e-6
+        found.projection, torch.full((3,), folded - 1).double(), atol=1e-9, rtol=1e-6
     )
-    if abs(scale - 1) > 1e-3:
-        sign = 1.0 if scale > 1 else -1.0
+    if abs(folded - 1) > 1e-3:
+        sign = 1.0 if folded > 1 else -1.0
         torch.testing.assert_close(found.cosine, torch.full((3,), sign).double())
 
 
+def test_a_branch_that_has_folded_in_rescaled_guidance_has_projection_scale_minus_one() -> None:
+    conditional = normals(3, 2, 4)
+    guided = compose(conditional, normals(3, 2, 4, seed=1), SCALE, True)
+    found = absorption(guided, conditional, guided, SCALE)
+    torch.testing.assert_close(found.projection, torch.full((3,), SCALE - 1).double())
+    torch.testing.assert_close(found.cosine, torch.ones(3).double())
+
+
 def test_a_move_across_guidance_absorbs_nothing_and_no_move_is_not_nan() -> None:
-    conditional, unconditional = torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2)
-    across = absorption(torch.tensor([[1.0, 5.0]]), conditional, unconditional)
-    still = absorption(conditional, conditional, unconditional)
+    conditional, guided = torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+    across = absorption(torch.tensor([[1.0, 5.0]]), conditional, guided, SCALE)
+    still = absorption(conditional, conditional, guided, SCALE)
     for found in (across, still):
         assert float(found.cosine) == 0 and float(found.projection) == 0
+    with pytest.raises(ValueError, match="need a guidance scale other than 1"):
+        absorption(conditional, conditional, conditional, 1.0)

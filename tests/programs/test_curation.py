@@ -47,7 +47,7 @@ def group(scores: Mapping[str, Sequence[float | None]], name: str = "p") -> Grou
     path = Trajectory(
         seed=0, image=torch.zeros(3, 1, 1), clean=torch.zeros(1), latents=states,
         next_latents=states, sigmas=none, sigmas_next=none, noise=states, guided=states,
-        conditional=states,
+        conditional=states, unconditional=states,
     )  # fmt: skip
     said: dict[str, tuple[Score, ...]] = {
         reward: tuple(Failed(reason="x") if v is None else Scored(value=float(v)) for v in values)

@@ -134,7 +134,9 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
         assert card.text.strip().startswith(f"# small: {name}")
         assert "missing" in card.text and "None" not in card.text.split("```yaml")[0]
     student, teacher, soup = (found[name].text for name in ("student", "teacher", "soup"))
-    assert "true_cfg_scale=2" in teacher and "true_cfg_scale" not in student.split("```yaml")[0]
+    code = student.split("```yaml")[0]
+    assert "true_cfg_scale=1," in code and "negative_prompt" not in code
+    assert 'true_cfg_scale=2,\n    negative_prompt=" ",' in teacher
     assert "a negative prompt has no place" in student
     for text in (student, soup):
         assert "- **teacher**: nft from base, 2 steps of 2 prompts, 4 pictures each" in text

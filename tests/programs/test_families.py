@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from burnish import checkpoint, runtime
-from burnish.adapters import LoraConfig, read_adapter
+from burnish.adapters import read_adapter
 from burnish.config import ConfigError, parse
 from burnish.preflight import check_inputs
 from burnish.run_config import RunConfig
@@ -24,7 +24,7 @@ _DRAW = {"num_steps": 2, "group_size": 4, "window": 0, "keep": "none", "guidance
 
 
 def recipe(family: str, model: Path, **changes: Any) -> RunConfig:
-    """A teacher of each task, by two algorithms, and a student as a LoRA."""
+    """Teachers by two algorithms, of two tasks where there are two, and a student as a LoRA."""
     prompts = {"path": "embedded:prompts/train.jsonl", "limit": 4}
     stage: dict[str, Any] = {
         "steps": 1,
@@ -33,30 +33,33 @@ def recipe(family: str, model: Path, **changes: Any) -> RunConfig:
     }
     tasks = policy_class(family).tasks
     stages: dict[str, Any] = {
-        "t2i_teacher": {
+        "grpo_teacher": {
             **stage,
-            "prompts": {**prompts, "tasks": ["t2i"]},
+            "prompts": {**prompts, "tasks": [tasks[0]]},
             "rollout": {**_DRAW, "num_steps": 4, "window": 1, "keep": "window"},
             "algorithm": {"kind": "grpo"},
-        }
-    }
-    if "edit" in tasks:
-        stages["edit_teacher"] = {
+        },
+        "nft_teacher": {
             **stage,
-            "prompts": {**prompts, "tasks": ["edit"]},
+            "prompts": {**prompts, "tasks": [tasks[-1]]},
             "rollout": _DRAW,
             "algorithm": {"kind": "nft"},
-        }
-    stages["student"] = {
-        "steps": 2,
-        "prompts_per_step": 2,
-        "prompts": {**prompts, "tasks": list(tasks)},
-        "rollout": {**_DRAW, "guidance_scale": 1.0, "keep": 2, "group_size": 1},
-        "algorithm": {
-            "kind": "distill",
-            "teachers": {task: {"path": f"stage:{task}_teacher"} for task in tasks},
         },
-        "lora": {"rank": 2},
+        "student": {
+            "steps": 2,
+            "prompts_per_step": 2,
+            "prompts": {**prompts, "tasks": list(tasks)},
+            "rollout": {**_DRAW, "guidance_scale": 1.0, "keep": 2, "group_size": 1},
+            "algorithm": {
+                "kind": "distill",
+                # The only task of a family has the first.
+                "teachers": {
+                    tasks[-1]: {"path": "stage:nft_teacher"},
+                    tasks[0]: {"path": "stage:grpo_teacher"},
+                },
+            },
+            "lora": {"rank": 2},
+        },
     }
     data = {
         "name": "family",
@@ -68,6 +71,7 @@ def recipe(family: str, model: Path, **changes: Any) -> RunConfig:
     return parse(RunConfig, data | changes)
 
 
+@pytest.mark.usefixtures("small_sources")
 @pytest.mark.parametrize("family", families())
 def test_a_family_goes_from_teachers_to_a_student(family: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
@@ -82,31 +86,39 @@ def test_a_family_goes_from_teachers_to_a_student(family: str, tmp_path: Path) -
     for name in config.stages:
         rows = [json.loads(row) for row in (stages / name / "metrics.jsonl").open()]
         assert rows and all(math.isfinite(row["loss"]) for row in rows)
-    assert (stages / "student" / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    _check_lora(family, model, stages / "student")
     scores = (tmp_path / "run/evaluation/student/scores.jsonl").read_text()
     assert scores.count("composite") == 4 * len(policy_class(family).tasks)
 
 
+@torch.no_grad()
+def _check_lora(family: str, base: Path, stage: Path) -> None:
+    """The pipeline's own loader makes of the base what was trained."""
+    kind = policy_class(family)
+    loaded, trained = kind.load(base, resolution=64), kind.load(stage / "model", resolution=64)
+    before = {name: value.clone() for name, value in loaded.transformer.state_dict().items()}
+    loaded.pipeline.load_lora_weights(stage / "lora")
+    loaded.pipeline.fuse_lora()
+    loaded.pipeline.unload_lora_weights()
+    for name, wanted in trained.transformer.state_dict().items():
+        torch.testing.assert_close(loaded.transformer.state_dict()[name], wanted)
+    assert any(not torch.equal(before[n], w) for n, w in trained.transformer.state_dict().items())
+
+
+@pytest.mark.usefixtures("small_sources")
 @pytest.mark.parametrize("family", families())
 def test_a_lora_is_trained_beside_rounded_weights(family: str, tmp_path: Path) -> None:
-    model = tmp_path / "model"
+    model, task = tmp_path / "model", policy_class(family).tasks[0]
     policy_class(family).tiny().save(model)
-    config = recipe(family, model)
-    first = config.stages["t2i_teacher"].model_copy(update={"lora": LoraConfig(rank=2)})
-    policy = config.policy.model_copy(update={"dtype": "bfloat16", "checkpointing": True})
-    student = config.stages["student"].model_dump()
-    student["algorithm"]["teachers"] = {"t2i": {"path": "stage:t2i_teacher"}}
-    student["prompts"]["tasks"] = ["t2i"]
-    config = parse(
-        RunConfig,
-        config.model_dump()
-        | {
-            "policy": policy.model_dump(),
-            "stages": {"t2i_teacher": first.model_dump(), "student": student},
-        },
-    )
+    data = recipe(family, model).model_dump()
+    stages = {name: data["stages"][name] for name in ("grpo_teacher", "student")}
+    stages["grpo_teacher"]["lora"] = {"rank": 2}
+    stages["student"]["algorithm"]["teachers"] = {task: {"path": "stage:grpo_teacher"}}
+    stages["student"]["prompts"]["tasks"] = [task]
+    policy = data["policy"] | {"dtype": "bfloat16", "checkpointing": True}
+    config = parse(RunConfig, data | {"policy": policy, "stages": stages})
     rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
-    for job in ("train/t2i_teacher", "train/student"):
+    for job in ("train/grpo_teacher", "train/student"):
         run_job(config, tmp_path / "run", job, rt)
     for name in config.stages:
         stage = tmp_path / "run" / "stages" / name
@@ -120,7 +132,7 @@ def test_a_lora_is_trained_beside_rounded_weights(family: str, tmp_path: Path) -
 
 
 def test_rounded_weights_are_not_trained_whole(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"need a LoRA .* set stages\.t2i_teacher\.lora\.rank"):
+    with pytest.raises(ConfigError, match=r"need a LoRA .* set stages\.grpo_teacher\.lora\.rank"):
         recipe("qwen_image21", tmp_path, policy={"path": str(tmp_path), "dtype": "bfloat16"})
 
 
@@ -142,8 +154,8 @@ def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> 
 def test_a_task_that_the_family_cannot_do_is_told_before_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusion3Pipeline"}')
     config = recipe("stable_diffusion3", tmp_path)
-    stage = config.stages["t2i_teacher"]
+    stage = config.stages["grpo_teacher"]
     prompts = stage.prompts.model_copy(update={"tasks": ("t2i", "edit")})
-    stages = {"t2i_teacher": stage.model_copy(update={"prompts": prompts})}
+    stages = {"grpo_teacher": stage.model_copy(update={"prompts": prompts})}
     with pytest.raises(ConfigError, match=r"need t2i for .*stable_diffusion3, got edit"):
         check_inputs(config.model_copy(update={"stages": stages}))

@@ -295,6 +295,7 @@ def grouped() -> Callable[[Prompt, Sequence[Tensor]], Group]:
                     noise=steps,
                     guided=steps,
                     conditional=steps,
+                    unconditional=steps,
                     clean=torch.zeros(2, 2),
                     image=image,
                 )

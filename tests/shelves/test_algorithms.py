@@ -21,8 +21,10 @@ from burnish.algorithms.nft import NftConfig
 from burnish.batches import evaluate_guided, stack
 from burnish.config import ConfigError, located, parse, shelf
 from burnish.flow import KERNELS, log_ratio
-from burnish.guidance import VelocityPair
+from burnish.guidance import VelocityPair, compose
 from burnish.objectives import velocity_matching
+from burnish.policies.base import Policy
+from burnish.policies.qwen_image import QwenImagePolicy
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Teachers
@@ -55,7 +57,7 @@ def prompts(task: str, count: int = 2) -> list[Prompt]:
     return [prompt for prompt in every if prompt.task == task][:count]
 
 
-def setting(policy: QwenImage21Policy, num_updates: int = 1) -> Setting:
+def setting(policy: Policy[Any, Any], num_updates: int = 1) -> Setting:
     return Setting(
         policy=policy,
         guidance=Guidance(GUIDANCE),
@@ -71,7 +73,7 @@ def setting(policy: QwenImage21Policy, num_updates: int = 1) -> Setting:
 
 
 def groups(
-    policy: QwenImage21Policy, kind: str, task: str = "t2i", flat: bool = False
+    policy: Policy[Any, Any], kind: str, task: str = "t2i", flat: bool = False
 ) -> list[Group]:
     """Groups as the algorithm wants them, with planted scores."""
     config = {
@@ -131,7 +133,7 @@ def test_a_sum_needs_all_its_terms() -> None:
         parse(AdvantagesConfig, {"combination": "sum", "missing": "reward"})
 
 
-def gradients(policy: QwenImage21Policy, algorithm: Any, signals: list[Any]) -> list[torch.Tensor]:
+def gradients(policy: Policy[Any, Any], algorithm: Any, signals: list[Any]) -> list[torch.Tensor]:
     policy.transformer.requires_grad_(True).zero_grad(set_to_none=True)
     algorithm.loss(policy, stack(signals)).loss.backward()
     found = [p.grad for p in policy.transformer.parameters() if p.grad is not None]
@@ -248,7 +250,7 @@ class TestGrpo:
 MODES = ("residual", "detached", "conditional", "guided")
 
 
-def grpo(policy: QwenImage21Policy, num_updates: int = 1, **changes: Any) -> Any:
+def grpo(policy: Policy[Any, Any], num_updates: int = 1, **changes: Any) -> Any:
     return GrpoConfig(**changes).build(setting(policy, num_updates))
 
 
@@ -265,6 +267,36 @@ class TestGuidanceModes:
             assert abs(metrics["policy/ratio_max"] - 1) <= allowed
             assert abs(metrics["policy/ratio_min"] - 1) <= allowed
             assert sum(float(g.abs().sum()) for g in gradients(policy, algorithm, signals)) > 0
+
+    @pytest.mark.parametrize("mode", MODES)
+    def test_a_family_that_rescales_is_scored_as_it_is_drawn(self, mode: str) -> None:
+        policy = QwenImagePolicy.tiny()
+        drawn = groups(policy, "grpo")
+        for num_updates, allowed in ((1, 0.0), (2, 1e-5)):
+            algorithm = grpo(policy, num_updates, guidance=mode)
+            signals, _ = algorithm.credit(drawn, 0)
+            batch = stack(signals)
+            metrics = algorithm.loss(policy, batch).metrics
+            assert abs(metrics["policy/ratio_max"] - 1) <= allowed
+            assert abs(metrics["policy/ratio_min"] - 1) <= allowed
+            assert sum(float(g.abs().sum()) for g in gradients(policy, algorithm, signals)) > 0
+        # Away from the weights that drew: what moves is the composition with the length of the
+        # conditional branch, and of its branches those that the mode trains.
+        learner = policy.sibling()
+        with torch.no_grad():
+            for parameter in learner.transformer.parameters():
+                parameter.mul_(1.05)
+            drawer, moved = (batch.guided(p, Guidance(GUIDANCE)) for p in (policy, learner))
+            pair = algorithm._velocities(learner, batch)[1]
+        wanted = {
+            "residual": drawer.guided + moved.conditional - drawer.conditional,
+            "detached": compose(moved.conditional, drawer.unconditional, GUIDANCE, True),
+            "conditional": moved.conditional,
+            "guided": moved.guided,
+        }
+        torch.testing.assert_close(pair.new, wanted[mode], rtol=0, atol=1e-4)
+        others = [velocity for name, velocity in wanted.items() if name != mode]
+        assert all(float((pair.new - other).abs().max()) > 1e-3 for other in others)
 
     def test_without_rescale_detached_is_residual_with_the_scale_as_gain(
         self, policy: QwenImage21Policy

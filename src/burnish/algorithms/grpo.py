@@ -36,14 +36,12 @@ from burnish.flow import KERNELS, log_ratio
 from burnish.guidance import (
     GuidanceMode,
     VelocityPair,
-    compose,
-    unconditional_from,
     unconditional_use,
     velocity_pair,
 )
 from burnish.objectives import clipped_policy_loss, is_clipped
 from burnish.policies.base import Policy
-from burnish.types import Group, LossOutput, Signal
+from burnish.types import Group, LossOutput, Signal, Trajectory
 
 LARGEST_REPLAY_GAP = 0.05
 """Relative difference of velocities that other batch shapes in bfloat16 can make."""
@@ -107,6 +105,7 @@ class Grpo(Algorithm):
                     "sigmas_next": trajectory.sigmas_next,
                     "noise": trajectory.noise,
                     "guided": trajectory.guided,
+                    **self._constants(trajectory),
                 },
                 advantage=advantage,
             )
@@ -119,6 +118,11 @@ class Grpo(Algorithm):
             if self._setting.num_updates > 1:
                 signals = with_old
         return self._anchor.mark(signals), metrics
+
+    def _constants(self, trajectory: Trajectory) -> dict[str, Tensor]:
+        """The unconditional velocity of the rollout, in the mode that reads it."""
+        is_read = self._use.is_needed and not self._use.has_gradient
+        return {"unconditional": trajectory.unconditional} if is_read else {}
 
     def _with_old_velocity(self, signals: list[Signal]) -> list[Signal]:
         """Recomputed by the trainer, because only then old and new differ by nothing but the
@@ -165,27 +169,23 @@ class Grpo(Algorithm):
         self, policy: Policy[Any, Any], batch: Batch
     ) -> tuple[Float[Tensor, " state *latent"], VelocityPair]:
         """The conditional velocity, and new and old velocity of the policy that is scored."""
-        scale, guided = self._setting.guidance.scale, batch.fields["guided"]
-        unconditional = None
+        guided, unconditional = batch.fields["guided"], batch.fields.get("unconditional")
         if self._use.has_gradient:
-            composed, conditional = batch.guided(policy, self._setting.guidance)
-            unconditional = unconditional_from(composed, conditional, scale)
+            composed, conditional, unconditional = batch.guided(policy, self._setting.guidance)
             if "old" not in batch.fields:
                 # By the same operations as the new one, so that the first ratio is exactly 1.
-                guided = compose(conditional, unconditional, scale)
+                guided = composed
         else:
             conditional = batch.velocity(policy)
-        old = batch.fields.get("old", conditional).detach()
-        if self._use.is_needed and not self._use.has_gradient:
-            unconditional = unconditional_from(guided, old, scale)
         return conditional, velocity_pair(
             self._config.guidance,
             conditional=conditional,
-            conditional_old=old,
+            conditional_old=batch.fields.get("old", conditional).detach(),
             guided_old=guided,
             unconditional=unconditional,
-            scale=scale,
+            scale=self._setting.guidance.scale,
             gain=self._config.gain,
+            rescale=policy.rescales_guidance,
         )
 
 

@@ -10,7 +10,7 @@ gradient, in training.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,16 @@ class Prefix(ABC):
     @abstractmethod
     def take(self, rows: Sequence[int]) -> "Prefix":
         """The prefix of the samples `rows[i]`; rows may repeat, and repeating copies no memory."""
+
+
+class Guided(NamedTuple):
+    """What one batched call of both branches gives."""
+
+    guided: Float[Tensor, "batch token channel"]
+    """Composed by `burnish.guidance.compose` as the family's pipeline does."""
+    conditional: Float[Tensor, "batch token channel"]
+    unconditional: Float[Tensor, "batch token channel"]
+    """Not run, and equal to the conditional one, where the scale is 1."""
 
 
 class Work:
@@ -72,6 +82,13 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     has_shared_prefix: ClassVar[bool] = True
     """Whether a prefix is work of the transformer, with gradient, done once for all samples and
     steps of a prompt; else it only holds what the frozen parts have read."""
+
+    rescales_guidance: ClassVar[bool] = False
+    """Whether the pipeline gives a guided velocity the length of the conditional one, token by
+    token (`burnish.guidance.compose`)."""
+
+    null_prompt: ClassVar[str] = ""
+    """What the pipeline is told to lead away from where there is no negative prompt."""
 
     block_classes: ClassVar[tuple[str, ...]]
     """Class names of the repeated blocks; the units of sharding."""
@@ -132,8 +149,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     @abstractmethod
     def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:
-        """The unconditional branch: what guidance leads away from instead of the prompt, nothing
-        as the pipeline has it if that is empty; the source image of an edit stays."""
+        """The unconditional branch: what guidance leads away from instead of the prompt,
+        `null_prompt` if that is empty; the source image of an edit stays."""
 
     @abstractmethod
     def prefix(self, condition: ConditionT) -> PrefixT:
@@ -164,8 +181,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         prefix: PrefixT,
         null_prefix: PrefixT,
         scale: float,
-    ) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, "batch token channel"]]:
-        """(guided, conditional) velocity from one batched call."""
+    ) -> Guided:
+        """Both branches from one batched call, and their composition."""
 
     @abstractmethod
     def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:

@@ -5,7 +5,6 @@ one call of the pipeline shares one set of images; the target is always a square
 pixels, also where the source is not; noise is drawn in float32; a drawn image's alpha is dropped.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,10 +25,10 @@ from burnish.policies.parts.qwen_encoding import (
     QwenPrompt,
     QwenReader,
     encode_pixels,
-    latent_statistics,
 )
 from burnish.policies.parts.qwen_prefix import KeyValueStore, QwenPrefix
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
+from burnish.policies.parts.qwen_vae import decode_grid
 from burnish.policies.parts.reading import source_image
 from burnish.types import Prompt, Task
 
@@ -37,10 +36,7 @@ from burnish.types import Prompt, Task
 runtime.ensure_torchvision()
 
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache  # noqa: E402
-from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import (  # noqa: E402
-    QwenImage21Pipeline,
-    calculate_shift,
-)
+from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipeline  # noqa: E402
 
 
 class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
@@ -49,6 +45,7 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
     family: ClassVar[str] = "qwen_image21"
     pipeline_class: ClassVar[type] = QwenImage21Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
+    null_prompt: ClassVar[str] = " "
     block_classes: ClassVar[tuple[str, ...]] = ("QwenImage21TransformerBlock",)
     guidance_argument: ClassVar[str] = "true_cfg_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width", "output_resolution")
@@ -102,11 +99,6 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
         return cls(pipeline, resolution=64)
 
     # --- Prompts -----------------------------------------------------------------------------
-
-    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> QwenCondition:
-        # A blank is what the pipeline makes of an empty prompt; the source image stays.
-        text = negative_prompt or " "
-        return self.encode([dataclasses.replace(prompt, text=text) for prompt in prompts])
 
     def embed(
         self, prompts: Sequence[Prompt], *, sources: Sequence[Tensor] | None = None
@@ -208,27 +200,16 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
         return torch.cat(drawn).to(self.device).transpose(1, 2).contiguous()
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        config = self.pipeline.scheduler.config
         sigmas = self.pipeline.config.sample_sigmas
         if sigmas is None or len(sigmas) != num_steps:
             sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        shift = calculate_shift(
-            self._side**2,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
-        return self._levels(sigmas=sigmas, mu=shift)
+        return self._levels(sigmas=sigmas, mu=self._shift(self._side**2))
 
     def decode(
         self, latents: Float[Tensor, "batch token channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        mean, std = latent_statistics(self.vae)
-        grid = latents.transpose(1, 2).unflatten(-1, (1, self._side, self._side))
-        grid = grid.to(self.vae.device, self.vae.dtype) * std + mean
-        pixels = self.vae.decode(grid, return_dict=False)[0][:, :3, 0]
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        grid = latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
+        return decode_grid(self.vae, grid)[:, :3]
 
     def encode_images(
         self, images: Float[Tensor, "batch 3 height width"]

@@ -16,12 +16,11 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from burnish import runtime
-from burnish.policies.parts.joint import JointPolicy, JointPrefix, pack
+from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
 from burnish.policies.parts.reading import (
     Condition,
     EncodedPrompt,
     PromptReader,
-    require_one_task,
     tokenizer_facts,
 )
 from burnish.types import Prompt, Task
@@ -33,7 +32,6 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: 
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel  # noqa: E402
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (  # noqa: E402
     StableDiffusion3Pipeline,
-    calculate_shift,
 )
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa: E402
     FlowMatchEulerDiscreteScheduler,
@@ -71,11 +69,6 @@ class StableReader(PromptReader[StablePrompt]):
         return [parts[name] for name in names if parts[name] is not None]
 
     def embed(self, prompts: Sequence[Prompt]) -> StableCondition:
-        if require_one_task(prompts) == "edit":
-            raise ValueError(
-                "need prompts of task t2i for stable_diffusion3, got edits, which need a source "
-                "image that this family does not read; take another family"
-            )
         texts = [prompt.text for prompt in prompts]
         states, _, pooled, _ = self._pipeline.encode_prompt(
             texts, texts, texts, device=self.device, do_classifier_free_guidance=False
@@ -110,16 +103,7 @@ class StableDiffusion3Policy(JointPolicy):
     block_classes: ClassVar[tuple[str, ...]] = ("JointTransformerBlock",)
     guidance_argument: ClassVar[str] = "guidance_scale"
     size_arguments: ClassVar[tuple[str, ...]] = ("height", "width")
-    lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION_TARGETS
 
     def _make_reader(self, cache_folder: Path | None) -> StableReader:
         return StableReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
@@ -190,16 +174,10 @@ class StableDiffusion3Policy(JointPolicy):
         return pack(velocity).float()
 
     def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        config, settings = self.pipeline.scheduler.config, {}
-        if config.get("use_dynamic_shifting"):
-            settings["mu"] = calculate_shift(
-                (self._side // self.transformer.config.patch_size) ** 2,
-                config.get("base_image_seq_len", 256),
-                config.get("max_image_seq_len", 4096),
-                config.get("base_shift", 0.5),
-                config.get("max_shift", 1.16),
-            )
-        return self._levels(num_steps, **settings)
+        if not self.pipeline.scheduler.config.use_dynamic_shifting:
+            return self._levels(num_steps)
+        tokens = (self._side // self.transformer.config.patch_size) ** 2
+        return self._levels(num_steps, mu=self._shift(tokens))
 
     def decode(
         self, latents: Float[Tensor, "batch token channel"]

@@ -2,11 +2,11 @@
 
 There what a prompt is to the transformer changes with the noisy latents, so nothing but what the
 frozen encoder and VAE made of it can be shared between samples and steps, and a prefix has no
-gradient. One call of such a transformer has one layout: prompts of equal length, source images of
-equal size.
+gradient. One call of such a transformer has one layout: source images of equal size and, unless it
+takes a mask of the text, prompts of equal length.
 """
 
-import dataclasses
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,13 +14,25 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from burnish.policies.base import Prefix
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.reading import Condition, EncodedPrompt
-from burnish.types import Prompt
+
+ATTENTION_TARGETS = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+)
+"""Projections of image and of text in an attention with weights for each, by diffusers' names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +52,38 @@ class JointPrefix(Prefix):
         """Rows that can share a call of the transformer."""
         found: dict[object, list[int]] = {}
         for row, prompt in enumerate(self.prompts):
-            found.setdefault((prompt.shapes, len(prompt.embedding)), []).append(row)
+            found.setdefault(prompt.layout, []).append(row)
         return list(found.values())
 
     def stacked(self, field: str, like: Tensor) -> Tensor:
         """A tensor of all rows, which have one layout, on the device of another."""
         return torch.stack([getattr(prompt, field) for prompt in self.prompts]).to(like)
 
+    def padded(self, field: str, like: Tensor) -> tuple[Tensor, Bool[Tensor, "batch slot"] | None]:
+        """Likewise where rows differ in length: zeros follow the shorter ones, and a mask tells
+        what is real; None where all is, as attention is faster without one."""
+        rows = [getattr(prompt, field).to(like) for prompt in self.prompts]
+        lengths = [len(row) for row in rows]
+        if min(lengths) == max(lengths):
+            return torch.stack(rows), None
+        slots = torch.arange(max(lengths), device=like.device)
+        limits = torch.tensor(lengths, device=like.device)
+        return pad_sequence(rows, batch_first=True), slots < limits[:, None]
 
-def pack(grid: Float[Tensor, "batch channel y x"]) -> Float[Tensor, "batch token channel"]:
-    """Tokens row by row."""
-    return grid.flatten(2).transpose(1, 2).contiguous()
+
+def pack(
+    grid: Float[Tensor, "batch plane y x"], patch: int = 1
+) -> Float[Tensor, "batch token channel"]:
+    """Tokens row by row, each a square of `patch` by `patch` places."""
+    return torch.pixel_unshuffle(grid, patch).flatten(2).transpose(1, 2).contiguous()
+
+
+def unpack(
+    latents: Float[Tensor, "batch token channel"], patch: int = 1
+) -> Float[Tensor, "batch plane y x"]:
+    """Undo `pack` of a square."""
+    side = math.isqrt(latents.shape[1])
+    return torch.pixel_shuffle(latents.transpose(1, 2).unflatten(-1, (side, side)), patch)
 
 
 class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
@@ -62,6 +95,8 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
     has_shared_prefix: ClassVar[bool] = False
     patch: ClassVar[int]
     """Side of the square of latents that is one token."""
+    noise_patch: ClassVar[int] = 1
+    """Likewise of the noise as the pipeline draws it."""
 
     def __init__(
         self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
@@ -73,9 +108,6 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
     @abstractmethod
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
         """Velocity of samples of one layout."""
-
-    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> Condition[Any]:
-        return self.encode([dataclasses.replace(p, text=negative_prompt) for p in prompts])
 
     def prefix(self, condition: Condition[Any]) -> JointPrefix:
         return JointPrefix(condition.prompts)
@@ -99,11 +131,12 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
         return torch.cat(parts).index_select(0, order.argsort())
 
     def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
-        shape = (1, self._channels, self._side, self._side)
+        side = self._side * self.noise_patch
+        shape = (1, self._channels // self.noise_patch**2, side, side)
         drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
-        return pack(torch.cat(drawn).to(self.device))
+        return pack(torch.cat(drawn).to(self.device), self.noise_patch)
 
     def pipeline_noise(
         self, latents: Float[Tensor, "batch token channel"]
     ) -> Float[Tensor, "batch channel y x"]:
-        return latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
+        return unpack(latents)

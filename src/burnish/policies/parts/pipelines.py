@@ -4,6 +4,7 @@ The pipeline object keeps all modules, so what is saved draws without Burnish.
 """
 
 import copy
+import dataclasses
 import inspect
 import json
 from abc import abstractmethod
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from burnish.config import ConfigError
 from burnish.guidance import compose
-from burnish.policies.base import Policy, Prefix, Work
-from burnish.policies.parts.reading import Condition, PromptReader, hash_json
+from burnish.policies.base import Guided, Policy, Prefix, Work
+from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
 from burnish.types import Prompt
 
 ConditionT = TypeVar("ConditionT", bound=Condition[Any])
@@ -118,8 +119,17 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         return other
 
     def encode(self, prompts: Sequence[Prompt]) -> ConditionT:
+        if (task := require_one_task(prompts)) not in self.tasks:
+            raise ValueError(
+                f"need prompts of task {' or '.join(self.tasks)} for {self.family}, got {task}; "
+                "take another family"
+            )
         found: Any = self._reader.encode(prompts)
         return found
+
+    def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:
+        text = negative_prompt or self.null_prompt
+        return self.encode([dataclasses.replace(prompt, text=text) for prompt in prompts])
 
     def guided(
         self,
@@ -128,14 +138,15 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         prefix: PrefixT,
         null_prefix: PrefixT,
         scale: float,
-    ) -> tuple[Float[Tensor, "batch token channel"], Float[Tensor, "batch token channel"]]:
+    ) -> Guided:
         if scale == 1:
             conditional = self.velocity(latents, sigmas, prefix)
-            return conditional, conditional
+            return Guided(conditional, conditional, conditional)
         both = self.join([prefix, null_prefix])
         velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
         conditional, unconditional = velocities.chunk(2)
-        return compose(conditional, unconditional, scale), conditional
+        guided = compose(conditional, unconditional, scale, self.rescales_guidance)
+        return Guided(guided, conditional, unconditional)
 
     def _levels(self, *arguments: Any, **settings: Any) -> Float[Tensor, " level"]:
         """Noise levels that the pipeline's scheduler sets for some arguments."""
@@ -143,6 +154,13 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         scheduler = copy.deepcopy(self.pipeline.scheduler)
         scheduler.set_timesteps(*arguments, **settings)
         return scheduler.sigmas.float().cpu()
+
+    def _shift(self, num_tokens: int) -> float:
+        """The scheduler's shift for an image of some tokens: a line through two settings."""
+        config = self.pipeline.scheduler.config
+        low, high = config.base_image_seq_len, config.max_image_seq_len
+        slope = (config.max_shift - config.base_shift) / (high - low)
+        return num_tokens * slope + (config.base_shift - slope * low)
 
     def pipeline_noise(self, latents: Float[Tensor, "batch token channel"]) -> Tensor:
         """The same noise as the pipeline's own call takes it."""

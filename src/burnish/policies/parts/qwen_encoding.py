@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from burnish import runtime
+from burnish.policies.parts.qwen_vae import encode_grid
 from burnish.policies.parts.reading import (
     Condition,
     EncodedPrompt,
@@ -160,15 +161,6 @@ class QwenReader(PromptReader[QwenPrompt]):
         ]
 
 
-def latent_statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the VAE's channels, shaped for `batch channel frame y x`."""
-    mean, std = (
-        torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    return mean, std
-
-
 def encode_pixels(
     vae: Any, pixels: Float[Tensor, "batch colour height width"]
 ) -> Float[Tensor, "batch token channel"]:
@@ -177,9 +169,7 @@ def encode_pixels(
     if missing := channels - pixels.shape[1]:
         opaque = pixels.new_ones(len(pixels), missing, *pixels.shape[2:])
         pixels = torch.cat([pixels, opaque], dim=1)
-    mean, std = latent_statistics(vae)
-    latents = vae.encode(pixels.to(vae.device, vae.dtype).unsqueeze(2)).latent_dist.mode()
-    return ((latents - mean) / std).flatten(2).transpose(1, 2).float()
+    return encode_grid(vae, pixels).flatten(2).transpose(1, 2).float()
 
 
 def _over_white(image: Image.Image) -> Image.Image:

@@ -44,6 +44,11 @@ class EncodedPrompt:
     shapes: tuple[tuple[int, int, int], ...]
     """(frame, height, width) of every source image in latent tokens."""
 
+    @property
+    def layout(self) -> tuple[Any, ...]:
+        """Prompts of equal layout can share a call of the transformer."""
+        return self.shapes, len(self.embedding)
+
     def tensors(self) -> dict[str, Tensor]:
         """All of them by field."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
