@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from burnish.guidance import compose
-from burnish.policies.base import Prefix
+from burnish.policies.base import Guided, Prefix
 from burnish.policies.parts.qwen_assembly import assemble
 from burnish.policies.parts.qwen_encoding import SLOT_TOKENS, QwenCondition, QwenPrompt
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
@@ -80,11 +80,11 @@ class FullPolicy(QwenImage21Policy):
         sources = torch.stack([prompt.source for prompt in prompts])
         shape = (1, self._side, self._side)
         (output,) = self.transformer(
-            hidden_states=torch.cat([sources, latents], dim=1).to(self.device, self._dtype),
+            hidden_states=torch.cat([sources, latents], dim=1).to(self.device, self.dtype),
             timestep=sigmas.to(self.device),
             encoder_hidden_states=pad_sequence(
                 [prompt.embedding for prompt in prompts], batch_first=True
-            ).to(self.device, self._dtype),
+            ).to(self.device, self.dtype),
             encoder_hidden_states_mask=None if bool(real.all()) else real.to(self.device),
             img_shapes=[[*longest.shapes, shape]] * len(prompts),
             img_mask=torch.cat([longest.is_image, target]).to(self.device).expand(len(prompts), -1),
@@ -96,7 +96,7 @@ class FullPolicy(QwenImage21Policy):
         both = self.join([prefix, null_prefix])
         velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
         conditional, unconditional = velocities.chunk(2)
-        return compose(conditional, unconditional, scale), conditional
+        return Guided(compose(conditional, unconditional, scale), conditional, unconditional)
 
 
 @dataclass
