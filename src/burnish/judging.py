@@ -64,14 +64,22 @@ class Rubric:
 
 
 def question(rubric: Rubric, prompt: Prompt) -> list[dict[str, Any]]:
-    """The user's turn as chat content: the source of an edit, the picture, then what is asked.
+    """The user's turn as chat content: the sources of an edit, the picture, then what is asked.
 
-    Pictures are placeholders `{"type": "image"}`, in the order source, output; whoever sends the
-    turn puts the pictures in their place.
+    Pictures are placeholders `{"type": "image"}`, in the order sources, output; whoever sends the
+    turn puts the pictures in their place. Rubrics speak of one source, so where there are several
+    the words say which pictures they are.
     """
     task = "Instruction" if prompt.task == "edit" else "Prompt"
-    pictures = [{"type": "image"}] * (2 if prompt.task == "edit" else 1)
-    return [*pictures, {"type": "text", "text": f"{rubric.text}\n{task}: {prompt.text}"}]
+    count = len(prompt.sources)
+    told = (
+        f"You see {count + 1} pictures: first {count} sources, in the order in which the "
+        "instruction counts them, then the result.\n"
+        if count > 1
+        else ""
+    )
+    text = f"{rubric.text}\n{told}{task}: {prompt.text}"
+    return [*[{"type": "image"}] * (count + 1), {"type": "text", "text": text}]
 
 
 def control_token(text: str, tokenizer: Any) -> str | None:

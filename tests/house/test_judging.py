@@ -1,6 +1,7 @@
 """How a judge is asked and read: expectation over digits, one marker, failures by name."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,14 @@ def test_a_rubric_is_a_file_known_by_its_hash(tmp_path: Path) -> None:
     assert rubric.dimension == "alignment"
     prompt = Prompt(id="1", text="a red star", task="t2i")
     assert [part["type"] for part in question(rubric, prompt)] == ["image", "text"]
+    edit = Prompt(id="2", text="make it red", task="edit", sources=(b"1",))
+    *pictures, words = question(rubric, edit)
+    assert len(pictures) == 2
+    assert words["text"] == "Is everything there?\nInstruction: make it red"
+    # Judges are trained on one source; of several they are told which pictures those are.
+    *pictures, words = question(rubric, replace(edit, sources=(b"1", b"2", b"3")))
+    assert len(pictures) == 4 and "You see 4 pictures: first 3 sources" in words["text"]
+    assert words["text"].endswith("Instruction: make it red")
     path.write_text("Is all there?\n")
     assert Rubric.read(path).digest != rubric.digest
     path.write_text("say <score>")
