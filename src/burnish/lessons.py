@@ -296,19 +296,13 @@ class Collator:
         return [*said, *self.alphabet.marker, self.alphabet.digits[nearest - 1], self.end]
 
     def _questions(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
-        texts = [
-            self.processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": question(lesson.rubric, prompt_of(lesson.annotation)),
-                    }
-                ],
-                add_generation_prompt=True,
-                tokenize=False,
+        texts: list[str] = []
+        for annotation, rubric, *_ in lessons:
+            asked = question(rubric, annotation.prompt, num_sources=len(annotation.sources))
+            turn = [{"role": "user", "content": asked}]
+            texts.append(
+                self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             )
-            for lesson in lessons
-        ]
         pictures = [pictures_of(lesson.annotation) for lesson in lessons]
         return dict(
             self.processor(

@@ -117,7 +117,7 @@ def turn(rubric: Rubric, prompt: Prompt, pictures: Sequence[bytes]) -> Message:
             ImagePart(image_url=ImageUrl(url=images.data_url(next(left))))
             if part["type"] == "image"
             else TextPart(text=part["text"])
-            for part in question(rubric, prompt)
+            for part in question(rubric, prompt.text, num_sources=len(prompt.sources))
         ),
     )
 

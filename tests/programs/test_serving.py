@@ -455,7 +455,9 @@ def test_a_question_that_breaks_the_model_tells_nothing_of_it(
 
 def asked_of(judge: Judge, request: ScoreRequest, **more: Any) -> Question:
     """A question as the translator would put it."""
-    chat = [{"role": "user", "content": question(judge.rubric("alignment"), request.prompt)}]
+    prompt = request.prompt
+    asked = question(judge.rubric("alignment"), prompt.text, num_sources=len(prompt.sources))
+    chat = [{"role": "user", "content": asked}]
     text = judge.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     shown = tuple(images.decode(data, where="test") for data in encoded(request))
     return Question(text=text, pictures=shown, max_tokens=32, **more)

@@ -256,7 +256,9 @@ class Vlm(Reward):
         processor = self._judge.processor
         texts, pictures = [], []
         for request in requests:
-            turn = [{"role": "user", "content": question(self._rubric, request.prompt)}]
+            prompt = request.prompt
+            asked = question(self._rubric, prompt.text, num_sources=len(prompt.sources))
+            turn = [{"role": "user", "content": asked}]
             texts.append(
                 processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             )
