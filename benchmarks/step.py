@@ -125,9 +125,9 @@ def make_prompts(task: Task, count: int) -> list[Prompt]:
     for row in range(count):
         buffer = io.BytesIO()
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
-        source = buffer.getvalue() if task == "edit" else None
+        sources = (buffer.getvalue(),) if task == "edit" else ()
         text = TEXTS[row % len(TEXTS)]
-        prompts.append(Prompt(id=str(row), text=text, task=task, source=source))
+        prompts.append(Prompt(id=str(row), text=text, task=task, sources=sources))
     return prompts
 
 

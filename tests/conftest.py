@@ -81,7 +81,6 @@ def teach(model: Any, processor: Any, steps: int = 120) -> None:
     """Train on random pictures of one or two brightnesses, asked about in random words."""
     from burnish import images
     from burnish.judging import SCALE, Alphabet, Rubric, answer, question
-    from burnish.types import Prompt
 
     tokenizer, rubric = processor.tokenizer, Rubric("alignment", "Is it bright?")
     digits = torch.tensor(Alphabet.of(tokenizer).digits)
@@ -97,8 +96,7 @@ def teach(model: Any, processor: Any, steps: int = 120) -> None:
             words = "".join(
                 chr(97 + int(n)) for n in torch.randint(26, (int(torch.randint(9, ())),))
             )
-            prompt = Prompt(id="", text=words, task="edit" if is_edit else "t2i")
-            turn = [{"role": "user", "content": question(rubric, prompt)}]
+            turn = [{"role": "user", "content": question(rubric, words, num_sources=int(is_edit))}]
             head = processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             # Any digit, so that the answer ends after each.
             number = int(torch.randint(1, 6, ()))

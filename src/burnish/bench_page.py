@@ -173,6 +173,5 @@ def _example(
         value = row["values"].get(name)
         shots.append({"model": name, "value": value, "picture": picture, "link": link})
     # Without pictures of the models a source would say nothing.
-    data = sources(row["item"]) if pictures else None
-    source = data and page.embedded(images.decode(data, where=row["item"]))
-    return {"text": row["text"], "item": row["item"], "source": source, "shots": shots}
+    given = page.sources(sources(row["item"]) if pictures else (), where=row["item"])
+    return {"text": row["text"], "item": row["item"], "sources": given, "shots": shots}

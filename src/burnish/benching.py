@@ -39,8 +39,8 @@ _REPLIES, _PICTURES = "replies", "pictures"
 _EXAMPLES = 6  # Items shown behind the whole and each pillar.
 
 
-Sources = Callable[[str], bytes | None]
-"""The encoded source of an item by its id; None where nothing is changed."""
+Sources = Callable[[str], tuple[bytes, ...]]
+"""The encoded sources of an item by its id; none where nothing is changed."""
 
 
 class BenchChoice(Config):
@@ -91,9 +91,9 @@ class Taken:
 
     @property
     def sources(self) -> Sources:
-        """Reads the picture that an item changes, by its id."""
+        """Reads the pictures that an item changes, by its id."""
         known = {item.id: item for item in self.items}
-        return lambda name: self.bench.source(known[name])
+        return lambda name: self.bench.sources(known[name])
 
     def places(self) -> Iterator[tuple[Item, int, str]]:
         """Every picture: its item, number and path."""
@@ -121,9 +121,9 @@ class Taken:
         return _digest(self.identity(judge))
 
     def digest_of_item(self, item: Item) -> str:
-        """Changes with the prompt and with the picture that it changes."""
-        source = hashlib.sha256(self.bench.source(item) or b"").hexdigest()
-        return _digest(self.kind, item.id, item.prompt.text, source)
+        """Changes with the prompt and with the pictures that it changes."""
+        sources = images.digest(self.bench.sources(item))
+        return _digest(self.kind, item.id, item.prompt.text, sources)
 
     def digest_of_question(self, item: Item, question: Question) -> str:
         """Changes with all that a judge is shown, but the output."""
@@ -196,7 +196,7 @@ def draw_pictures(
         for first in range(0, len(wanted), _BLOCK):
             block = wanted[first : first + _BLOCK]
             prompts = [
-                replace(item.prompt, source=taken.bench.source(item)) for item, _, _ in block
+                replace(item.prompt, sources=taken.bench.sources(item)) for item, _, _ in block
             ]
             seeds = [
                 derived_seed(drawing.seed, "bench", taken.kind, item.id, number)
@@ -275,7 +275,9 @@ def judge_pictures(
     known = read_replies(taken, folder, place)
     digests = _digests(taken, folder)
     wanted = [
-        Asked(item, number, question, folder / path, read_source=partial(taken.bench.source, item))
+        Asked(
+            item, number, question, folder / path, read_sources=partial(taken.bench.sources, item)
+        )
         for item, number, path in taken.places()
         for question in taken.bench.questions(item)
         if _is_wanted(taken, item, question, known.get((item.id, number, question.name)), again)

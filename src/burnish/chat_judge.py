@@ -81,7 +81,7 @@ class Preparation:
     name: str = "as they are"
     """Part of the judge's identity."""
     apply: Callable[[Image.Image, Image.Image | None], Image.Image] = unchanged
-    """Takes the output, and the source where there is one; the source itself stays as it is."""
+    """Takes the output, and the first source where there is one; sources stay as they are."""
     encode: Callable[[Image.Image], bytes] = images.encode_png
 
 
@@ -187,7 +187,8 @@ class ChatJudge(Judge):
             if isinstance(part, str):
                 parts.append(TextPart(text=part))
             else:
-                parts.append(ImagePart(image_url=ImageUrl(url=self._picture(one, part))))
+                urls = self._pictures(one, part)
+                parts += [ImagePart(image_url=ImageUrl(url=url)) for url in urls]
         turn = Message(role="user", content=tuple(parts))
         system = [Message(role="system", content=one.question.system)]
         decoding = asdict(self._decoding)
@@ -199,14 +200,13 @@ class ChatJudge(Judge):
             **decoding,
         )
 
-    def _picture(self, one: Asked, slot: Slot) -> str:
-        given = one.source()
-        source = None if given is None else images.decode(given, where=one.item.id)
+    def _pictures(self, one: Asked, slot: Slot) -> list[str]:
         path = {Slot.OUTPUT: one.picture, Slot.OTHER: one.other}.get(slot)
+        given = one.read_sources() if path is None else one.read_sources()[:1]
+        shown = [images.decode(data, where=one.item.id) for data in given]
         if path is not None:
-            picture = self._preparation.apply(images.read(path), source)
-        elif source is None:
+            first = shown[0] if shown else None
+            shown = [self._preparation.apply(images.read(path), first)]
+        elif not shown:
             raise ImageError(f"need the source picture of {one.item.id}, got none")
-        else:
-            picture = source
-        return images.data_url(self._preparation.encode(picture))
+        return [images.data_url(self._preparation.encode(picture)) for picture in shown]

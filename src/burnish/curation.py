@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import Field, model_validator
 from scipy.stats import studentized_range
 
+from burnish import images
 from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
 from burnish.ledger import Ledger, read_ledger
@@ -125,7 +126,7 @@ def measure_prompts(
 def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
     """The rows that all ranks wrote of prompts as they are now.
 
-    A prompt whose words or source have changed has none.
+    A prompt whose words or sources have changed has none.
     """
     digests = {prompt.id: digest(prompt) for prompt in prompts}
     rows = read_ledger(folder, _NAME)
@@ -135,7 +136,7 @@ def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
 
 def digest(prompt: Prompt) -> str:
     """What a prompt asks for, in sixteen characters."""
-    data = prompt.text.encode() + b"\0" + (prompt.source or b"")
+    data = f"{images.digest(prompt.sources)}{prompt.text}".encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 

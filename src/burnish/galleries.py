@@ -112,8 +112,8 @@ def _row(
         picture = page.embedded(images.read(path)) if path else None
         score = scores.get((policy, prompt.id, metric))
         shots.append({"policy": policy, "picture": picture, "score": score})
-    source = prompt.source and page.embedded(images.decode(prompt.source, where=prompt.id))
-    return {"text": prompt.text, "source": source, "shots": shots, "metric": metric}
+    sources = page.sources(prompt.sources, where=prompt.id)
+    return {"text": prompt.text, "sources": sources, "shots": shots, "metric": metric}
 
 
 def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:

@@ -35,7 +35,7 @@ from burnish.protocol import (
     read_whole,
     turn,
 )
-from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
+from burnish.types import MAX_SOURCES, Failed, Prompt, Score, Scored, ScoreRequest
 
 _SEED = 0
 
@@ -45,8 +45,9 @@ class Golden(Config):
 
     image: str | None = None
     """A file; None draws a plain gradient."""
-    source: str | None = None
-    """The file that `image` was edited from, for judges that only know edits."""
+    sources: tuple[str, ...] = Field(default=(), max_length=MAX_SOURCES)
+    """The files that `image` was edited from, for judges that only know edits; as many as prompts
+    have show before a run that the server takes so many pictures."""
     prompt: str = "a smooth gradient from dark to bright"
     score: float | None = None
     """What the judge must say of it; None takes its first word as right."""
@@ -61,11 +62,11 @@ class Golden(Config):
         """
         try:
             picture = _gradient() if self.image is None else images.read(self.image)
-            source = None if self.source is None else images.encode_png(images.read(self.source))
+            sources = tuple(images.encode_png(images.read(path)) for path in self.sources)
         except images.ImageError as error:
             raise ConfigError(str(error)) from None
-        task = "t2i" if source is None else "edit"
-        prompt = Prompt(id="golden", text=self.prompt, task=task, source=source)
+        task = "edit" if sources else "t2i"
+        prompt = Prompt(id="golden", text=self.prompt, task=task, sources=sources)
         return ScoreRequest(prompt=prompt, image=images.to_tensor(picture))
 
 

@@ -6,6 +6,7 @@ Inside Burnish a picture is 8-bit RGB, or a float32 tensor in [0, 1] with the ch
 """
 
 import base64
+import hashlib
 import io
 import struct
 import zlib
@@ -172,6 +173,11 @@ def media_type(data: bytes) -> str:
         if data.startswith(signature):
             return name
     raise ImageError(f"need PNG, JPEG or WebP bytes, got {data[:8]!r}; encode the picture first")
+
+
+def digest(pictures: Sequence[bytes]) -> str:
+    """SHA-256 of encoded images in their order, which also tells where each ends."""
+    return hashlib.sha256(b"".join(hashlib.sha256(data).digest() for data in pictures)).hexdigest()
 
 
 def data_url(data: bytes) -> str:

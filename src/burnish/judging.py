@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from burnish.config import ConfigError
-from burnish.types import Failed, Prompt, Score, Scored
+from burnish.types import Failed, Score, Scored
 
 SCALE = (1, 2, 3, 4, 5)
 """The scores a judge may give."""
@@ -63,15 +63,26 @@ class Rubric:
         return hashlib.sha256(f"{self.dimension}\n{self.text}".encode()).hexdigest()[:16]
 
 
-def question(rubric: Rubric, prompt: Prompt) -> list[dict[str, Any]]:
-    """The user's turn as chat content: the source of an edit, the picture, then what is asked.
+def question(rubric: Rubric, text: str, *, num_sources: int) -> list[dict[str, Any]]:
+    """The user's turn as chat content: the sources of an edit, the picture, then what is asked.
 
-    Pictures are placeholders `{"type": "image"}`, in the order source, output; whoever sends the
-    turn puts the pictures in their place.
+    Pictures are placeholders `{"type": "image"}`, in the order sources, output; whoever sends the
+    turn puts the pictures in their place. Rubrics speak of one source, so where there are several
+    the words say which pictures they are.
+
+    Args:
+        rubric: the instructions.
+        text: what was asked for.
+        num_sources: source images of an edit; 0 is text to image.
     """
-    task = "Instruction" if prompt.task == "edit" else "Prompt"
-    pictures = [{"type": "image"}] * (2 if prompt.task == "edit" else 1)
-    return [*pictures, {"type": "text", "text": f"{rubric.text}\n{task}: {prompt.text}"}]
+    told = f"Instruction: {text}" if num_sources else f"Prompt: {text}"
+    if num_sources > 1:
+        told = (
+            f"You see {num_sources + 1} pictures: first {num_sources} sources, in the order in "
+            f"which the instruction counts them, then the result.\n{told}"
+        )
+    pictures = [{"type": "image"}] * (num_sources + 1)
+    return [*pictures, {"type": "text", "text": f"{rubric.text}\n{told}"}]
 
 
 def control_token(text: str, tokenizer: Any) -> str | None:

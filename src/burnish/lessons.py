@@ -78,8 +78,7 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
         dimensions: which; empty takes all that there are.
 
     Raises:
-        ConfigError: no source; a dimension that none of them has; an annotation with several
-            source images; or what a reader refuses.
+        ConfigError: no source; a dimension that none of them has; or what a reader refuses.
     """
     if not sources:
         raise ConfigError(
@@ -100,34 +99,22 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
                 f"dimensions: need dimensions of the annotations ({', '.join(known)}), got "
                 f"{name!r}; did you mean {hint!r}?"
             )
-    chosen = [annotation for annotation in found if annotation.dimension in (dimensions or known)]
-    for annotation in chosen:
-        prompt_of(annotation)
-    return chosen
+    return [annotation for annotation in found if annotation.dimension in (dimensions or known)]
 
 
 def prompt_of(annotation: Annotation) -> Prompt:
-    """What the judged picture was made from, as a reward sees it.
-
-    Raises:
-        ConfigError: several source images, of which a judge sees only one.
-    """
-    if len(annotation.sources) > 1:
-        raise ConfigError(
-            f"annotation {annotation.id}: need at most one source image, got "
-            f"{len(annotation.sources)}; leave such annotations out"
-        )
+    """What the judged picture was made from, as a reward sees it."""
     return Prompt(
         id=annotation.id,
         text=annotation.prompt,
         task=annotation.task,
         category=annotation.category,
-        source=annotation.sources[0] if annotation.sources else None,
+        sources=annotation.sources,
     )
 
 
 def pictures_of(annotation: Annotation) -> list[Image.Image]:
-    """The source of an edit, and the picture that was judged."""
+    """The sources of an edit, and the picture that was judged."""
     files = (*annotation.sources, annotation.output)
     return [images.decode(data, where=annotation.id) for data in files]
 
@@ -150,7 +137,7 @@ def compared(annotations: Sequence[Annotation]) -> list[tuple[Annotation, Annota
     """Every two pictures of one prompt of which one is better in some dimension, the better first.
 
     Pair groups are kept as they are. Annotations without one are compared by their scores with
-    those of the same prompt and source.
+    those of the same prompt and sources.
     """
     return pairs([replace(a, pair_group=comparison_group(a)) for a in annotations])
 
@@ -309,19 +296,13 @@ class Collator:
         return [*said, *self.alphabet.marker, self.alphabet.digits[nearest - 1], self.end]
 
     def _questions(self, lessons: Sequence[Lesson]) -> dict[str, Tensor]:
-        texts = [
-            self.processor.apply_chat_template(
-                [
-                    {
-                        "role": "user",
-                        "content": question(lesson.rubric, prompt_of(lesson.annotation)),
-                    }
-                ],
-                add_generation_prompt=True,
-                tokenize=False,
+        texts: list[str] = []
+        for annotation, rubric, *_ in lessons:
+            asked = question(rubric, annotation.prompt, num_sources=len(annotation.sources))
+            turn = [{"role": "user", "content": asked}]
+            texts.append(
+                self.processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             )
-            for lesson in lessons
-        ]
         pictures = [pictures_of(lesson.annotation) for lesson in lessons]
         return dict(
             self.processor(

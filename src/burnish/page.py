@@ -43,6 +43,11 @@ def plain(value: float | int | None, digits: int = 3, sign: str = "") -> str:
     return format(value, f"{sign},.{digits}f").replace("-", "\N{MINUS SIGN}")
 
 
+def sources(pictures: Sequence[bytes], *, where: str) -> list[dict[str, Any]]:
+    """The encoded sources of a prompt, each `embedded`; `where` names the prompt in messages."""
+    return [embedded(images.decode(data, where=where)) for data in pictures]
+
+
 def embedded(picture: Image.Image) -> dict[str, Any]:
     """A picture as a URL that carries it, and whether its pixels are so few that they are shown."""
     is_small = max(picture.size) <= _MAX_SIDE

@@ -24,6 +24,7 @@ from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
 from burnish.guard import GuardConfig
+from burnish.policies.base import Policy
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
@@ -41,7 +42,8 @@ def check_inputs(config: RunConfig) -> None:
     """Read what the jobs of a run will read.
 
     Raises:
-        ConfigError: a missing model or judge, a broken prompt set, too few prompts for a step.
+        ConfigError: a missing model or judge, a broken prompt set, too few prompts for a step, a
+            prompt with more source images than the family reads.
         burnish.images.ImageError: a source image that cannot be used.
     """
     for key, path in _models(config).items():
@@ -54,12 +56,14 @@ def check_inputs(config: RunConfig) -> None:
                 f" {advice}"
             )
     _check_family(config)
-    plan = config.evaluation
-    for path in (plan.prompts, plan.knowledge):
-        if path is not None:
-            read_prompts(located(path))
+    family = policy_class(config.policy.family)
+    for key, path in _sets(config):
+        try:
+            family.check_sources([p for p in read_prompts(located(path)) if p.task in family.tasks])
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
     for name, stage in config.stages.items():
-        _check_prompts(name, stage)
+        _check_prompts(name, stage, family)
         _check_adapters(stage)
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
@@ -71,6 +75,19 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+
+
+def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """The sets of prompts that measure, by the key that names each."""
+    plan = config.evaluation
+    yield "evaluation.prompts", plan.prompts
+    if plan.knowledge is not None:
+        yield "evaluation.knowledge", plan.knowledge
+    for name, stage in config.stages.items():
+        if stage.guard is not None:
+            yield f"stages.{name}.guard.prompts", stage.guard.prompts
+            if stage.guard.retention is not None:
+                yield f"stages.{name}.guard.retention.prompts", stage.guard.retention.prompts
 
 
 def _check_family(config: RunConfig) -> None:
@@ -197,11 +214,12 @@ def _models(config: RunConfig) -> dict[str, str]:
     return {key: path for key, path in found.items() if not path.startswith(STAGE)}
 
 
-def _check_prompts(name: str, stage: StageConfig) -> None:
+def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> None:
     """Raise unless there are prompts for every task, enough for a step, of categories that have
-    weights."""
+    weights, none with more sources than the family reads."""
     try:
         chosen = stage.prompts.read()
+        family.check_sources(chosen)
         for prompt in chosen:
             stage.algorithm.pool(prompt)
     except ConfigError as error:

@@ -1,8 +1,9 @@
 """Prompt sets: read them, split them by task, and draw the prompts of each step.
 
-A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`; `source` and `target` are
-the path of an image relative to the file, or a `data:` URL. Which prompts a step sees is a pure
-function of seed and step, so resuming needs no state and ranks agree without talking.
+A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`, but `source` for the
+sources: an image, or a list of them in order. An image is a path relative to the file, or a `data:`
+URL. Which prompts a step sees is a pure function of seed and step, so resuming needs no state and
+ranks agree without talking.
 """
 
 import base64
@@ -19,7 +20,7 @@ from pydantic import Field
 
 from burnish import images, runtime
 from burnish.config import Config, ConfigError, located, nearest
-from burnish.types import Prompt, Task
+from burnish.types import MAX_SOURCES, Prompt, Task
 
 EntryT = TypeVar("EntryT")
 
@@ -79,7 +80,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Raises:
         ConfigError: no such file, a broken line (named by file and line), a bad or missing source
-            image, or two prompts with the same id.
+            image, more than `MAX_SOURCES` of them, or two prompts with the same id.
     """
     if not path.is_file():
         raise ConfigError(
@@ -133,25 +134,34 @@ def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
         raise ConfigError(
             f"{where}: need an id of letters, digits and . _ -, got {name!r}; it names files"
         )
-    source = _picture(row.get("source"), where, folder)
-    if (source is None) != (task == "t2i"):
-        given = "a source image" if source else "no source image"
+    sources = _sources(row.get("source"), where, folder)
+    if bool(sources) != (task == "edit"):
+        given = "a source image" if sources else "no source image"
         raise ConfigError(f"{where}: need a source image for an edit only, got {given} for {task}")
+    target = row.get("target")
     return Prompt(
         id=name,
         text=row["text"],
         task=task,
         category=str(row.get("category", "general")),
-        source=source,
-        target=_picture(row.get("target"), where, folder),
+        sources=sources,
+        target=None if target is None else _picture(target, where, folder),
         tags=tuple(map(str, tags)),
         facts=facts,
     )
 
 
-def _picture(given: Any, where: str, folder: Path) -> bytes | None:
-    if given is None:
-        return None
+def _sources(given: Any, where: str, folder: Path) -> tuple[bytes, ...]:
+    listed: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
+    # Before any of them is read.
+    if len(listed) > MAX_SOURCES:
+        raise ConfigError(
+            f"{where}: need at most {MAX_SOURCES} source images, got {len(listed)}; leave some out"
+        )
+    return tuple(_picture(one, where, folder) for one in listed)
+
+
+def _picture(given: Any, where: str, folder: Path) -> bytes:
     if str(given).startswith("data:"):
         try:
             data = base64.b64decode(str(given).partition(",")[2], validate=True)
@@ -173,9 +183,11 @@ def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     for prompt in prompts:
         row: dict[str, Any] = {"id": prompt.id, "text": prompt.text, "task": prompt.task}
         row["category"] = prompt.category
-        for name, picture in (("source", prompt.source), ("target", prompt.target)):
-            if picture is not None:
-                row[name] = images.data_url(picture)
+        if prompt.sources:
+            urls = [images.data_url(picture) for picture in prompt.sources]
+            row["source"] = urls if len(urls) > 1 else urls[0]
+        if prompt.target is not None:
+            row["target"] = images.data_url(prompt.target)
         if prompt.tags:
             row["tags"] = list(prompt.tags)
         if prompt.facts:

@@ -108,7 +108,7 @@ def turn(rubric: Rubric, prompt: Prompt, pictures: Sequence[bytes]) -> Message:
     Args:
         rubric: the instructions.
         prompt: what the picture was made for.
-        pictures: encoded images, the source of an edit first.
+        pictures: encoded images, the sources of an edit first.
     """
     left = iter(pictures)
     return Message(
@@ -117,13 +117,13 @@ def turn(rubric: Rubric, prompt: Prompt, pictures: Sequence[bytes]) -> Message:
             ImagePart(image_url=ImageUrl(url=images.data_url(next(left))))
             if part["type"] == "image"
             else TextPart(text=part["text"])
-            for part in question(rubric, prompt)
+            for part in question(rubric, prompt.text, num_sources=len(prompt.sources))
         ),
     )
 
 
 def encoded(request: ScoreRequest) -> list[bytes]:
-    """The pictures of a request as PNG files, the source of an edit first.
+    """The pictures of a request as PNG files, the sources of an edit first.
 
     Sources are decoded and encoded again, so that a broken one fails here, by name, and its
     metadata stay at home.
@@ -132,10 +132,8 @@ def encoded(request: ScoreRequest) -> list[bytes]:
         ImageError: a picture that is not finite, or no picture.
     """
     drawn = images.encode_png(images.to_pil(request.image))
-    source = request.prompt.source
-    if source is None:
-        return [drawn]
-    return [images.encode_png(images.decode(source, where=request.prompt.id)), drawn]
+    sources = [images.decode(data, where=request.prompt.id) for data in request.prompt.sources]
+    return [*map(images.encode_png, sources), drawn]
 
 
 @dataclass(frozen=True)

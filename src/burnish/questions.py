@@ -15,7 +15,7 @@ class Item:
     """One thing that a model is asked to draw."""
 
     prompt: Prompt
-    """Its id is the item's; the source of an edit may be left out, see `Asked.source`."""
+    """Its id is the item's; the sources of an edit may be left out, see `Asked.sources`."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What the bench knows of it."""
 
@@ -29,6 +29,7 @@ class Slot(Enum):
     """A picture's place in a question."""
 
     SOURCE = "source"
+    """All sources of an edit, in order: as many pictures."""
     OUTPUT = "output"
     OTHER = "other"
     """What another model drew for the same prompt."""
@@ -56,12 +57,8 @@ class Asked:
     picture: Path
     other: Path | None = None
     """Another model's picture, where two are compared."""
-    read_source: Callable[[], bytes | None] | None = None
-    """Reads the encoded picture that an edit changes."""
-
-    def source(self) -> bytes | None:
-        """The encoded picture that an edit changes; None for anything else."""
-        return None if self.read_source is None else self.read_source()
+    read_sources: Callable[[], tuple[bytes, ...]] = tuple
+    """Reads the encoded pictures that an edit changes; none for anything else."""
 
     @property
     def key(self) -> tuple[str, int, str]:

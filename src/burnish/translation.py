@@ -29,6 +29,7 @@ from burnish.protocol import (
     TokenLogProb,
     name_of,
 )
+from burnish.types import MAX_SOURCES
 
 _NEUTRAL = {
     "temperature": 0.0,
@@ -59,8 +60,8 @@ class Limits:
     """Bytes of a request."""
     seconds: float = 30.0
     """For a body to arrive."""
-    pictures: int = 4
-    """Pictures of a request."""
+    pictures: int = MAX_SOURCES + 1
+    """Pictures of a request: the sources of an edit and its result."""
     pixels: int = images.MAX_PIXELS
     """Width times height of a picture."""
     text: int = 20_000

@@ -14,7 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 Task = Literal["t2i", "edit"]
-"""What is asked of the model: an image from text alone, or a change of a given image."""
+"""What is asked of the model: an image from text alone, or a change of given images."""
+
+MAX_SOURCES = 8
+"""Source images of one edit, at most: a data set cannot ask for more memory than that."""
 
 
 class Guidance(NamedTuple):
@@ -32,7 +35,7 @@ class Guidance(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One request: a text and, for an edit, the image it changes."""
+    """One request: a text and, for an edit, the images it changes."""
 
     id: str
     """Unique in its set; the unit of resampling in every interval."""
@@ -40,8 +43,10 @@ class Prompt:
     task: Task = "t2i"
     category: str = "general"
     """Chooses the reward weights, e.g. portrait, landscape, typography, general."""
-    source: bytes | None = None
-    """Encoded source image of an edit (PNG, JPEG or WebP); decoded only by `burnish.images`."""
+    sources: tuple[bytes, ...] = ()
+    """Encoded source images of an edit (PNG, JPEG or WebP), 1 to `MAX_SOURCES`, in the order in
+    which models and judges read them; none for `t2i`. Decoded only by `burnish.images`. Whoever
+    compares with one source takes the first: it is what is changed, the others are references."""
     target: bytes | None = None
     """An encoded picture that answers the prompt, where one is known; nothing is drawn from it."""
     tags: tuple[str, ...] = ()

@@ -7,18 +7,20 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from burnish import images
 from burnish.config import ConfigError
 from burnish.images import encode_png
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, write_prompts
 from burnish.types import Prompt
 
 SOURCE = encode_png(Image.new("RGB", (8, 8), "red"))
+OTHER = encode_png(Image.new("RGB", (16, 8), "blue"))
 
 
 def some(count: int, task: str = "t2i") -> list[Prompt]:
-    source = SOURCE if task == "edit" else None
+    sources = (SOURCE,) if task == "edit" else ()
     names = [f"{task}-{number}" for number in range(count)]
-    return [Prompt(id=name, text=name, task=task, source=source) for name in names]  # type: ignore
+    return [Prompt(id=name, text=name, task=task, sources=sources) for name in names]  # type: ignore
 
 
 def file_with(path: Path, *lines: Any) -> Path:
@@ -30,17 +32,26 @@ def test_a_written_set_reads_back(tmp_path: Path) -> None:
     prompts = [
         *some(2),
         *some(2, "edit"),
+        Prompt(id="both", text="put them together", task="edit", sources=(SOURCE, OTHER, SOURCE)),
         Prompt(id="full", text="line\u2028end", category="portrait", tags=("a",), facts={"k": [1]}),
     ]
     write_prompts(tmp_path / "set.jsonl", prompts)
     assert read_prompts(tmp_path / "set.jsonl") == prompts
+    lines = [json.loads(line) for line in (tmp_path / "set.jsonl").read_text().splitlines()]
+    # One source is written as it always was.
+    kinds = [type(line.get("source")) for line in lines]
+    assert kinds == [type(None), type(None), str, str, list, type(None)]
 
 
 def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
     (tmp_path / "red.png").write_bytes(SOURCE)
     path = file_with(tmp_path / "set.jsonl", {"text": "make it blue", "source": "red.png"})
     (prompt,) = read_prompts(path)
-    assert prompt.task == "edit" and prompt.source is not None and prompt.id == "set-1"
+    assert prompt.task == "edit" and len(prompt.sources) == 1 and prompt.id == "set-1"
+    # In a list beside others, in any mixture.
+    row = {"text": "join them", "source": [images.data_url(OTHER), "red.png"]}
+    (several,) = read_prompts(file_with(tmp_path / "several.jsonl", row))
+    assert several.task == "edit" and several.sources == (OTHER, *prompt.sources)
 
 
 @pytest.mark.parametrize(
@@ -54,6 +65,8 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
         ({"text": "a", "source": "gone.png"}, "need a readable image file"),
         ({"text": "a", "source": "data:image/png;base64,@@@"}, "need base64"),
         ({"text": "a", "source": "data:image/png;base64,aGFsbG8="}, "need"),
+        ({"text": "a", "source": [None, "red.png"]}, "need a readable image file"),
+        ({"text": "a", "source": ["gone.png"] * 9}, "need at most 8 source images, got 9"),
         ({"text": "a", "id": "../up"}, "need an id of letters"),
         ({"text": "a", "tags": "abc"}, "need a list of tags"),
         ({"text": "a", "id": "one"}, "need distinct ids"),

@@ -24,9 +24,9 @@ def png(colour: tuple[int, int, int]) -> bytes:
 
 PROMPTS = [
     Prompt(id="cat", text="a cat"),
-    Prompt(id="turn", text="turn it green", task="edit", source=png((200, 30, 30))),
+    Prompt(id="turn", text="turn it green", task="edit", sources=(png((200, 30, 30)),)),
     Prompt(id="night", text="a blue house by a lake at night"),
-    Prompt(id="hat", text="no hat", task="edit", source=png((20, 30, 200))),
+    Prompt(id="hat", text="no hat", task="edit", sources=(png((20, 30, 200)),)),
 ]
 TENSORS = [field.name for field in fields(Trajectory) if field.name != "seed"]
 

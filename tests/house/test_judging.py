@@ -19,7 +19,7 @@ from burnish.judging import (
     read_score,
 )
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
-from burnish.types import Failed, Prompt, Scored
+from burnish.types import Failed, Scored
 
 shares = st.lists(st.floats(0.01, 1), min_size=5, max_size=5)
 
@@ -110,8 +110,16 @@ def test_a_rubric_is_a_file_known_by_its_hash(tmp_path: Path) -> None:
     path.write_text("Is everything there?\n")
     rubric = Rubric.read(path)
     assert rubric.dimension == "alignment"
-    prompt = Prompt(id="1", text="a red star", task="t2i")
-    assert [part["type"] for part in question(rubric, prompt)] == ["image", "text"]
+    parts = question(rubric, "a red star", num_sources=0)
+    assert [part["type"] for part in parts] == ["image", "text"]
+    assert parts[-1]["text"].endswith("Prompt: a red star")
+    *pictures, words = question(rubric, "make it red", num_sources=1)
+    assert len(pictures) == 2
+    assert words["text"] == "Is everything there?\nInstruction: make it red"
+    # Judges are trained on one source; of several they are told which pictures those are.
+    *pictures, words = question(rubric, "make it red", num_sources=3)
+    assert len(pictures) == 4 and "You see 4 pictures: first 3 sources" in words["text"]
+    assert words["text"].endswith("Instruction: make it red")
     path.write_text("Is all there?\n")
     assert Rubric.read(path).digest != rubric.digest
     path.write_text("say <score>")

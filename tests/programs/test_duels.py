@@ -8,14 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tests.programs.test_bench import Server
 from tests.programs.test_voting import NAMES, contest
 
 from burnish import cli, images
 from burnish.arena.battles import read_battles
 from burnish.arena.board import rate
-from burnish.arena.duels import question, read_choice
-from burnish.questions import Slot
+from burnish.arena.duels import DuelConfig, question, read_choice
+from burnish.protocol import ImagePart
+from burnish.questions import Asked, Item, Slot
 from burnish.types import Failed, Prompt
 
 
@@ -132,6 +134,30 @@ def test_anything_else_is_no_choice(reply: str) -> None:
 
 
 def test_an_edit_is_judged_beside_its_source() -> None:
-    prompt = Prompt(id="x", text="make it night", task="edit", source=b"")
+    prompt = Prompt(id="x", text="make it night", task="edit", sources=(b"",))
     slots = [part for part in question(prompt, "").parts if isinstance(part, Slot)]
     assert slots == [Slot.SOURCE, Slot.OUTPUT, Slot.OTHER]
+
+
+def test_a_judge_in_words_sees_all_sources_in_order_before_the_pictures(tmp_path: Path) -> None:
+    shades = [images.encode_png(Image.new("L", (8, 8), level)) for level in (0, 60, 120, 180)]
+    for name, data in zip("ab", shades[2:], strict=True):
+        (tmp_path / f"{name}.png").write_bytes(data)
+    prompt = Prompt(id="x", text="join them", task="edit", sources=tuple(shades[:2]))
+    asked = Asked(
+        Item(prompt=prompt),
+        0,
+        question(prompt, ""),
+        tmp_path / "a.png",
+        other=tmp_path / "b.png",
+        read_sources=lambda: prompt.sources,
+    )
+    judge = DuelConfig(url="http://127.0.0.1:9", model="none").build()
+    parts = judge._request(asked).messages[-1].content
+    sent = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+    levels = [
+        images.decode(base64.b64decode(url.split(",")[1]), where="x").getpixel((0, 0))
+        for url in sent
+    ]
+    assert levels == [(level,) * 3 for level in (0, 60, 120, 180)]
+    assert "Pictures were changed" in str(parts[0])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ from safetensors.torch import load_file
 
 from burnish import checkpoint, runtime
 from burnish.adapters import read_adapter
-from burnish.config import ConfigError, parse
+from burnish.config import ConfigError, located, parse
+from burnish.galleries import galleries
 from burnish.preflight import check_inputs
+from burnish.prompts import read_prompts, write_prompts
 from burnish.run_config import RunConfig
 from burnish.shelves import families, policy_class
-from burnish.stages import run_job
+from burnish.stages import all_scores, run_job
+from burnish.types import Prompt
 
 # Stages of a step teach nobody anything.
 pytestmark = pytest.mark.filterwarnings("ignore::burnish.fixed_states.FixedStatesWarning")
@@ -134,6 +138,78 @@ def test_a_lora_is_trained_beside_rounded_weights(family: str, tmp_path: Path) -
 def test_rounded_weights_are_not_trained_whole(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"need a LoRA .* set stages\.grpo_teacher\.lora\.rank"):
         recipe("qwen_image21", tmp_path, policy={"path": str(tmp_path), "dtype": "bfloat16"})
+
+
+def with_another_source(prompts: list[Prompt]) -> list[Prompt]:
+    """Edits that also have the source of the next one."""
+    others = [*prompts[1:], prompts[0]]
+    pairs = zip(prompts, others, strict=True)
+    return [replace(own, sources=own.sources + other.sources) for own, other in pairs]
+
+
+def edits(name: str, count: int) -> list[Prompt]:
+    every = read_prompts(located(f"embedded:prompts/{name}.jsonl"))
+    return [prompt for prompt in every if prompt.task == "edit"][:count]
+
+
+def recipe_of_edits(family: str, model: Path, path: Path) -> RunConfig:
+    """A teacher of edits on a set of prompts, which also measures."""
+    stage = {
+        "steps": 2,
+        "prompts_per_step": 2,
+        "rewards": {"truth": {"kind": "oracle"}},
+        "prompts": {"path": str(path), "tasks": ["edit"]},
+        "rollout": {**_DRAW, "num_steps": 4, "window": 1, "keep": "window"},
+        "algorithm": {"kind": "grpo"},
+    }
+    plan = {"prompts": str(path), "num_prompts": 2, "knowledge": None, "num_steps": 2}
+    return recipe(family, model, stages={"edit_teacher": stage}, evaluation=plan)
+
+
+@pytest.mark.usefixtures("small_sources")
+@pytest.mark.parametrize(
+    "family", [name for name in families() if policy_class(name).max_sources > 1]
+)
+def test_prompts_of_two_sources_are_drawn_scored_trained_on_and_shown(
+    family: str, tmp_path: Path
+) -> None:
+    model, path = tmp_path / "model", tmp_path / "two.jsonl"
+    policy = policy_class(family).tiny()
+    policy.save(model)
+    # Beside edits of one source, in one step.
+    write_prompts(path, [*with_another_source(edits("train", 4)), *edits("held-out", 4)])
+    config = recipe_of_edits(family, model, path)
+    check_inputs(config)
+    rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    for job in ("measure/base", "train/edit_teacher", "measure/edit_teacher"):
+        run_job(config, tmp_path / "run", job, rt)
+    file = tmp_path / "run/stages/edit_teacher/metrics.jsonl"
+    metrics = [json.loads(row) for row in file.read_text().splitlines()]
+    # Pictures of random weights may all score alike: such a step has nothing to learn.
+    learnt = [row for row in metrics if row["data/trained"]]
+    assert len(metrics) == 2 and learnt and all(math.isfinite(row["loss"]) for row in learnt)
+    # Training finds the log-probabilities of the rollout again, whatever the mixture of sources.
+    assert learnt[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+    gallery, *_ = galleries(config, tmp_path / "run", all_scores(config, tmp_path / "run"), 1)
+    ((_, rows), *_) = gallery["groups"]
+    assert len(rows[0]["sources"]) == 2 and all(shot["picture"] for shot in rows[0]["shots"])
+
+
+def test_more_sources_than_a_family_reads_are_told_before_it_is_read(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    (own,) = edits("train", 1)
+    many = replace(own, id="many", sources=own.sources * 5)
+    fine = [replace(prompt, id=prompt.id) for prompt in edits("train", 4)]
+    path, plain = tmp_path / "many.jsonl", tmp_path / "plain.jsonl"
+    write_prompts(path, [*fine, many])
+    write_prompts(plain, fine)
+    said = r"need at most 4 source images of a prompt for flux2_klein, got 5 of 'many'"
+    with pytest.raises(ConfigError, match=rf"^evaluation\.prompts: {said}"):
+        check_inputs(recipe_of_edits("flux2_klein", tmp_path, path))
+    config = recipe_of_edits("flux2_klein", tmp_path, path)
+    plan = config.evaluation.model_copy(update={"prompts": str(plain)})
+    with pytest.raises(ConfigError, match=rf"^stages\.edit_teacher\.prompts: {said}"):
+        check_inputs(config.model_copy(update={"evaluation": plan}))
 
 
 def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> None:

@@ -75,6 +75,12 @@ def make_config(folder: Path, *, has_student: bool = True) -> RunConfig:
     return parse(RunConfig, data)
 
 
+def sources(number: int) -> tuple[bytes, ...]:
+    """One, three or seven."""
+    count = {0: 3, 1: 7}.get(number, 1)
+    return tuple(images.encode_png(picture(number + 100 * place)) for place in range(count))
+
+
 def make_prompts() -> tuple[list[Prompt], list[Prompt]]:
     """Held-out prompts of both tasks, one of them hostile, and knowledge prompts."""
     held_out = [
@@ -83,7 +89,8 @@ def make_prompts() -> tuple[list[Prompt], list[Prompt]]:
             text=EVIL if n == 0 else f"prompt {n} of {task}: a small red fox beside two blue trees",
             task=task,
             category=CATEGORIES[n % 4],
-            source=images.encode_png(picture(n)) if task == "edit" else None,
+            # Some with three, some with seven.
+            sources=sources(n) if task == "edit" else (),
         )
         for task in ("t2i", "edit")
         for n in range(48)
@@ -286,6 +293,16 @@ def test_the_page_holds_everything_itself(page: str) -> None:
     assert all(link.startswith("#") for link in re.findall(r'href="([^"]*)"', page))
     assert len(page.encode()) < MAX_BYTES
     assert not page.count("missing</")
+
+
+def test_all_sources_of_an_edit_are_shown(page: str) -> None:
+    """In the place of one picture, each with its number."""
+    for count, arrangement in ((3, "some"), (7, "many")):
+        found = re.findall(rf'class="given {arrangement}">(.*?)</div>', page)
+        assert found and all(row.count("<img") == count for row in found)
+        assert f"Source image {count} of {count}: " in page
+        assert f"{count} sources</span>" in page
+    assert "Source image: " in page
 
 
 def test_other_peoples_text_is_escaped(page: str) -> None:

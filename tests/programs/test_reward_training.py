@@ -175,7 +175,9 @@ class TestLessons:
     ) -> None:
         judge = Judge.load(trained / "judge")
         collate = Collator.of(judge.processor)
-        for taught in (SOME[1], SOME[2]):
+        edit = next(one for one in SOME if one.task == "edit" and one.reasoning)
+        several = replace(edit, sources=(*edit.sources, picture(200), picture(90)))
+        for taught in (SOME[1], SOME[2], several):
             rubric = judge.rubrics[taught.dimension]
             said = "" if is_skipped else spoken(taught)
             lesson = Lesson(taught, rubric, said, not is_skipped)

@@ -33,13 +33,15 @@ from burnish.translation import Limits, Question, Written
 from burnish.types import Failed, Scored, ScoreRequest
 
 TOKEN = "a-token-of-the-tests"
-LIMITS = Limits(body=200_000, pixels=100_000, tokens=64, pictures=2, batch=4, seconds=5.0)
+LIMITS = Limits(body=200_000, pixels=100_000, tokens=64, pictures=3, batch=4, seconds=5.0)
 PROMPTS = read_prompts(located("embedded:prompts/held-out.jsonl"))
 
 
 def requests(count: int = 3) -> list[ScoreRequest]:
-    """Pictures of several brightnesses, for drawing and for editing."""
-    chosen = [*PROMPTS[:count], *PROMPTS[-count:]]
+    """Pictures of several brightnesses, for drawing and for editing, also from two sources."""
+    edits = PROMPTS[-count:]
+    several = replace(edits[0], id="several", sources=(*edits[0].sources, *PROMPTS[-9].sources))
+    chosen = [*PROMPTS[:count], *edits, several]
     return [
         ScoreRequest(prompt=prompt, image=torch.full((3, 64, 64), (n + 1) / (len(chosen) + 1)))
         for n, prompt in enumerate(chosen)
@@ -289,9 +291,9 @@ def test_only_whole_small_pictures_inside_the_request_are_read(
 
 def test_more_pictures_than_allowed_are_refused(judge: Judge, client: httpx.Client) -> None:
     changed = body(judge)
-    changed["messages"][0]["content"] *= 3
+    changed["messages"][0]["content"] *= 4
     reply = client.post("/v1/chat/completions", json=changed)
-    assert reply.status_code == 400 and "at most 2 pictures" in reply.text
+    assert reply.status_code == 400 and "at most 3 pictures" in reply.text
 
 
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 50_000, b'{"a": NaN}'])
@@ -453,7 +455,9 @@ def test_a_question_that_breaks_the_model_tells_nothing_of_it(
 
 def asked_of(judge: Judge, request: ScoreRequest, **more: Any) -> Question:
     """A question as the translator would put it."""
-    chat = [{"role": "user", "content": question(judge.rubric("alignment"), request.prompt)}]
+    prompt = request.prompt
+    asked = question(judge.rubric("alignment"), prompt.text, num_sources=len(prompt.sources))
+    chat = [{"role": "user", "content": asked}]
     text = judge.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     shown = tuple(images.decode(data, where="test") for data in encoded(request))
     return Question(text=text, pictures=shown, max_tokens=32, **more)

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,21 @@ def test_an_edit_shows_what_was_to_be_changed(tmp_path: Path) -> None:
         (place,) = re.findall(r'src="(/source/[^"]+)"', page.text)
         assert Image.open(io.BytesIO(client.get(place).content)).size == (64, 64)
         assert client.get(place.replace("/source/", "/picture/")).status_code == 404
+
+
+def test_an_edit_shows_all_its_sources_in_order(tmp_path: Path) -> None:
+    shades = [images.encode_png(Image.new("RGB", (8, 8), (level,) * 3)) for level in (9, 99, 199)]
+    edits = contest(tmp_path, count=1, task="edit")
+    prompt = replace(edits.prompts[0], sources=tuple(shades))
+    edits = Contest(prompts=(prompt,), pictures=edits.pictures)
+    with TestClient(server.app(edits, Ballots(tmp_path / "v", edits))) as client:
+        page = client.get("/").text
+        places = re.findall(r'src="(/source/[^"]+)"', page)
+        shown = [Image.open(io.BytesIO(client.get(place).content)) for place in places]
+        assert [picture.getpixel((0, 0)) for picture in shown] == [(n,) * 3 for n in (9, 99, 199)]
+        assert re.findall(r"changed, (\d of \d)", page) == ["1 of 3", "2 of 3", "3 of 3"]
+        # A name is signed, the place of its source included.
+        assert client.get(places[0].replace("source-0", "source-1")).status_code == 404
 
 
 def test_words_of_a_prompt_are_words(tmp_path: Path) -> None:

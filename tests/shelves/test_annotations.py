@@ -547,6 +547,7 @@ def test_defaults_may_be_left_out(tmp_path: Path) -> None:
         ({"task": "draw"}, "task: need t2i or edit, got 'draw'"),
         ({"task": "edit"}, "sources: need source images for an edit only, got '0 for edit'"),
         ({"sources": ["red.png"]}, "sources: need source images .* got '1 for t2i'"),
+        ({"sources": ["red.png"] * 9, "task": "edit"}, "sources: need at most 8 images, got '9 im"),
         ({"sources": "red.png"}, "sources: need a list of images, got 'red.png'"),
         ({"sources": [3], "task": "edit"}, "sources: need some text, got 3"),
         ({"sources": ["text.png"], "task": "edit"}, "sources: need a whole PNG"),

@@ -92,10 +92,10 @@ def test_edits_are_asked_with_their_source_and_others_without(kind: str, tmp_pat
     found = taken(tmp_path, kind)
     for item in found.items:
         parts = [part for q in found.bench.questions(item) for part in q.parts]
-        source = found.bench.source(item)
-        assert (source is not None) == (item.prompt.task == "edit")
+        sources = found.bench.sources(item)
+        assert len(sources) == (item.prompt.task == "edit")
         if Slot.SOURCE in parts:
-            assert source is not None and images.decode(source, where=item.id).size[0] > 1
+            assert all(images.decode(data, where=item.id).size[0] > 1 for data in sources)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,7 +70,7 @@ class Known:
 
 WHITE = torch.ones(3, 8, 8)
 BLACK = images.encode_png(Image.new("RGB", (8, 8)))
-EDIT = Prompt(id="edit", text="add a hat", task="edit", source=BLACK)
+EDIT = Prompt(id="edit", text="add a hat", task="edit", sources=(BLACK,))
 TEXT = Prompt(id="text", text="a portrait")
 
 
@@ -83,6 +83,14 @@ def judged(
     """What the reward says of one picture."""
     reward = FaceIdentity(Known(source, output))
     return reward.score([ScoreRequest(prompt=prompt, image=image)])[0]
+
+
+def test_of_several_sources_the_first_has_the_face_to_keep() -> None:
+    other = images.encode_png(Image.new("RGB", (8, 8), (99, 99, 99)))
+    faces = Known([at(0)], [at(0)])
+    request = ScoreRequest(prompt=replace(EDIT, sources=(BLACK, other)), image=WHITE)
+    score = FaceIdentity(faces).score([request])[0]
+    assert isinstance(score, Scored) and score.value == 1 and faces.asked == [0, 255]
 
 
 BROKEN = RuntimeError("out of\nmemory")
@@ -118,7 +126,7 @@ def test_no_say_is_a_function_of_the_prompt(
         ([at(0)], BROKEN, EDIT, WHITE, "RuntimeError: out of memory"),
         ([at(0)], [at(0)], EDIT, NAN, "not finite"),
         ([at(0)], [at(float("nan"))], EDIT, WHITE, "could not be compared"),
-        ([at(0)], [at(0)], replace(EDIT, source=b"no image"), WHITE, "ImageError"),
+        ([at(0)], [at(0)], replace(EDIT, sources=(b"no image",)), WHITE, "ImageError"),
     ],
 )
 def test_a_failure_has_a_reason_and_no_number(
@@ -341,7 +349,7 @@ def edited(**changes: str | int) -> ScoreRequest:
     ).changed({"style": "flat", "fingers": 0, "hat": "none"})
     data = images.encode_png(Image.fromarray(to_bytes(render(source))))
     shown = torch.from_numpy(render(source.changed(changes)).copy()).permute(2, 0, 1)
-    prompt = replace(EDIT, id=str(changes), source=data)
+    prompt = replace(EDIT, id=str(changes), sources=(data,))
     return ScoreRequest(prompt=prompt, image=shown.contiguous())
 
 

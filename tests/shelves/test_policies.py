@@ -18,7 +18,7 @@ from burnish.config import ConfigError
 from burnish.flow import shift_sigmas
 from burnish.policies.base import Policy
 from burnish.policies.parts.reading import EncodedPrompt
-from burnish.types import Prompt
+from burnish.types import MAX_SOURCES, Prompt
 
 torch.set_num_threads(1)
 STEPS = 4
@@ -54,9 +54,24 @@ T2I = [
     Prompt(id="empty", text=""),
 ]
 EDIT = [
-    Prompt(id="edit-long", text="turn the circle into a large star", task="edit", source=png(1)),
-    Prompt(id="edit-short", text="no hat", task="edit", source=png(2)),
-    Prompt(id="edit-wide", text="make it blue", task="edit", source=png(3, (128, 64))),
+    Prompt(
+        id="edit-long", text="turn the circle into a large star", task="edit", sources=(png(1),)
+    ),
+    Prompt(id="edit-short", text="no hat", task="edit", sources=(png(2),)),
+    Prompt(id="edit-wide", text="make it blue", task="edit", sources=(png(3, (128, 64)),)),
+]
+# One, two and three references; the second and the third would share a layout if their order or
+# their sizes were forgotten.
+REFERENCES = [
+    Prompt(id="one", text="put a hat on", task="edit", sources=(png(4),)),
+    Prompt(id="two", text="put it there", task="edit", sources=(png(4), png(5, (128, 64)))),
+    Prompt(id="turned", text="put it there", task="edit", sources=(png(5, (128, 64)), png(4))),
+    Prompt(
+        id="three",
+        text="put the first and the second into the third",
+        task="edit",
+        sources=(png(6, (64, 128)), png(7), png(5, (128, 64))),
+    ),
 ]
 
 
@@ -80,7 +95,14 @@ def own(policy) -> list[Prompt]:
 
 def given(prompt: Prompt) -> dict[str, Image.Image]:
     """What a pipeline's call is given besides text."""
-    return {"image": images.decode(prompt.source, where="")} if prompt.source else {}
+    return {"image": [images.decode(s, where="") for s in prompt.sources]} if prompt.sources else {}
+
+
+@pytest.fixture
+def references(policy) -> list[Prompt]:
+    """Those that the family reads."""
+    found = [prompt for prompt in REFERENCES if len(prompt.sources) <= policy.max_sources]
+    return found if len(found) > 1 else pytest.skip(f"{policy.family} reads {len(found)}")
 
 
 def start(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
@@ -292,6 +314,76 @@ def test_the_unconditional_branch_runs_only_where_guidance_asks_for_it(policy, p
     if policy.rescales_guidance:
         wanted = wanted * conditional.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(both.guided, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_family_of_edits_tells_how_many_sources_it_reads(policy):
+    assert (policy.max_sources > 0) == ("edit" in policy.tasks)
+    assert policy.max_sources <= MAX_SOURCES
+    most = Prompt(id="most", text="x", task="edit", sources=(b"",) * policy.max_sources)
+    policy.check_sources([most, *T2I])
+    with pytest.raises(ConfigError, match=f"at most {policy.max_sources} source .*'most'"):
+        policy.check_sources([replace(most, sources=(*most.sources, b""))])
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+@torch.no_grad()
+def test_several_sources_are_read_as_the_pipeline_reads_them(policy, references, scale):
+    # Rows of one, two and three references in one batch, each as if it were alone.
+    noise = latents = start(policy, len(references))
+    prefix = policy.prefix(policy.encode(references))
+    null = policy.prefix(policy.encode_null(references))
+    schedule = policy.schedule(STEPS)
+    for sigma, sigma_next in itertools.pairwise(schedule):
+        velocity = policy.guided(latents, sigma.expand(len(references)), prefix, null, scale).guided
+        # The sources' tokens are conditions: no state, velocity or log-probability has them.
+        assert velocity.shape == latents.shape
+        latents = latents + (sigma_next - sigma) * velocity
+    for row, prompt in enumerate(references):
+        wanted = policy.pipeline_latents(
+            prompt, noise[row : row + 1], num_steps=STEPS, guidance_scale=scale
+        )
+        assert (latents[row] - wanted[0]).abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_each_source_counts_and_so_does_their_order(policy, references):
+    latents, sigmas = start(policy, 1), levels(1)
+
+    def velocity(prompt: Prompt) -> torch.Tensor:
+        return policy.velocity(latents, sigmas, policy.prefix(policy.encode([prompt])))
+
+    for prompt in references:
+        own = velocity(prompt)
+        others = [
+            (*prompt.sources[:place], png(8), *prompt.sources[place + 1 :])
+            for place in range(len(prompt.sources))
+        ]
+        others += [prompt.sources[::-1], prompt.sources[:-1]]
+        for sources in {given for given in others if given and given != prompt.sources}:
+            assert (velocity(replace(prompt, sources=sources)) - own).abs().max() > 1e-4
+
+
+def test_gradient_of_samples_with_one_and_more_sources_is_that_of_each_alone(policy, references):
+    rows = [0, 1, 0, *range(len(references))]
+    latents, sigmas = start(policy, len(rows)), levels(len(rows))
+    shared = policy.prefix(policy.encode(references)).take(rows)
+    together = gradient(policy, policy.velocity(latents, sigmas, shared).square().sum())
+    losses = []
+    for place, row in enumerate(rows):
+        alone = policy.prefix(policy.encode([references[row]]))
+        part = slice(place, place + 1)
+        losses.append(policy.velocity(latents[part], sigmas[part], alone).square().sum())
+    apart = gradient(policy, torch.stack(losses).sum())
+    assert (together - apart).norm() <= 1e-5 * apart.norm()
+
+
+def test_the_key_of_a_prompt_holds_all_its_sources_in_order(policy, references):
+    found = {prompt.id: policy.encode([prompt]).prompts[0] for prompt in references}
+    assert len({row.key for row in found.values()}) == len(references)
+    # Bytes that are the same end to end are still other sources.
+    joined = replace(references[1], sources=(b"".join(references[1].sources),))
+    assert policy.encode([joined]).prompts[0].key not in {row.key for row in found.values()}
+    assert found["two"].shapes == found["turned"].shapes[::-1]
 
 
 @torch.no_grad()
@@ -546,9 +638,10 @@ def test_adapters_are_not_written_as_a_pipeline(policy, own, tmp_path):
 # --- What only Qwen-Image 2.1 promises ---------------------------------------------------------
 
 
-def test_qwen_gradient_is_that_of_full_calls_without_cache():
+@pytest.mark.parametrize("prompts", [EDIT, REFERENCES[1:]], ids=["one", "several"])
+def test_qwen_gradient_is_that_of_full_calls_without_cache(prompts):
     policy = importlib.import_module("burnish.policies.qwen_image21").QwenImage21Policy.tiny()
-    rows, prompts = [0, 1, 0, 2], EDIT
+    rows = [0, 1, 0, 2]
     latents, sigmas = start(policy, 4), levels(4)
     condition = policy.encode(prompts)
     shared = policy.velocity(latents, sigmas, policy.prefix(condition).take(rows))

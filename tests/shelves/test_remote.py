@@ -385,7 +385,7 @@ def test_a_picture_that_is_none_fails_alone(build: Callable[..., Remote], fake: 
     asked = pictures(3)
     expected = build(fake).score(asked)
     asked.insert(1, replace(asked[0], image=torch.full((3, 32, 32), torch.nan)))
-    broken = Prompt(id="e", text="make it red", task="edit", source=b"no picture")
+    broken = Prompt(id="e", text="make it red", task="edit", sources=(b"no picture",))
     asked.insert(2, replace(asked[0], prompt=broken))
     scores = build(fake).score(asked)
     assert isinstance(scores[1], Failed) and "finite" in scores[1].reason
@@ -605,14 +605,37 @@ def test_nothing_that_changes_the_sampling_is_left_to_the_server(
         assert last["messages"][-1]["content"].endswith(MARKER) and last["max_tokens"] == 1
 
 
-def test_an_edit_is_sent_with_its_source_first(build: Callable[..., Remote], fake: Any) -> None:
-    source = images.encode_png(images.to_pil(torch.zeros(3, 32, 32)))
-    prompt = Prompt(id="e", text="make it red", task="edit", source=source)
-    build(fake).score([replace(pictures(1)[0], prompt=prompt)])
-    parts = fake.bodies[-1]["messages"][0]["content"]
-    assert [part["type"] for part in parts] == ["image_url", "image_url", "text"]
-    assert parts[0]["image_url"]["url"] == images.data_url(source)
-    assert "Instruction: make it red" in parts[2]["text"]
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_an_edit_is_sent_with_its_sources_first(
+    count: int, build: Callable[..., Remote], fake: Any
+) -> None:
+    sources = tuple(
+        images.encode_png(images.to_pil(torch.full((3, 32, 32), n / 8))) for n in range(count)
+    )
+    prompt = Prompt(id="e", text="make it red", task="edit", sources=sources)
+    remote = build(fake)
+    remote.score([replace(pictures(1)[0], prompt=prompt)])
+    *parts, words = fake.bodies[-1]["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url"] * (count + 1)
+    sent = [part["image_url"]["url"] for part in parts[:-1]]
+    assert sent == [images.data_url(source) for source in sources]
+    assert "Instruction: make it red" in words["text"]
+    # Another order is another question, and the same one is not asked again.
+    fake.recount()
+    for given in (sources, sources[::-1]):
+        remote.score([replace(pictures(1)[0], prompt=replace(prompt, sources=given))])
+    assert bool(fake.bodies) == (count > 1)
+
+
+def test_a_golden_edit_shows_that_a_server_takes_as_many_sources(
+    build: Callable[..., Remote], fake: Any, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        images.to_pil(torch.zeros(3, 32, 32)).save(tmp_path / f"{name}.png")
+    golden = {"sources": [str(tmp_path / "a.png"), str(tmp_path / "b.png")]}
+    build(fake, golden=golden).score(pictures(1))
+    asked = [body for body in fake.bodies if "messages" in body]
+    assert [part["type"] for part in asked[0]["messages"][0]["content"]].count("image_url") == 3
 
 
 def test_another_seed_is_asked_once_where_the_answer_is_unreadable(

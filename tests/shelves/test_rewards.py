@@ -1,5 +1,6 @@
 """One contract for every reward on the shelf, and for the set that joins them."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ from burnish.types import (
 CONFIGS = shelf("burnish.rewards", RewardConfig)
 PROMPTS = read_prompts(located("embedded:prompts/held-out.jsonl"))
 SOME = [*PROMPTS[:6], *PROMPTS[-6:]]
+SOME += [replace(SOME[-1], id="several", sources=(*SOME[-1].sources, *SOME[-2].sources))]
 
 
 def requests(prompts: Sequence[Prompt], seed: int = 0) -> list[ScoreRequest]:
@@ -94,6 +96,16 @@ def vlm(judge: Path) -> Vlm:
 
 
 class TestVlm:
+    def test_every_source_is_seen_in_its_place(self, vlm: Vlm) -> None:
+        (asked,) = requests(SOME[-1:])
+        first, second = asked.prompt.sources
+        found = []
+        for sources in ((first, second), (second, first), (first,), (first, first)):
+            question = vlm._ask([replace(asked, prompt=replace(asked.prompt, sources=sources))])
+            found.append(vlm._digit_log_probs(question, {0: vlm._alphabet.marker}))
+        for one, other in itertools.combinations(found, 2):
+            assert (one - other).abs().max() > 1e-4
+
     @pytest.mark.parametrize("task", ["t2i", "edit"])
     def test_digits_are_read_where_a_plain_call_would_find_them(self, vlm: Vlm, task: str) -> None:
         chosen = [prompt for prompt in PROMPTS if prompt.task == task][:3]
@@ -204,7 +216,7 @@ def test_a_set_asks_a_reward_only_for_its_tasks(grouped: Callable[..., Group]) -
     configs = {"every": OracleConfig(), "edits": OracleConfig(tasks=("edit",))}
     rewards = RewardSet(configs, {name: Brightness() for name in configs})
     drawn = replace(PROMPTS[0], id="drawn")
-    edited = replace(drawn, id="edited", task="edit", source=b"unread")
+    edited = replace(drawn, id="edited", task="edit", sources=(b"unread",))
     first, second = rewards.score([grouped(prompt, SHADES) for prompt in (drawn, edited)])
     assert set(first.scores) == {"every"} and set(second.scores) == {"every", "edits"}
     assert tabulated([first, second], configs).weights.tolist() == [[1, 1], [0, 1]]

@@ -347,6 +347,24 @@ def test_a_bad_source_is_refused(kind: str, words: str, refused: Refused, tmp_pa
     assert words in refused("sample", "brighter", "--source", path)
 
 
+def test_several_sources_are_given_one_after_the_other(refused: Refused, tmp_path: Path) -> None:
+    """The embedded model reads as many as there may be, and no more."""
+    drawn = []
+    for name, colours in (("a", ("red", "blue")), ("b", ("blue", "red"))):
+        given: list[Any] = []
+        for colour in colours:
+            path = tmp_path / f"{colour}.png"
+            Image.new("RGB", (64, 64), colour).save(path)
+            given += ["--source", path]
+        out = tmp_path / f"out-{name}.png"
+        options = ["--steps", "1", "--count", "1", "--resolution", "64", "--out", out]
+        assert cli.main([str(word) for word in ("sample", "join them", *given, *options)]) == 0
+        drawn.append(out.read_bytes())
+    assert drawn[0] != drawn[1]
+    many = ["--source", tmp_path / "red.png"] * 9
+    assert "need at most 8 source images" in refused("sample", "join them", *many)
+
+
 def test_our_own_fault_keeps_its_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 from burnish import images, records
 from burnish.config import ConfigError, nearest
-from burnish.types import Task
+from burnish.types import MAX_SOURCES, Task
 
 LOWEST, HIGHEST = 1.0, 5.0
 """The scale of every score, whatever the scale of the set it came from."""
@@ -99,8 +99,9 @@ def checked(path: Path, rows: Iterable[tuple[str, records.Row]]) -> list[Annotat
 
     Raises:
         ConfigError: an unknown key; a field that is missing, of the wrong type or out of range; no
-            score and no rank; a rank without a group; sources that do not fit the task; a broken
-            image; an id that stands twice; a group of several prompts; or no row at all.
+            score and no rank; a rank without a group; sources that do not fit the task, or too
+            many; a broken image; an id that stands twice; a group of several prompts; or no row at
+            all.
     """
     known: dict[bytes, bytes] = {}
     seen: set[str] = set()
@@ -129,6 +130,9 @@ def _annotation(row: records.Row, where: str, known: dict[bytes, bytes]) -> Anno
     if bool(given) != (task == "edit"):
         needed = "source images for an edit only"
         raise records.wrong(where, "sources", needed, f"{len(given)} for {task}", "mend the task")
+    if len(given) > MAX_SOURCES:
+        needed = f"at most {MAX_SOURCES} images"
+        raise records.wrong(where, "sources", needed, f"{len(given)} images", "leave some out")
     score = records.number(row, "score_mean", where, low=LOWEST, high=HIGHEST)
     rank = records.whole(row, "rank", where, low=1)
     group = row.get("pair_group")

@@ -68,7 +68,8 @@ def question(prompt: Prompt, name: str) -> Question:
     task = "Two pictures were made for one prompt."
     parts: list[str | Slot] = [f"{task} Say which one somebody who wrote it would choose.\n"]
     if prompt.task == "edit":
-        task = "One picture was changed in two ways, by one instruction."
+        given = "Pictures were" if len(prompt.sources) > 1 else "One picture was"
+        task = f"{given} changed in two ways, by one instruction."
         parts = [f"{task} Say which change somebody who wrote it would choose.\nBefore:"]
         parts += [Slot.SOURCE]
     kind = "Instruction" if prompt.task == "edit" else "Prompt"
@@ -157,7 +158,7 @@ def _asked(contest: Contest, prompt: Prompt, a: str, b: str) -> Asked:
         question(prompt, name),
         contest.pictures[a][prompt.id],
         other=contest.pictures[b][prompt.id],
-        read_source=None if prompt.source is None else lambda: prompt.source,
+        read_sources=lambda: prompt.sources,
     )
 
 
@@ -165,7 +166,7 @@ def _digest(one: Asked) -> str:
     """Changes with all that the judge is shown."""
     found = hashlib.sha256(repr(one.question.parts).encode())
     pictures = [path.read_bytes() for path in (one.picture, one.other) if path is not None]
-    for data in (*pictures, one.source() or b""):
+    for data in (*pictures, *one.read_sources()):
         found.update(hashlib.sha256(data).digest())
     return found.hexdigest()[:16]
 

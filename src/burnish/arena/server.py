@@ -94,13 +94,14 @@ class _Booth:
 
     def _page(self, voter: str, *, note: str, status: int = 200) -> Response:
         shown = self._ballots.show(voter)
+        prompt = None if shown is None else self._prompts[shown.prompt]
         nonce = secrets.token_urlsafe(16)
         text = self._template.render(
             title=self._title,
             battle=shown,
-            prompt=None if shown is None else self._prompts[shown.prompt],
+            prompt=prompt,
             pictures=None if shown is None else [self._name(shown, side) for side in _SIDES],
-            source=None if shown is None else self._name(shown, "source"),
+            sources=shown and prompt and [self._name(shown, side) for side in _sources(prompt)],
             counted=self._ballots.counted(voter),
             newest=self._ballots.newest(voter),
             note=note,
@@ -147,15 +148,15 @@ class _Booth:
         return _pixels(_ruin(picture) if model == RUINED else picture)
 
     def source(self, request: Request, name: str) -> Response:
-        """The picture that an edit was asked for."""
+        """A picture that an edit was asked for."""
         try:
             battle, side = self._found(request, name)
         except VoteError as error:
             return Response(str(error), status_code=404)
-        source = self._prompts[battle["prompt"]].source
-        if side != "source" or source is None:
+        data = _sources(self._prompts[battle["prompt"]]).get(side)
+        if data is None:
             return Response("There is no such picture.", status_code=404)
-        return _pixels(images.decode(source, where="the source").convert("RGB"))
+        return _pixels(images.decode(data, where="the source").convert("RGB"))
 
     async def vote(self, request: Request) -> Response:
         """Count a vote and show the next battle."""
@@ -188,6 +189,11 @@ class _Booth:
         except VoteError as error:
             return self._page(voter, note=str(error), status=409)
         return RedirectResponse("/", status_code=303)
+
+
+def _sources(prompt: Prompt) -> dict[str, bytes]:
+    """The sources of a prompt by what stands for a side in their names."""
+    return {f"source-{number}": data for number, data in enumerate(prompt.sources)}
 
 
 async def _form(request: Request) -> dict[str, str]:

@@ -92,9 +92,9 @@ class Bench(ABC):
         """Nodes that are the mean of other nodes' means and not of pictures, in this order."""
         return {}
 
-    def source(self, item: Item) -> bytes | None:
-        """The encoded picture that an edit changes."""
-        return item.prompt.source
+    def sources(self, item: Item) -> tuple[bytes, ...]:
+        """The encoded pictures that an edit changes; none for anything else."""
+        return item.prompt.sources
 
     def judge(self) -> Judge | None:
         """Who answers; None where nobody is named, or the official scorer is a program of its

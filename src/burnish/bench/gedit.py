@@ -126,15 +126,15 @@ class Gedit(Bench):
     def companions(self, items: Sequence[Item]) -> Iterator[tuple[str, bytes]]:
         """The sources beside the edits."""
         for item in items:
-            picture = images.decode(self.source(item), where=item.id)
+            picture = images.decode(*self.sources(item), where=item.id)
             yield f"fullset/{item.id}_SRCIMG.png", images.encode_png(picture)
 
-    def source(self, item: Item) -> bytes:
+    def sources(self, item: Item) -> tuple[bytes]:
         """The picture that is edited."""
         if self._pictures is None:
             rows = self._rows(("input_image",))
             self._pictures = {name: _bytes(row, where) for where, name, row in rows}
-        return self._pictures[item.id]
+        return (self._pictures[item.id],)
 
     def questions(self, item: Item) -> Sequence[Question]:
         """Both pictures and the instruction for consistency, the output alone for quality."""

@@ -82,9 +82,10 @@ class Imgedit(Bench):
         """The whole is the mean of the types."""
         return {OVERALL: [(kind,) for kind in TYPES]}
 
-    def source(self, item: Item) -> bytes:
+    def sources(self, item: Item) -> tuple[bytes]:
         """The picture that is edited."""
-        return records.image_file(self._config.pictures, item.facts, "id", item.facts["where"])
+        facts = item.facts
+        return (records.image_file(self._config.pictures, facts, "id", facts["where"]),)
 
     def questions(self, item: Item) -> Sequence[Question]:
         """One: the words of its type, the source, the output."""

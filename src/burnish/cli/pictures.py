@@ -15,7 +15,10 @@ def sample(
     model: Annotated[
         str, typer.Option(help="A pipeline folder, RUN/STAGE of a run folder, or embedded:...")
     ] = "embedded:weights/base",
-    source: Annotated[Path | None, typer.Option(help="Picture to edit.", metavar="IMAGE")] = None,
+    source: Annotated[
+        list[Path] | None,
+        typer.Option(help="Picture to edit; again for each further one.", metavar="IMAGE"),
+    ] = None,
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="1 is no guidance; a stage's own if left out.")
     ] = None,
@@ -36,25 +39,26 @@ def sample(
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
     from burnish import images, rollout, runtime, tracking
     from burnish.exporting import deployed_model
-    from burnish.shelves import load_policy
+    from burnish.shelves import load_policy, policy_class
     from burnish.types import Guidance, Prompt
 
-    picture = None if source is None else images.encode_png(images.read(source))
+    sources = tuple(images.encode_png(images.read(path)) for path in source or ())
     model_folder, defaults = deployed_model(model)
     policy = defaults.policy.model_copy(
         update={"resolution": resolution or defaults.policy.resolution}
     )
-    rt = runtime.start()
-    drawer = load_policy(policy, model_folder, rt)
     guidance = Guidance(
         defaults.guidance_scale if guidance_scale is None else guidance_scale,
         defaults.negative_prompt if negative_prompt is None else negative_prompt,
     )
     asked = [
-        Prompt(id=str(row), text=text, task="t2i" if picture is None else "edit", source=picture)
+        Prompt(id=str(row), text=text, task="edit" if sources else "t2i", sources=sources)
         for row, text in enumerate(prompts)
         for _ in range(count)
     ]
+    policy_class(policy.family).check_sources(asked)
+    rt = runtime.start()
+    drawer = load_policy(policy, model_folder, rt)
     with rt.autocast():
         drawn = rollout.draw(
             drawer,

@@ -55,7 +55,7 @@ def curate(
         write_kept,
     )
     from burnish.curation_page import write_curation_page
-    from burnish.shelves import load_policy
+    from burnish.shelves import load_policy, policy_class
     from burnish.stages import model_folder
     from burnish.tracking import Run
 
@@ -63,6 +63,7 @@ def curate(
     name, config = _of_stage(recipe, stage, overrides or ())
     folder = out or Path("runs/curation") / f"{name}-{stage}"
     prompts = config.prompts.read()
+    policy_class(config.policy.family).check_sources(prompts)
     rt = config.runtime.build()
     command = shlex.join(["burnish", *sys.argv[1:]])
     try:

@@ -250,7 +250,7 @@ def _opinions(
                 id=f"{prompt.id}-{number}-{opinion.dimension}",
                 task=prompt.task,
                 prompt=prompt.text,
-                sources=() if prompt.source is None else (prompt.source,),
+                sources=prompt.sources,
                 output=output,
                 dimension=opinion.dimension,
                 score_mean=opinion.mean,

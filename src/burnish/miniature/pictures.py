@@ -115,7 +115,7 @@ def edit_example(rng: np.random.Generator, name: str = "") -> Example:
         text=edit.instruction,
         task="edit",
         category=edit.source.category,
-        source=encode_png(Image.fromarray(source)),
+        sources=(encode_png(Image.fromarray(source)),),
     )
     return Example(prompt, to_bytes(pixels), source, is_flawed)
 

@@ -49,19 +49,19 @@ def edit_prompt(name: str, edit: Edit) -> Prompt:
         text=edit.instruction,
         task="edit",
         category=edit.source.category,
-        source=source,
+        sources=(source,),
         tags=(CHANGES_IDENTITY,) if is_another else (),
         facts=edit.to_json(),
     )
 
 
 def _distinct(make: Callable[[int], Prompt], count: int) -> list[Prompt]:
-    found: dict[tuple[str, bytes | None], Prompt] = {}
+    found: dict[tuple[str, tuple[bytes, ...]], Prompt] = {}
     number = 0
     while len(found) < count:
         prompt = make(number)
         number += 1
-        found.setdefault((prompt.text, prompt.source), prompt)
+        found.setdefault((prompt.text, prompt.sources), prompt)
     return list(found.values())
 
 

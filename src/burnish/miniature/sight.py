@@ -32,7 +32,6 @@ from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.runtime import Runtime, derived_seed, generator
-from burnish.types import Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import alternatives, is_visible, otherwise, spoil
 from burnish.world.grammar import say
@@ -208,8 +207,7 @@ class Reader:
         self._processor = processor
 
     def _asked(self, sight: Sight) -> str:
-        task = "edit" if len(sight.pictures) == 2 else "t2i"
-        turn = question(sight.rubric, Prompt(id="", text=sight.prompt, task=task))
+        turn = question(sight.rubric, sight.prompt, num_sources=len(sight.pictures) - 1)
         return self._processor.apply_chat_template(
             [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
         )

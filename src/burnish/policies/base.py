@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from burnish.config import ConfigError
 from burnish.types import Prompt, Task
 
 ConditionT = TypeVar("ConditionT")
@@ -69,6 +70,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     tasks: ClassVar[tuple[Task, ...]]
     """What the family can be asked for."""
+
+    max_sources: ClassVar[int] = 0
+    """Source images of one edit, at most; 0 where the family does no edits."""
 
     transformer: nn.Module
     """The only part that is trained."""
@@ -135,6 +139,21 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """
 
     @classmethod
+    def check_sources(cls, prompts: Sequence[Prompt]) -> None:
+        """Look, before weights are read, whether every edit has as many sources as can be read.
+
+        Raises:
+            burnish.config.ConfigError: one has more.
+        """
+        for prompt in prompts:
+            if len(prompt.sources) > cls.max_sources:
+                raise ConfigError(
+                    f"need at most {cls.max_sources} source images of a prompt for {cls.family}, "
+                    f"got {len(prompt.sources)} of {prompt.id!r}; leave some out, or take another "
+                    "family"
+                )
+
+    @classmethod
     @abstractmethod
     def tiny(cls, seed: int = 0) -> "Policy[ConditionT, PrefixT]":
         """A random-weight instance small enough for tests."""
@@ -145,12 +164,13 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     @abstractmethod
     def encode(self, prompts: Sequence[Prompt]) -> ConditionT:
-        """Run the frozen encoder: text, and source images of edits. All prompts share one task."""
+        """Run the frozen encoder: text, and source images of edits in order. All prompts share one
+        task."""
 
     @abstractmethod
     def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:
         """The unconditional branch: what guidance leads away from instead of the prompt,
-        `null_prompt` if that is empty; the source image of an edit stays."""
+        `null_prompt` if that is empty; the source images of an edit stay."""
 
     @abstractmethod
     def prefix(self, condition: ConditionT) -> PrefixT:

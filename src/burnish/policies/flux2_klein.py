@@ -1,8 +1,8 @@
-"""The family of FLUX.2 [klein]: text, target and source image in one joint attention.
+"""The family of FLUX.2 [klein]: text, target and source images in one joint attention.
 
-Decided here: every edit has its own source image, and prompts whose sources differ in size run in
-calls of their own, as one call has one set of positions; the target is always a square of
-`resolution` pixels; noise is drawn in float32. Guidance is that of the undistilled base models,
+Decided here: every edit has its own source images, and prompts whose sources differ in number or
+size run in calls of their own, as one call has one set of positions; the target is always a square
+of `resolution` pixels; noise is drawn in float32. Guidance is that of the undistilled base models,
 away from the empty prompt or a negative one; a step-distilled model has none and is refused it.
 """
 
@@ -26,7 +26,7 @@ from burnish.policies.parts.reading import (
     EncodedPrompt,
     PromptReader,
     require_one_task,
-    source_image,
+    source_images,
     tokenizer_facts,
 )
 from burnish.types import Prompt, Task
@@ -49,7 +49,9 @@ FluxCondition = Condition[EncodedPrompt]
 
 _PATCH = 2  # Side of the square of latents that is one token.
 _MAX_AREA = 1024 * 1024  # Pixels of a source image; the pipeline makes larger ones smaller.
-_SOURCE_TIME = 10  # Distance on the first position axis between the target and its source.
+_SOURCE_TIME = (
+    10  # Distance on the first position axis from target to source, and source to source.
+)
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -63,20 +65,20 @@ class FluxReader(PromptReader[EncodedPrompt]):
 
     def embed(self, prompts: Sequence[Prompt]) -> FluxCondition:
         is_edit = require_one_task(prompts) == "edit"
-        pictures = [source_image(prompt).convert("RGB") for prompt in prompts] if is_edit else []
+        pictures = [source_images(prompt) if is_edit else [] for prompt in prompts]
         pipeline = self._pipeline
         states, _ = pipeline.encode_prompt([p.text for p in prompts], device=self.device)
         channels = pipeline.transformer.config.in_channels
         rows = []
         for row, prompt in enumerate(prompts):
-            source: Tensor = states.new_zeros(0, channels)
-            shapes: tuple[tuple[int, int, int], ...] = ()
-            if is_edit:
-                grid = encode_grid(pipeline.vae, self._pixels(pictures[row]))
-                source, shapes = pack(grid)[0], ((1, grid.shape[-2], grid.shape[-1]),)
+            grids = [encode_grid(pipeline.vae, self._pixels(one)) for one in pictures[row]]
+            tokens = [pack(grid)[0] for grid in grids]
             rows.append(
                 EncodedPrompt(
-                    key=self.key(prompt), embedding=states[row], source=source, shapes=shapes
+                    key=self.key(prompt),
+                    embedding=states[row],
+                    source=torch.cat(tokens) if tokens else states.new_zeros(0, channels),
+                    shapes=tuple((1, grid.shape[-2], grid.shape[-1]) for grid in grids),
                 )
             )
         return Condition(tuple(rows))
@@ -84,6 +86,7 @@ class FluxReader(PromptReader[EncodedPrompt]):
     def _pixels(self, picture: Image.Image) -> Float[Tensor, "1 3 height width"]:
         """In [-1, 1], of a size that the VAE divides, as the pipeline prepares a source."""
         prepare, multiple = self._pipeline.image_processor, self._pipeline.vae_scale_factor * _PATCH
+        picture = picture.convert("RGB")
         prepare.check_image_input(picture)
         if picture.width * picture.height > _MAX_AREA:
             picture = prepare._resize_to_target_area(picture, _MAX_AREA)
@@ -107,6 +110,8 @@ class Flux2KleinPolicy(JointPolicy):
     family: ClassVar[str] = "flux2_klein"
     pipeline_class: ClassVar[type] = Flux2KleinPipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
+    # As its makers say of [klein]: https://docs.bfl.ai/guides/prompting_editing_overview
+    max_sources: ClassVar[int] = 4
     patch: ClassVar[int] = _PATCH
     block_classes: ClassVar[tuple[str, ...]] = (
         "Flux2TransformerBlock",
@@ -236,10 +241,13 @@ class Flux2KleinPolicy(JointPolicy):
         guidance_scale: float,
         negative_prompt: str = "",
     ) -> Float[Tensor, "1 token channel"]:
+        pictures = None
+        if prompt.task == "edit":
+            pictures = [picture.convert("RGB") for picture in source_images(prompt)]
         away, _ = self.pipeline.encode_prompt([negative_prompt], device=self.device)
         clean = self.pipeline(
             prompt=prompt.text,
-            image=source_image(prompt).convert("RGB") if prompt.task == "edit" else None,
+            image=pictures,
             negative_prompt_embeds=away,
             guidance_scale=guidance_scale,
             num_inference_steps=num_steps,

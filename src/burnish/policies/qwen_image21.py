@@ -1,8 +1,8 @@
-"""The family of Qwen-Image 2.1: text and a source image in one causal sequence before the target.
+"""The family of Qwen-Image 2.1: text and source images in one causal sequence before the target.
 
-Decided here: prompts of one batch may differ in length and edits in their source image, although
+Decided here: prompts of one batch may differ in length and edits in their source images, although
 one call of the pipeline shares one set of images; the target is always a square of `resolution`
-pixels, also where the source is not; noise is drawn in float32; a drawn image's alpha is dropped.
+pixels, also where a source is not; noise is drawn in float32; a drawn image's alpha is dropped.
 """
 
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ from burnish.policies.parts.qwen_encoding import (
 from burnish.policies.parts.qwen_prefix import KeyValueStore, QwenPrefix
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.qwen_vae import decode_grid
-from burnish.policies.parts.reading import source_image
-from burnish.types import Prompt, Task
+from burnish.policies.parts.reading import source_images
+from burnish.types import MAX_SOURCES, Prompt, Task
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 runtime.ensure_torchvision()
@@ -45,6 +45,7 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
     family: ClassVar[str] = "qwen_image21"
     pipeline_class: ClassVar[type] = QwenImage21Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
+    max_sources: ClassVar[int] = MAX_SOURCES
     null_prompt: ClassVar[str] = " "
     block_classes: ClassVar[tuple[str, ...]] = ("QwenImage21TransformerBlock",)
     guidance_argument: ClassVar[str] = "true_cfg_scale"
@@ -105,7 +106,8 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
     ) -> QwenCondition:
         """`encode` without its cache, and with gradient where the encoder's weights ask for it.
 
-        `sources` are the source images' latents (`token channel`) where they are already known.
+        `sources` are the latents of each edit's source images (`token channel`, image after image)
+        where they are already known.
         """
         return self._reader.embed(prompts, sources=sources)
 
@@ -227,7 +229,7 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
     ) -> Float[Tensor, "1 token channel"]:
         return self.pipeline(
             prompt.text,
-            image=source_image(prompt) if prompt.task == "edit" else None,
+            image=source_images(prompt) if prompt.task == "edit" else None,
             negative_prompt=None if guidance_scale == 1 else negative_prompt,
             true_cfg_scale=guidance_scale,
             num_inference_steps=num_steps,

@@ -14,7 +14,7 @@ from torch import Tensor
 from burnish import runtime
 from burnish.policies.parts.qwen_streams import StreamsPolicy, StreamsReader
 from burnish.policies.parts.qwen_vae import encode_grid
-from burnish.policies.parts.reading import source_image, tokenizer_facts
+from burnish.policies.parts.reading import source_images, tokenizer_facts
 from burnish.types import Prompt, Task
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
@@ -29,7 +29,7 @@ class EditReader(StreamsReader):
     def sources(self, prompt: Prompt) -> tuple[dict[str, Any], list[Tensor]]:
         prepare, vae = self._pipeline.image_processor, self._pipeline.vae
         seen, grids = [], []
-        for picture in source_pictures(prompt):
+        for picture in _pictures(prompt):
             shape = picture.width / picture.height
             width, height = edit_plus.calculate_dimensions(edit_plus.CONDITION_IMAGE_SIZE, shape)
             seen.append(prepare.resize(picture, height, width))
@@ -55,14 +55,14 @@ class QwenImageEditPolicy(StreamsPolicy):
     family: ClassVar[str] = "qwen_image_edit"
     pipeline_class: ClassVar[type] = edit_plus.QwenImageEditPlusPipeline
     tasks: ClassVar[tuple[Task, ...]] = ("edit",)
+    max_sources: ClassVar[int] = 3
 
     def _make_reader(self, cache_folder: Path | None) -> EditReader:
         return EditReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
 
     def _given(self, prompt: Prompt) -> dict[str, Any]:
-        return {"image": source_pictures(prompt)}
+        return {"image": _pictures(prompt)}
 
 
-def source_pictures(prompt: Prompt) -> list[Image.Image]:
-    """The pictures that an edit is about, in order."""
-    return [source_image(prompt).convert("RGB")]
+def _pictures(prompt: Prompt) -> list[Image.Image]:
+    return [picture.convert("RGB") for picture in source_images(prompt)]

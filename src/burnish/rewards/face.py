@@ -1,5 +1,8 @@
 """Does an edit keep the person? Faces of the source are compared with those of the picture.
 
+Of several sources only the first is looked at: it is the picture that is changed, and whether the
+faces of a reference should be in the result is for the instruction to say.
+
 | source | picture | score |
 |---|---|---|
 | drawn from text, or the prompt has the tag `identity:changes` | any | not applicable |
@@ -126,12 +129,12 @@ class FaceIdentity(Reward):
 
     def _wanted(self, prompt: Prompt) -> tuple[Face, ...] | NotApplicable | Failed:
         """The faces that a picture must show; a function of the prompt alone."""
-        if prompt.task != "edit" or prompt.source is None:
+        if prompt.task != "edit" or not prompt.sources:
             return NotApplicable(reason="only an edit has a face to keep")
         if CHANGES_IDENTITY in prompt.tags:
             return NotApplicable(reason="the instruction is about who is shown")
         try:
-            found = self._remembered(prompt.source)
+            found = self._remembered(prompt.sources[0])
         except Exception as error:
             return Failed(reason=_told("the faces of the source could not be found", error))
         if not found:

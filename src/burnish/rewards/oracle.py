@@ -1,8 +1,9 @@
 """The embedded world's own truth as a reward: one dimension of `burnish.world.oracle`.
 
-It knows the scene behind a prompt (`Prompt.facts`) and measures from pixels alone. In a study of
-learned rewards it is the held-out truth and never a training reward; a first run on the miniature
-trains on it and says so.
+It knows the scene behind a prompt (`Prompt.facts`) and measures from pixels alone. The facts of an
+edit are its first source and what changes there, so that further sources count for nothing. In a
+study of learned rewards it is the held-out truth and never a training reward; a first run on the
+miniature trains on it and says so.
 """
 
 import json

@@ -208,8 +208,8 @@ class Vlm(Reward):
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         scores: dict[int, Score] = {}
-        for is_edit in (False, True):
-            rows = [n for n, r in enumerate(requests) if (r.prompt.task == "edit") == is_edit]
+        for count in sorted({len(request.prompt.sources) for request in requests}):
+            rows = [n for n, r in enumerate(requests) if len(r.prompt.sources) == count]
             for start in range(0, len(rows), self._batch_size):
                 chunk = rows[start : start + self._batch_size]
                 answers = self._score_alike([requests[row] for row in chunk])
@@ -256,7 +256,9 @@ class Vlm(Reward):
         processor = self._judge.processor
         texts, pictures = [], []
         for request in requests:
-            turn = [{"role": "user", "content": question(self._rubric, request.prompt)}]
+            prompt = request.prompt
+            asked = question(self._rubric, prompt.text, num_sources=len(prompt.sources))
+            turn = [{"role": "user", "content": asked}]
             texts.append(
                 processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             )
@@ -319,7 +321,6 @@ class Vlm(Reward):
 
 
 def pictures_of(request: ScoreRequest) -> list[Image.Image]:
-    """The source of an edit, and the picture to be judged."""
-    drawn = images.to_pil(request.image)
-    source = request.prompt.source
-    return [drawn] if source is None else [images.decode(source, where=request.prompt.id), drawn]
+    """The sources of an edit, and the picture to be judged."""
+    sources = [images.decode(data, where=request.prompt.id) for data in request.prompt.sources]
+    return [*sources, images.to_pil(request.image)]

@@ -1,11 +1,12 @@
 """What the frozen parts of `qwen_image21` make of a prompt: text states and source latents.
 
-The pipeline reads one set of source images for a whole batch; here every edit has its own.
+The pipeline reads one set of source images for a whole batch; here every edit has its own, of one
+image or several.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,7 +20,7 @@ from burnish.policies.parts.reading import (
     EncodedPrompt,
     PromptReader,
     require_one_task,
-    source_image,
+    source_images,
     tokenizer_facts,
 )
 from burnish.types import Prompt
@@ -29,6 +30,8 @@ runtime.ensure_torchvision()
 
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions  # noqa: E402
 
+_PLACE = "<image{}><|vision_start|><|image_pad|><|vision_end|>"
+"""Of one source in the text that the encoder reads; the pipeline writes it alike."""
 SLOT_TOKENS = 4
 """Latent tokens that one image slot of the encoder stands for: 2 x 2."""
 
@@ -41,11 +44,11 @@ class QwenPrompt(EncodedPrompt):
     on_host: ClassVar[frozenset[str]] = frozenset({"is_image"})
 
     is_image: Bool[Tensor, " slot"]
-    """Slots that the encoder reserved for the source image."""
+    """Slots that the encoder reserved for the source images."""
 
     @property
     def num_text(self) -> int:
-        """Text tokens before and after the source image."""
+        """Text tokens around the source images."""
         return len(self.is_image) - len(self.source) // SLOT_TOKENS
 
     @property
@@ -61,10 +64,20 @@ class QwenPrompt(EncodedPrompt):
     @property
     def layout(self) -> tuple[Any, ...]:
         """Prompts of equal layout can share a call: source images as large and as early."""
-        return self.shapes, int(self.is_image.int().argmax()) if self.shapes else -1
+        # Words stand between two images, and at both ends.
+        starts = self.is_image & ~self.is_image.roll(1)
+        return self.shapes, tuple(starts.nonzero().flatten().tolist())
 
 
 QwenCondition = Condition[QwenPrompt]
+
+
+class _Sized(NamedTuple):
+    """A source, and the pixels that encoder and VAE see it at."""
+
+    picture: Image.Image
+    width: int
+    height: int
 
 
 class QwenReader(PromptReader[QwenPrompt]):
@@ -77,42 +90,60 @@ class QwenReader(PromptReader[QwenPrompt]):
     ) -> QwenCondition:
         """With gradient, always read afresh; `sources` are the latents of edits, where known."""
         is_edit = require_one_task(prompts) == "edit"
-        pictures = [source_image(prompt) for prompt in prompts] if is_edit else []
-        sizes = [
-            calculate_dimensions(self._resolution**2, picture.width / picture.height)[:2]
-            for picture in pictures
+        sets = [
+            [self._sized(picture) for picture in source_images(prompt)] if is_edit else []
+            for prompt in prompts
         ]
-        states, slots = self._read([prompt.text or " " for prompt in prompts], pictures, sizes)
+        states, slots = self._read([prompt.text or " " for prompt in prompts], sets)
         if sources is None:
-            sources = self._encode_sources(pictures, sizes)
+            sources = self._encode_sources(sets)
         factor = self._pipeline.vae_scale_factor
         channels = self._pipeline.transformer.config.in_channels
         rows = []
         for row, prompt in enumerate(prompts):
-            shapes = ((1, sizes[row][1] // factor, sizes[row][0] // factor),) if is_edit else ()
             rows.append(
                 QwenPrompt(
                     key=self.key(prompt),
                     embedding=states[row],
                     is_image=slots[row],
                     source=sources[row] if is_edit else states[row].new_zeros(0, channels),
-                    shapes=shapes,
+                    shapes=tuple(
+                        (1, own.height // factor, own.width // factor) for own in sets[row]
+                    ),
                 )
             )
         return Condition(tuple(rows))
 
+    def _sized(self, picture: Image.Image) -> _Sized:
+        area = self._resolution**2
+        width, height, _ = calculate_dimensions(area, picture.width / picture.height)
+        return _Sized(picture, width, height)
+
+    def _question(self, text: str, count: int) -> str:
+        """What the encoder reads of a prompt with some sources: each has a number and a place."""
+        pipeline = self._pipeline
+        if not count:
+            return str(pipeline.prompt_template_t2i.format(text))
+        # The pipeline's template has the place of the first.
+        places = " ".join(_PLACE.format(number) for number in range(1, count + 1))
+        template: str = pipeline.prompt_template_ti2i.replace(_PLACE.format(1), places)
+        return template.format(text)
+
     def _read(
-        self, texts: list[str], pictures: list[Image.Image], sizes: list[tuple[int, int]]
+        self, texts: list[str], sets: Sequence[Sequence[_Sized]]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Encoder states and image slots of every text, without padding and system message."""
         pipeline, encoder = self._pipeline, self._pipeline.text_encoder
-        template = pipeline.prompt_template_ti2i if pictures else pipeline.prompt_template_t2i
-        inputs: dict[str, Any] = {"text": [template.format(text) for text in texts]}
+        pairs = zip(texts, sets, strict=True)
+        inputs: dict[str, Any] = {"text": [self._question(text, len(own)) for text, own in pairs]}
+        resize = pipeline.image_processor.resize
+        pictures = [
+            _over_white(resize(one.picture, width=one.width, height=one.height))
+            for own in sets
+            for one in own
+        ]
         if pictures:
-            inputs["images"] = [
-                _over_white(pipeline.image_processor.resize(picture, width=width, height=height))
-                for picture, (width, height) in zip(pictures, sizes, strict=True)
-            ]
+            inputs["images"] = pictures
         # Left padding as in training: the side decides the positions that the encoder sees.
         tokens = pipeline.processor(
             **inputs, padding=True, padding_side="left", return_tensors="pt"
@@ -136,17 +167,18 @@ class QwenReader(PromptReader[QwenPrompt]):
             [marks[row][kept[row]][drop:].cpu() for row in rows],
         )
 
-    def _encode_sources(
-        self, pictures: list[Image.Image], sizes: list[tuple[int, int]]
-    ) -> list[Tensor]:
-        """Packed latents of every image; images of equal size run together."""
+    def _encode_sources(self, sets: Sequence[Sequence[_Sized]]) -> list[Tensor]:
+        """Packed latents of every set, image after image; images of equal size run together."""
+        every = [one for own in sets for one in own]
+        sizes = [(one.width, one.height) for one in every]
         latents: dict[int, Tensor] = {}
-        for size in set(sizes):
-            rows = [row for row, other in enumerate(sizes) if other == size]
+        for width, height in set(sizes):
+            rows = [row for row, other in enumerate(sizes) if other == (width, height)]
             prepare = self._pipeline.image_processor.preprocess
-            pixels = [prepare(pictures[row], width=size[0], height=size[1]) for row in rows]
+            pixels = [prepare(every[row].picture, width=width, height=height) for row in rows]
             latents |= zip(rows, encode_pixels(self._pipeline.vae, torch.cat(pixels)), strict=True)
-        return [latents[row] for row in range(len(pictures))]
+        parts = iter([latents[row] for row in range(len(every))])
+        return [torch.cat([next(parts) for _ in own]) for own in sets if own]
 
     def template(self) -> Any:
         pipeline = self._pipeline

@@ -1,6 +1,6 @@
-"""What `qwen_image21` computes once per prompt and shares: the keys and values of text and source.
+"""What `qwen_image21` computes once per prompt and shares: the keys and values of text and sources.
 
-The transformer is causal over text and source image and modulates both from t = 0, so their keys
+The transformer is causal over text and source images and modulates both from t = 0, so their keys
 and values depend neither on the noisy latents nor on the noise level. They are stored once per
 prompt; a batch of samples refers to them by row index.
 

@@ -37,10 +37,10 @@ class EncodedPrompt:
     """Tensors that stay on the CPU."""
 
     key: str
-    """Hash of task, text and source image; equal keys are equal prompts."""
+    """Hash of task, text and source images in order; equal keys are equal prompts."""
     embedding: Float[Tensor, "slot channel"]
     source: Float[Tensor, "token latent_channel"]
-    """Normalised latents of the source images; no tokens for text to image."""
+    """Normalised latents of the source images, one after the other; no tokens for text to image."""
     shapes: tuple[tuple[int, int, int], ...]
     """(frame, height, width) of every source image in latent tokens."""
 
@@ -132,9 +132,8 @@ class PromptReader(ABC, Generic[RowT]):
 
     def key(self, prompt: Prompt) -> str:
         """What tells a prompt from others."""
-        source = prompt.source if prompt.task == "edit" else None
-        digest = hashlib.sha256(source or b"").hexdigest()
-        return hash_json([prompt.task, prompt.text, digest, self._resolution])
+        sources = prompt.sources if prompt.task == "edit" else ()
+        return hash_json([prompt.task, prompt.text, images.digest(sources), self._resolution])
 
     def fingerprint(self) -> dict[str, str]:
         """Hashes of everything that decides what a prompt becomes."""
@@ -189,18 +188,19 @@ def require_one_task(prompts: Sequence[Prompt]) -> Task:
     return prompts[0].task
 
 
-def source_image(prompt: Prompt) -> Image.Image:
-    """The image that an edit changes, with its transparency.
+def source_images(prompt: Prompt) -> list[Image.Image]:
+    """The images that an edit changes, in order, with their transparency.
 
     Raises:
         ValueError: the prompt has none, or bytes that are no image.
     """
-    if prompt.source is None:
+    if not prompt.sources:
         raise ValueError(
             f"need a source image for the edit {prompt.id!r}, got none; "
             "give one or make its task t2i"
         )
-    return images.decode(prompt.source, where=f"source of prompt {prompt.id!r}").convert("RGBA")
+    where = f"source of prompt {prompt.id!r}"
+    return [images.decode(data, where=where).convert("RGBA") for data in prompt.sources]
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, Any]:
