@@ -8,7 +8,7 @@ whoever receives it only looks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -28,6 +28,26 @@ class Guidance(NamedTuple):
     def settings(self) -> dict[str, Any]:
         """As the keys of a recipe."""
         return {"guidance_scale": self.scale, "negative_prompt": self.negative_prompt}
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    """What tells prompts apart without reading their images: a `Prompt`, or its place in a set."""
+
+    @property
+    def id(self) -> str:
+        """See `Prompt`."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """See `Prompt`."""
+        ...
+
+    @property
+    def category(self) -> str:
+        """See `Prompt`."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def test_a_written_set_reads_back(tmp_path: Path) -> None:
         Prompt(id="full", text="line\u2028end", category="portrait", tags=("a",), facts={"k": [1]}),
     ]
     write_prompts(tmp_path / "set.jsonl", prompts)
-    assert read_prompts(tmp_path / "set.jsonl") == prompts
+    assert list(read_prompts(tmp_path / "set.jsonl")) == prompts
 
 
 def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
 def test_a_broken_line_is_named_by_file_and_number(line: Any, message: str, tmp_path: Path) -> None:
     path = file_with(tmp_path / "set.jsonl", {"text": "fine", "id": "one"}, line)
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
-        read_prompts(path)
+        list(read_prompts(path))
     assert "set.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
     names = [prompt.id for prompt in PromptsConfig(path=(first, second)).read()]
     assert names == ["t2i-0", "t2i-1", "third", "edit-0", "edit-1"]
     assert len(PromptsConfig(path=(first, second), limit=1).read()) == 2
-    assert PromptsConfig(path=first, tasks=("t2i",)).read() == some(2)
+    assert list(PromptsConfig(path=first, tasks=("t2i",)).read()) == some(2)
     with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in"):
         PromptsConfig(path=first).read()
     with pytest.raises(ConfigError, match="need at least one set of prompts"):
