@@ -1,7 +1,7 @@
 """A set of prompts that is held by its labels: texts and images are read when a prompt is drawn.
 
 Whoever looks through a whole set, to choose, to count or to sort, reads its `entries`, which hold
-id, task and category of every prompt and cost about 200 bytes each. Whoever indexes or iterates
+id, task and category of every prompt and cost about 300 bytes each. Whoever indexes or iterates
 gets prompts, each read at that moment and kept by nobody.
 """
 

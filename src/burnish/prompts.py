@@ -151,7 +151,7 @@ class _Rows:
         self._rows = rows
 
     def prompt(self, row: int) -> Prompt:
-        return self._made(row, self._rows.row(row))
+        return self._made(row, self._rows.row(row), self._rows.where(row))
 
     def check(self, row: int) -> None:
         found, where = self._rows.row(row), self._rows.where(row)
@@ -172,10 +172,9 @@ class _Rows:
             for key in _PICTURES
             if key in found
         }
-        return self._made(row, {**found, **marks})
+        return self._made(row, {**found, **marks}, where)
 
-    def _made(self, row: int, found: Mapping[str, Any]) -> Prompt:
-        where = self._rows.where(row)
+    def _made(self, row: int, found: Mapping[str, Any], where: str) -> Prompt:
         if isinstance(facts := found.get("facts"), str):
             # Columns are all of one form, which facts are not.
             found = {**found, "facts": object_of(facts, f"{where}: facts")}
