@@ -28,6 +28,7 @@ from burnish.config import Config, ConfigError
 from burnish.ledger import Ledger, read_ledger
 from burnish.policies.base import Policy
 from burnish.progress import progress
+from burnish.prompt_sets import PromptSet
 from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
 from burnish.rollout import RolloutConfig, sample
@@ -104,7 +105,7 @@ def measure_prompts(
     ledger = Ledger(folder, _NAME, rt)
     done = {row["prompt"] for row in read_profile(folder, prompts)}
     rt.barrier()
-    todo = [p for p in prompts if p.id not in done][rt.rank :: rt.world_size]
+    todo = PromptSet.of(prompts).select(lambda p: p.id not in done)[rt.rank :: rt.world_size]
     blocks = [todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK)]
     rollout = config.rollout.model_copy(update={"keep": "none"})
     with (
@@ -128,8 +129,10 @@ def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
 
     A prompt whose words or sources have changed has none.
     """
-    digests = {prompt.id: digest(prompt) for prompt in prompts}
     rows = read_ledger(folder, _NAME)
+    measured = {row["prompt"] for row in rows}
+    known = PromptSet.of(prompts).select(lambda p: p.id in measured)
+    digests = {prompt.id: digest(prompt) for prompt in known}
     own = [row for row in rows if digests.get(row["prompt"]) == row["digest"]]
     return list({row["prompt"]: row for row in own}.values())
 
@@ -240,7 +243,7 @@ def write_kept(
     kept = set(select(rows, rule))
     summary = {"rule": rule.model_dump(mode="json"), **summarise(rows, kept)}
     with writing(target / "kept.jsonl"):
-        write_prompts(target / "kept.jsonl", [p for p in prompts if p.id in kept])
+        write_prompts(target / "kept.jsonl", PromptSet.of(prompts).select(lambda p: p.id in kept))
         write_json(target / "curation.json", summary)
     return summary
 

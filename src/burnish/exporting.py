@@ -222,7 +222,7 @@ def _drawn(config: RunConfig, policy: str, model: Policy[Any, Any]) -> Tensor:
     every = read_prompts(located(config.evaluation.prompts))
     guidance = config.deployed(policy)
     return model.pipeline_latents(
-        next(prompt for prompt in every if prompt.task == task),
+        every.select(lambda prompt: prompt.task == task)[0],
         model.noise([torch.Generator().manual_seed(0)]),
         num_steps=config.evaluation.num_steps,
         guidance_scale=guidance.scale,

@@ -30,12 +30,13 @@ from burnish.flow import add_noise
 from burnish.folding import folding
 from burnish.looks import LOOKS, Look, Looks, Watch
 from burnish.policies.base import Policy
+from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
 from burnish.residency import Teachers
 from burnish.rollout import RolloutConfig, sample
 from burnish.runtime import Runtime
 from burnish.tracking import read_rows, writing
-from burnish.types import Guidance, Prompt, Signal
+from burnish.types import Guidance, Labelled, Prompt, Signal
 
 _LEVELS = (0.9, 0.6, 0.3)
 """Noise levels of the pictures; as many states are taken of each path."""
@@ -70,7 +71,7 @@ def chosen(
     config: FixedStatesConfig,
     prompts: Sequence[Prompt],
     labels: Sequence[str],
-    label_of: Callable[[Prompt], str | None],
+    label_of: Callable[[Labelled], str | None],
 ) -> tuple[dict[str, list[Prompt]], dict[str, list[Prompt]]]:
     """Prompts of the paths and of the pictures, by the label of their teacher.
 
@@ -86,8 +87,9 @@ def chosen(
     """
 
     def last(found: Sequence[Prompt]) -> dict[str, list[Prompt]]:
-        count = config.num_prompts
-        return {label: [p for p in found if label_of(p) == label][-count:] for label in labels}
+        every = PromptSet.of(found)
+        own = {label: every.select(lambda e, label=label: label_of(e) == label) for label in labels}
+        return {label: list(those[-config.num_prompts :]) for label, those in own.items()}
 
     paths = last(prompts if config.prompts is None else read_prompts(located(config.prompts)))
     known = [] if config.pictures is None else read_prompts(located(config.pictures))
@@ -132,7 +134,7 @@ class FixedStates(Watch):
         teachers: Teachers,
         guidance: Mapping[str, Guidance],
         prompts: Sequence[Prompt],
-        label_of: Callable[[Prompt], str | None],
+        label_of: Callable[[Labelled], str | None],
         num_steps: int,
         micro_batch: int,
     ) -> None:

@@ -13,7 +13,7 @@ from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
 from burnish.stages import all_scores
 from burnish.summary import HEADLINE, KNOWLEDGE, knowledge_ids
-from burnish.types import Prompt
+from burnish.types import Labelled, Prompt
 
 TASKS = {"t2i": "Text to image", "edit": "Editing"}
 """Tasks in the words of the page."""
@@ -67,22 +67,24 @@ def galleries(
         for row in rows
         if row["seed"] == 0
     }
-    held_out = [p for p in read_prompts(located(plan.prompts)) if p.id not in known]
+    held_out = read_prompts(located(plan.prompts)).select(lambda p: p.id not in known)
     sets = [
-        (task, TASKS[task], False, [p for p in held_out if p.task == task])
+        (task, TASKS[task], False, held_out.select(lambda p, task=task: p.task == task))
         for task in config.tasks(BASE)
     ]
     if plan.knowledge is not None:
         sets.append(("", "Knowledge", True, read_prompts(located(plan.knowledge))))
     found = []
     for task, name, is_knowledge, prompts in sets:
-        shown_tasks = {prompt.task for prompt in prompts}
+        shown_tasks = {entry.task for entry in prompts.entries}
         policies = [
             policy
             for policy in (BASE, *config.policies())
             if policy == BASE or shown_tasks & set(config.tasks(policy))
         ]
-        drawn = [p for p in prompts if any(_picture(folder, policy, p) for policy in policies)]
+        drawn = prompts.select(
+            lambda p, policies=policies: any(_picture(folder, policy, p) for policy in policies)
+        )
         metrics = (*KNOWLEDGE, HEADLINE) if is_knowledge else (HEADLINE,)
         kinds: dict[str, list[Prompt]] = {}
         for prompt in drawn:
@@ -116,7 +118,7 @@ def _row(
     return {"text": prompt.text, "sources": sources, "shots": shots, "metric": metric}
 
 
-def _picture(folder: Path, policy: str, prompt: Prompt) -> Path | None:
+def _picture(folder: Path, policy: str, prompt: Labelled) -> Path | None:
     name = f"{prompt.id}.webp"
     path = folder / "evaluation" / policy / "pictures" / name
     # An id is other people's text and must not lead out of the folder.

@@ -153,7 +153,8 @@ class Guard(Watch):
         every = read_prompts(located(config.prompts))
         self._prompts: list[Prompt] = []
         for task in tasks:
-            found = [prompt for prompt in every if prompt.task == task][-config.num_prompts :]
+            own = every.select(lambda prompt, task=task: prompt.task == task)
+            found = own[-config.num_prompts :]
             if len(found) < config.num_prompts:
                 raise ConfigError(
                     f"guard.num_prompts: need {config.num_prompts} prompts of task {task}, got "
@@ -324,7 +325,7 @@ class _Retention:
         self._judge = judge
         if config is None:
             return
-        known = [p for p in read_prompts(located(config.prompts)) if p.task in tasks]
+        known = read_prompts(located(config.prompts)).select(lambda p: p.task in tasks)
         if not known:
             raise ConfigError(
                 f"guard.retention: need prompts of task {' or '.join(tasks)}, got none in "

@@ -25,7 +25,8 @@ from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
 from burnish.guard import GuardConfig
 from burnish.policies.base import Policy
-from burnish.prompts import GroupSampler, read_prompts
+from burnish.progress import track
+from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_family
@@ -35,6 +36,8 @@ from burnish.types import Guidance, Prompt
 
 _GIBIBYTE = 1 << 30
 _LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
+_LOOKED_AT = 500
+"""Prompts of a set whose images are decoded; `burnish prompts check` decodes all."""
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 
 
@@ -42,9 +45,9 @@ def check_inputs(config: RunConfig) -> None:
     """Read what the jobs of a run will read.
 
     Raises:
-        ConfigError: a missing model or judge, a broken prompt set, too few prompts for a step, a
-            prompt with more source images than the family reads.
-        burnish.images.ImageError: a source image that cannot be used.
+        ConfigError: a missing model or judge, a broken prompt set, an image of a prompt that cannot
+            be used among those looked at, too few prompts for a step, a prompt with more source
+            images than the family reads.
     """
     for key, path in _models(config).items():
         if not (located(path) / "model_index.json").is_file():
@@ -59,7 +62,8 @@ def check_inputs(config: RunConfig) -> None:
     family = policy_class(config.policy.family)
     for key, path in _sets(config):
         try:
-            family.check_sources([p for p in read_prompts(located(path)) if p.task in family.tasks])
+            every = read_prompts(located(path)).entries
+            family.check_sources([entry for entry in every if entry.task in family.tasks])
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     for name, stage in config.stages.items():
@@ -75,6 +79,8 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+    # Last, as it takes longest.
+    _look_at_images(config)
 
 
 def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -214,14 +220,26 @@ def _models(config: RunConfig) -> dict[str, str]:
     return {key: path for key, path in found.items() if not path.startswith(STAGE)}
 
 
+def _look_at_images(config: RunConfig) -> None:
+    """Decode the images of every set, or of an even sample of a large one."""
+    plan = config.evaluation
+    sets = [PromptsConfig(path=path) for path in (plan.prompts, plan.knowledge) if path is not None]
+    sets += [stage.prompts for stage in config.stages.values()]
+    # Stages often share a set.
+    for prompts in {repr((one.path, one.columns)): one for one in sets}.values():
+        every = prompts.open()
+        for place in track(spaced(range(len(every)), _LOOKED_AT), "images of prompts"):
+            every.check(place)
+
+
 def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> None:
     """Raise unless there are prompts for every task, enough for a step, of categories that have
     weights, none with more sources than the family reads."""
     try:
         chosen = stage.prompts.read()
-        family.check_sources(chosen)
-        for prompt in chosen:
-            stage.algorithm.pool(prompt)
+        family.check_sources(chosen.entries)
+        for entry in chosen.entries:
+            stage.algorithm.pool(entry)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts: {error}") from None
     try:
@@ -234,10 +252,11 @@ def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]
         raise ConfigError(f"stages.{name}.prompts_per_step: {error}") from None
     for task in stage.prompts.tasks if stage.rewards else ():
         try:
-            check_weights(stage.rewards, [task], [p.category for p in chosen if p.task == task])
+            categories = [e.category for e in chosen.entries if e.task == task]
+            check_weights(stage.rewards, [task], categories)
         except ValueError as error:
             raise ConfigError(f"stages.{name}.rewards: {error}") from None
-    _check_spelling(name, stage, {prompt.category for prompt in chosen})
+    _check_spelling(name, stage, {entry.category for entry in chosen.entries})
 
 
 def _check_spelling(name: str, stage: StageConfig, categories: Collection[str]) -> None:

@@ -1,9 +1,11 @@
 """Prompt sets: read them, split them by task, and draw the prompts of each step.
 
-A set is a JSONL file, one prompt a line, with the keys of `types.Prompt`, but `source` for the
-sources: an image, or a list of them in order. An image is a path relative to the file, or a `data:`
-URL. Which prompts a step sees is a pure function of seed and step, so resuming needs no state and
-ranks agree without talking.
+A set has rows with the keys of `types.Prompt`, but `source` for the sources, an image or a list of
+them in order: a JSONL file, where an image is a path
+relative to the file or a `data:` URL; a Parquet file, or a folder of its shards; a
+data set that `datasets` has saved to disk. In the latter two an image is its bytes, or the `{bytes,
+path}` of `datasets`. Sets stay on disk, see `prompt_sets`. Which prompts a step sees is a pure
+function of seed and step, so resuming needs no state and ranks agree without talking.
 """
 
 import base64
@@ -11,21 +13,27 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from pydantic import Field
+from PIL import Image
+from pydantic import Field, field_validator
 
 from burnish import images, runtime
 from burnish.config import Config, ConfigError, located, nearest
-from burnish.types import MAX_SOURCES, Prompt, Task
+from burnish.prompt_sets import Entry, PromptSet
+from burnish.records import object_of, shown
+from burnish.row_stores.base import PRESENT, Fields, RowStore
+from burnish.row_stores.opening import open_rows
+from burnish.types import MAX_SOURCES, Labelled, Prompt, Task
 
 EntryT = TypeVar("EntryT")
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
 _KEYS = ("id", "text", "task", "category", "source", "target", "tags", "facts")
+_PICTURES = ("source", "target")
 
 
 class PromptsConfig(Config):
@@ -33,91 +41,172 @@ class PromptsConfig(Config):
 
     path: str | tuple[str, ...]
     """A set, or several that are drawn from as one."""
+    columns: Mapping[str, str] = {}
+    """Column of each key of a prompt, `{text: caption, source: input_image}`, where a set has names
+    of its own; what is not named here is not read. Empty: columns are called as the keys."""
     tasks: tuple[Task, ...] = Field(default=("t2i", "edit"), min_length=1)
     categories: tuple[str, ...] | None = None
     """Of the prompts; None is all."""
     limit: int | None = Field(default=None, ge=1)
     """Take only the first so many of each task."""
 
-    def read(self) -> list[Prompt]:
-        """The prompts, task by task.
+    @field_validator("columns")
+    @classmethod
+    def _columns_of_keys(cls, columns: Mapping[str, str]) -> Mapping[str, str]:
+        for key in columns:
+            if key not in _KEYS:
+                raise ValueError(
+                    f"need keys of {', '.join(_KEYS)}, got {key!r}; did you mean "
+                    f"{nearest(key, _KEYS) or _KEYS[1]!r}?"
+                )
+        if columns and "text" not in columns:
+            raise ValueError("need the column of text, got none; add text to the others")
+        return columns
+
+    def open(self) -> PromptSet:
+        """Every prompt of all sets.
 
         Raises:
-            ConfigError: a set that cannot be read, two prompts with the same id, or a task without
-                prompts.
+            ConfigError: a set that cannot be read, or two prompts with the same id.
         """
         paths = (self.path,) if isinstance(self.path, str) else self.path
         if not paths:
             raise ConfigError("need at least one set of prompts, got none; give path a file")
-        every = [prompt for path in paths for prompt in read_prompts(located(path))]
-        twice = [name for name, count in Counter(p.id for p in every).items() if count > 1]
+        every = [e for path in paths for e in read_prompts(located(path), self.columns).entries]
+        twice = [name for name, count in Counter(e.id for e in every).items() if count > 1]
         if twice:
             raise ConfigError(
                 f"need distinct ids in all sets of a stage, got {twice[0]!r} twice; rename one"
             )
-        there = sorted({prompt.category for prompt in every if prompt.task in self.tasks})
+        return PromptSet(every)
+
+    def read(self) -> PromptSet:
+        """The prompts that are wanted, task by task.
+
+        Raises:
+            ConfigError: as `open`, or a task without prompts.
+        """
+        every = self.open()
+        there = sorted({entry.category for entry in every.entries if entry.task in self.tasks})
         for wanted in self.categories or ():
             if wanted not in there:
                 raise ConfigError(
                     f"need categories of the prompts ({', '.join(there)}), got {wanted!r}; did you "
                     f"mean {nearest(wanted, there) or (there or ['none'])[0]!r}?"
                 )
-        chosen: list[Prompt] = []
+        chosen: list[Entry] = []
         for task in self.tasks:
-            own = [prompt for prompt in every if prompt.task == task]
-            kept = [p for p in own if self.categories is None or p.category in self.categories]
+            own = [entry for entry in every.entries if entry.task == task]
+            kept = [e for e in own if self.categories is None or e.category in self.categories]
             if not kept:
+                paths = self.path if isinstance(self.path, str) else ", ".join(self.path)
                 raise ConfigError(
-                    f"need prompts for the task {task!r}, got none in {', '.join(paths)}; change "
-                    "tasks or categories"
+                    f"need prompts for the task {task!r}, got none in {paths}; change tasks or "
+                    "categories"
                 )
             chosen += kept[: self.limit]
-        return chosen
+        return PromptSet(chosen)
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read a JSONL prompt set.
+def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> PromptSet:
+    """Open a set of prompts.
+
+    All of it but its images is read and checked here, row by row, and image files are looked for;
+    no image is opened. That happens when a prompt is drawn, or by `PromptSet.check`: a broken one
+    is a `ConfigError` that names file and row.
+
+    Args:
+        path: a JSONL or Parquet file, a folder of Parquet files or a pattern of theirs, or a folder
+            that `datasets` has saved.
+        columns: see `PromptsConfig`.
 
     Raises:
-        ConfigError: no such file, a broken line (named by file and line), a bad or missing source
-            image, more than `MAX_SOURCES` of them, or two prompts with the same id.
+        ConfigError: nothing there, a broken row (named by file and row), an unknown or missing
+            column, an image file that is not there, more than `MAX_SOURCES` of them, or two prompts
+            with the same id.
     """
-    if not path.is_file():
-        raise ConfigError(
-            f"need a JSONL file of prompts, got {path}, which is no file; check the path"
-        )
-    prompts: list[Prompt] = []
+    fields = Fields(names=_KEYS, required="text", large=_PICTURES, columns=columns or {})
+    rows = open_rows(path, fields)
+    reader = _Rows(rows)
+    entries: list[Entry] = []
     seen: set[str] = set()
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: need readable UTF-8 text, got {error}; mend the file") from None
-    # By newline alone: JSON text may hold other characters that end a line for `splitlines`.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        prompt = _prompt(line, where, path.parent, default_id=f"{path.stem}-{number}")
+    categories: dict[str, str] = {}
+    for number, row in enumerate(rows.scan()):
+        prompt = reader.scanned(number, row)
         if prompt.id in seen:
-            raise ConfigError(f"{where}: need distinct ids, got {prompt.id!r} twice; rename one")
+            raise ConfigError(
+                f"{rows.where(number)}: need distinct ids, got {prompt.id!r} twice; rename one"
+            )
         seen.add(prompt.id)
-        prompts.append(prompt)
-    if not prompts:
+        # One object for all prompts of a category.
+        category = categories.setdefault(prompt.category, prompt.category)
+        entries.append(Entry(prompt.id, prompt.task, category, prompt.num_sources, reader, number))
+    if not entries:
         raise ConfigError(f"{path}: need at least one prompt, got an empty file; write some")
-    return prompts
+    return PromptSet(entries)
 
 
-def _prompt(line: str, where: str, folder: Path, default_id: str) -> Prompt:
+class _Rows:
+    """The prompts that the rows of a store are."""
+
+    def __init__(self, rows: RowStore) -> None:
+        self._rows = rows
+
+    def prompt(self, row: int) -> Prompt:
+        return self._made(row, self._rows.row(row), self._rows.where(row))
+
+    def check(self, row: int) -> None:
+        found, where = self._rows.row(row), self._rows.where(row)
+        for one in _pictures(found):
+            # Not encoded again, as for a prompt that is drawn: that takes far longer.
+            read = _picture if _is_url(one) else _decoded
+            read(one, where, self._rows.folder)
+        self.scanned(row, found)
+
+    def scanned(self, row: int, found: Mapping[str, Any]) -> Prompt:
+        """The prompt, with marks in the place of its images, whose files are looked for."""
+        folder, where = self._rows.folder, self._rows.where(row)
+        marks = {
+            key: [PRESENT] * len(found[key]) if isinstance(found[key], list) else PRESENT
+            for key in _PICTURES
+            if key in found
+        }
+        made = self._made(row, {**found, **marks}, where)
+        for one in _pictures(found):
+            if isinstance(one, str) and not _is_url(one):
+                _look_for(folder / one, where)
+        return made
+
+    def _made(self, row: int, found: Mapping[str, Any], where: str) -> Prompt:
+        if isinstance(facts := found.get("facts"), str):
+            # Columns are all of one form, which facts are not.
+            found = {**found, "facts": object_of(facts, f"{where}: facts")}
+        default_id = f"{self._rows.name}-{self._rows.number(row)}"
+        return _prompt(found, where, self._rows.folder, default_id)
+
+
+def _pictures(row: Mapping[str, Any]) -> list[Any]:
+    found = [row[key] for key in _PICTURES if key in row]
+    return [one for part in found for one in (part if isinstance(part, list) else [part])]
+
+
+def _is_url(picture: Any) -> bool:
+    return isinstance(picture, str) and picture.startswith("data:")
+
+
+def _look_for(path: Path, where: str) -> None:
     try:
-        row = json.loads(line)
-    except ValueError:
+        path.stat()
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{where}: need one JSON object a line, got {line[:60]!r}; mend the line"
+            f"{where}: need a readable image file, got {path}: {problem}; check the path"
         ) from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ConfigError(
-            f'{where}: need an object with a "text", got {line[:60]!r}; mend the line'
-        )
+
+
+def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -> Prompt:
+    if not isinstance(row.get("text"), str):
+        raise ConfigError(f'{where}: need an object with a "text", got {shown(row)}; mend the line')
     for key in row.keys() - set(_KEYS):
         raise ConfigError(
             f"{where}: need keys of {', '.join(_KEYS)}, got {key!r}; "
@@ -162,39 +251,58 @@ def _sources(given: Any, where: str, folder: Path) -> tuple[bytes, ...]:
 
 
 def _picture(given: Any, where: str, folder: Path) -> bytes:
-    if str(given).startswith("data:"):
+    if given is PRESENT:
+        return PRESENT
+    if _is_url(given):
         try:
-            data = base64.b64decode(str(given).partition(",")[2], validate=True)
+            data = base64.b64decode(given.partition(",")[2], validate=True)
         except binascii.Error:
             raise ConfigError(
                 f"{where}: need base64 after 'data:', got other text; mend the line"
             ) from None
-        images.decode(data, where=where)
+        try:
+            images.decode(data, where="its image")
+        except images.ImageError as error:
+            raise ConfigError(f"{where}: {error}") from None
         return data
+    return images.encode_png(_decoded(given, where, folder))
+
+
+def _decoded(given: Any, where: str, folder: Path) -> Image.Image:
+    """An image by its bytes, by the path of its file, or by either as `datasets` has it."""
+    if isinstance(given, Mapping):
+        given = given.get("bytes") or given.get("path")
     try:
-        return images.encode_png(images.read(folder / str(given)))
+        if isinstance(given, bytes):
+            return images.decode(given, where="its image")
+        return images.read(folder / str(given))
     except images.ImageError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Write a set that `read_prompts` reads, source images inside."""
-    lines = []
-    for prompt in prompts:
-        row: dict[str, Any] = {"id": prompt.id, "text": prompt.text, "task": prompt.task}
-        row["category"] = prompt.category
-        if prompt.sources:
-            urls = [images.data_url(picture) for picture in prompt.sources]
-            row["source"] = urls if len(urls) > 1 else urls[0]
-        if prompt.target is not None:
-            row["target"] = images.data_url(prompt.target)
-        if prompt.tags:
-            row["tags"] = list(prompt.tags)
-        if prompt.facts:
-            row["facts"] = dict(prompt.facts)
-        lines.append(json.dumps(row))
+    """Write a set that `read_prompts` reads, images inside; one prompt is in memory at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(_row(prompt)) + "\n" for prompt in prompts)
+    # Only now, as the prompts may come from the very file.
+    partial.replace(path)
+
+
+def _row(prompt: Prompt) -> dict[str, Any]:
+    row: dict[str, Any] = {"id": prompt.id, "text": prompt.text, "task": prompt.task}
+    row["category"] = prompt.category
+    if prompt.sources:
+        urls = [images.data_url(picture) for picture in prompt.sources]
+        row["source"] = urls if len(urls) > 1 else urls[0]
+    if prompt.target is not None:
+        row["target"] = images.data_url(prompt.target)
+    if prompt.tags:
+        row["tags"] = list(prompt.tags)
+    if prompt.facts:
+        row["facts"] = dict(prompt.facts)
+    return row
 
 
 def spaced(items: Sequence[EntryT], count: int) -> list[EntryT]:
@@ -219,7 +327,7 @@ class GroupSampler:
         *,
         per_step: int,
         seed: int,
-        pool: Callable[[Prompt], str] = lambda _: "",
+        pool: Callable[[Labelled], str] = lambda _: "",
     ) -> None:
         """Sort the prompts.
 
@@ -233,9 +341,10 @@ class GroupSampler:
             ConfigError: a pool with fewer prompts than a step draws.
         """
         self._per_step, self._seed = per_step, seed
-        pools: dict[str, list[Prompt]] = {}
-        for prompt in prompts:
-            pools.setdefault(pool(prompt), []).append(prompt)
+        self._prompts = PromptSet.of(prompts)
+        pools: dict[str, list[int]] = {}
+        for row, entry in enumerate(self._prompts.entries):
+            pools.setdefault(pool(entry), []).append(row)
         self._pools = [pools[label] for label in sorted(pools)]
         smallest = min(len(own) for own in self._pools)
         if smallest < per_step:
@@ -245,10 +354,14 @@ class GroupSampler:
             )
 
     def prompts(self, step: int) -> list[Prompt]:
-        """The prompts of one step, all different."""
+        """The prompts of one step, all different; only these are read.
+
+        Raises:
+            ConfigError: one cannot be read, such as a broken image.
+        """
         turn, pool = step // len(self._pools), self._pools[step % len(self._pools)]
         epoch, place = divmod(turn, len(pool) // self._per_step)
         names = (self._seed, "prompts", step % len(self._pools), epoch)
         order = torch.randperm(len(pool), generator=runtime.generator(names[0], *names[1:]))
         rows = order[place * self._per_step : (place + 1) * self._per_step]
-        return [pool[int(row)] for row in rows]
+        return [self._prompts[pool[int(row)]] for row in rows]

@@ -136,9 +136,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open(encoding="utf-8", newline="\n") as file:
             for count, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{count}", _object(line, f"{path}:{count}")
+                    yield f"{path}:{count}", object_of(line, f"{path}:{count}")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def json_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -151,7 +151,7 @@ def json_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with path.open(encoding="utf-8") as file:
             yield from _elements(file, path)
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def json_object(path: Path) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def json_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
@@ -188,7 +188,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     )
                 yield f"{path}, row {count}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -211,7 +211,7 @@ def _is_list(path: Path) -> bool:
         with path.open(encoding="utf-8") as file:
             return path.suffix == ".json" and file.read(_CHUNK).lstrip().startswith("[")
     except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
 def parquet_rows(
@@ -237,7 +237,7 @@ def parquet_rows(
                     count += 1
                     yield f"{path}, row {count}", row
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _unreadable(path, error, kind="Parquet") from None
+        raise unreadable(path, error, kind="Parquet") from None
 
 
 def write_parquet(path: Path, kinds: Mapping[str, str], rows: Iterable[Row]) -> None:
@@ -288,12 +288,18 @@ def parquet_modules() -> tuple[Any, Any]:
         ) from None
 
 
-def _unreadable(path: Path, error: Exception, kind: str = "UTF-8 text") -> ConfigError:
+def unreadable(path: Path, error: Exception, kind: str = "UTF-8 text") -> ConfigError:
+    """The error that a file deserves that cannot be opened or read."""
     problem = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
     return ConfigError(f"{path}: need a readable file of {kind}, got {problem}; check the path")
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def object_of(line: str, where: str) -> dict[str, Any]:
+    """The object that one line of JSON is.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):

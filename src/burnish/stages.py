@@ -34,6 +34,7 @@ from burnish.evaluation import Row, measure, read_scores, write_rows
 from burnish.ledger import digest_of, pin
 from burnish.merging import merge_into
 from burnish.policies.base import Policy
+from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig
 from burnish.runtime import Runtime
@@ -41,7 +42,7 @@ from burnish.shelves import load_policy
 from burnish.significance import MIN_COVERAGE
 from burnish.tracking import Run, RunError, read_rows, write_atomic
 from burnish.training import StageConfig, train
-from burnish.types import Failed, Prompt
+from burnish.types import Failed
 
 BATTLES = "battles.jsonl"
 _FOLDERS = {
@@ -136,7 +137,9 @@ def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageCon
     source, own = (job_folder(folder, f"curate/{n}") for n in (profile, name))
     if rt.is_main:
         write_kept(source, stage.prompts.read(), stage.curation, own)
-    prompts = stage.prompts.model_copy(update={"path": str(own / "kept.jsonl"), "limit": None})
+    prompts = stage.prompts.model_copy(
+        update={"path": str(own / "kept.jsonl"), "columns": {}, "limit": None}
+    )
     return stage.model_copy(update={"prompts": prompts})
 
 
@@ -245,8 +248,9 @@ def _check_answered(taken: Taken, replies: Replies, key: str) -> None:
         )
 
 
-def _some(prompts: list[Prompt], tasks: tuple[str, ...], count: int) -> list[Prompt]:
-    return [p for task in tasks for p in [p for p in prompts if p.task == task][:count]]
+def _some(prompts: PromptSet, tasks: tuple[str, ...], count: int) -> PromptSet:
+    own = [[e for e in prompts.entries if e.task == task][:count] for task in tasks]
+    return PromptSet(entry for entries in own for entry in entries)
 
 
 def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:

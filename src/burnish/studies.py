@@ -62,7 +62,7 @@ def check_comparisons(config: RunConfig) -> None:
     Raises:
         ConfigError: categories that no measured prompt has.
     """
-    found = sorted({p.category for p in read_prompts(located(config.evaluation.prompts))})
+    found = sorted({p.category for p in read_prompts(located(config.evaluation.prompts)).entries})
     for pair in config.study.compare if config.study else ():
         for wanted in pair.categories or ():
             if wanted not in found:

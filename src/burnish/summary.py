@@ -137,7 +137,11 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
 def knowledge_ids(config: RunConfig) -> frozenset[str]:
     """The prompts that show what no reward asks for."""
     path = config.evaluation.knowledge
-    return frozenset(p.id for p in read_prompts(located(path))) if path is not None else frozenset()
+    return (
+        frozenset()
+        if path is None
+        else frozenset(entry.id for entry in read_prompts(located(path)).entries)
+    )
 
 
 def teachers(config: RunConfig, student: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ whoever receives it only looks.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -33,6 +33,31 @@ class Guidance(NamedTuple):
         return {"guidance_scale": self.scale, "negative_prompt": self.negative_prompt}
 
 
+@runtime_checkable
+class Labelled(Protocol):
+    """What tells prompts apart without reading their images: a `Prompt`, or its place in a set."""
+
+    @property
+    def id(self) -> str:
+        """See `Prompt`."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """See `Prompt`."""
+        ...
+
+    @property
+    def category(self) -> str:
+        """See `Prompt`."""
+        ...
+
+    @property
+    def num_sources(self) -> int:
+        """Source images."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One request: a text and, for an edit, the images it changes."""
@@ -52,6 +77,11 @@ class Prompt:
     tags: tuple[str, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What is known about the right answer; only a reward that asks for it reads it."""
+
+    @property
+    def num_sources(self) -> int:
+        """Source images."""
+        return len(self.sources)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,7 +36,7 @@ def test_a_written_set_reads_back(tmp_path: Path) -> None:
         Prompt(id="full", text="line\u2028end", category="portrait", tags=("a",), facts={"k": [1]}),
     ]
     write_prompts(tmp_path / "set.jsonl", prompts)
-    assert read_prompts(tmp_path / "set.jsonl") == prompts
+    assert list(read_prompts(tmp_path / "set.jsonl")) == prompts
     lines = [json.loads(line) for line in (tmp_path / "set.jsonl").read_text().splitlines()]
     # One source is written as it always was.
     kinds = [type(line.get("source")) for line in lines]
@@ -75,7 +75,7 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
 def test_a_broken_line_is_named_by_file_and_number(line: Any, message: str, tmp_path: Path) -> None:
     path = file_with(tmp_path / "set.jsonl", {"text": "fine", "id": "one"}, line)
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
-        read_prompts(path)
+        list(read_prompts(path))
     assert "set.jsonl:2" in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -86,7 +86,7 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
     names = [prompt.id for prompt in PromptsConfig(path=(first, second)).read()]
     assert names == ["t2i-0", "t2i-1", "third", "edit-0", "edit-1"]
     assert len(PromptsConfig(path=(first, second), limit=1).read()) == 2
-    assert PromptsConfig(path=first, tasks=("t2i",)).read() == some(2)
+    assert list(PromptsConfig(path=first, tasks=("t2i",)).read()) == some(2)
     with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in"):
         PromptsConfig(path=first).read()
     with pytest.raises(ConfigError, match="need at least one set of prompts"):

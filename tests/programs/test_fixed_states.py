@@ -156,7 +156,7 @@ def edits_only(folder: Path) -> str:
         ({"prompts": edits_only}, "need prompts of the teacher t2i, got none in"),
         ({"prompts": PICTURES}, "need other ids in pictures than in prompts"),
         ({"pictures": "embedded:prompts/held-out.jsonl"}, "need a target for every prompt"),
-        ({"pictures": "nowhere.jsonl"}, "need a JSONL file of prompts, got nowhere.jsonl"),
+        ({"pictures": "nowhere.jsonl"}, "need a file or folder of prompts, got nowhere.jsonl"),
     ],
 )
 def test_sets_that_do_not_serve_are_refused_before_anything_is_trained(

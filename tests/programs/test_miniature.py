@@ -43,7 +43,7 @@ def base() -> QwenImage21Policy:
 
 def test_the_shipped_prompt_sets_are_those_of_the_builder() -> None:
     for name, prompts in prompt_sets().items():
-        assert read_prompts(located(f"embedded:prompts/{name}.jsonl")) == prompts
+        assert list(read_prompts(located(f"embedded:prompts/{name}.jsonl"))) == prompts
 
 
 def test_training_prompts_contain_nothing_held_out_and_held_out_prompts_do() -> None:

@@ -28,6 +28,7 @@ GROUPED = (
     "bench read",
     "bench run",
     "miniature build",
+    "prompts check",
     "miniature annotate",
     "reward train",
     "reward report",

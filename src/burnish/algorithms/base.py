@@ -31,7 +31,7 @@ from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
 from burnish.rollout import RolloutConfig
 from burnish.runtime import ALONE, Runtime
-from burnish.types import Group, Guidance, LossOutput, Prompt, Signal, Task, Trajectory
+from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
 
 
 class SelfCheckError(RuntimeError):
@@ -54,7 +54,7 @@ class AlgorithmConfig(Config, ABC):
         """Whether it can train on prompts of this task."""
         return True
 
-    def pool(self, prompt: Prompt) -> str:
+    def pool(self, prompt: Labelled) -> str:
         """Prompts of one step share this label; a single one lets all mix.
 
         Raises:

@@ -27,9 +27,10 @@ from burnish.fixed_states import FixedStates, FixedStatesConfig, chosen
 from burnish.looks import Watch
 from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
+from burnish.prompt_sets import PromptSet
 from burnish.residency import Source, Teachers
 from burnish.rollout import RolloutConfig
-from burnish.types import Group, Guidance, LossOutput, Prompt, Signal, Task, Trajectory
+from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
 
 Weighting = Literal["one", "step", "kl"]
 """Of a state: `one`, the paper's plain sum; `step`, the length h of its solver step, as in the
@@ -102,12 +103,12 @@ class DistillConfig(AlgorithmConfig):
     def covers(self, task: Task) -> bool:
         return any(label.partition("/")[0] == task for label in self.teachers)
 
-    def label(self, prompt: Prompt) -> str | None:
+    def label(self, prompt: Labelled) -> str | None:
         """Of the prompt's teacher; None if it has none."""
         candidates = (f"{prompt.task}/{prompt.category}", prompt.task)
         return next((label for label in candidates if label in self.teachers), None)
 
-    def pool(self, prompt: Prompt) -> str:
+    def pool(self, prompt: Labelled) -> str:
         label = self.label(prompt)
         if label is None:
             raise ConfigError(
@@ -118,7 +119,7 @@ class DistillConfig(AlgorithmConfig):
         return label
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        asked = sorted({self.pool(prompt) for prompt in prompts})
+        asked = sorted({self.pool(entry) for entry in PromptSet.of(prompts).entries})
         for label in self.teachers:
             if "/" in label and label not in asked:
                 raise ConfigError(
@@ -137,7 +138,8 @@ class DistillConfig(AlgorithmConfig):
 
 def labels_of(prompts: Sequence[Prompt]) -> list[str]:
     """Every label that a teacher of some of the prompts could have."""
-    return sorted({name for p in prompts for name in (p.task, f"{p.task}/{p.category}")})
+    entries = PromptSet.of(prompts).entries
+    return sorted({name for p in entries for name in (p.task, f"{p.task}/{p.category}")})
 
 
 def weights(
@@ -200,7 +202,7 @@ class Distill(Algorithm):
         """The gap to the teachers on fixed states."""
         if self._config.fixed_states is None:
             return None
-        labels = {self._config.pool(prompt) for prompt in prompts}
+        labels = {self._config.pool(entry) for entry in PromptSet.of(prompts).entries}
         return FixedStates(
             self._config.fixed_states,
             folder,

@@ -15,6 +15,7 @@ import numpy as np
 
 from burnish import images
 from burnish.config import ConfigError
+from burnish.prompt_sets import PromptSet
 from burnish.types import Prompt
 
 SUFFIXES = (".webp", ".png", ".jpg", ".jpeg")
@@ -78,7 +79,8 @@ def gather(
     """
     if len(places) < 2:
         raise ConfigError(f"need two contestants at least, got {len(places)}; name more folders")
-    wanted = {p.id: p for p in prompts if tasks is None or p.task in tasks}
+    every = PromptSet.of(prompts).select(lambda p: tasks is None or p.task in tasks)
+    wanted = [entry.id for entry in every.entries]
     found = {name: _pictures(folder, wanted) for name, folder in places.items()}
     for name, pictures in found.items():
         if not pictures:
@@ -86,7 +88,7 @@ def gather(
                 f"need pictures named after prompts, such as {next(iter(wanted), 'ID')}.webp, got "
                 f"none in {places[name]}; check the folder and the prompts"
             )
-    shared = [p for p in wanted.values() if all(p.id in own for own in found.values())]
+    shared = every.select(lambda p: all(p.id in own for own in found.values()))
     if not shared:
         counts = ", ".join(f"{name} {len(own)}" for name, own in found.items())
         raise ConfigError(f"need prompts that all have drawn, got none in common ({counts})")
@@ -99,20 +101,21 @@ def gather(
             f"{len(lost[name])} of {len(drawn)}, such as {lost[name][0]}; draw them, or take "
             f"those prompts out of --prompts"
         )
-    for prompt in shared:
-        sizes = {name: images.read(own[prompt.id]).size for name, own in found.items()}
+    names = [entry.id for entry in shared.entries]
+    for prompt in names:
+        sizes = {name: images.read(own[prompt]).size for name, own in found.items()}
         if len(set(sizes.values())) > 1:
             told = ", ".join(f"{name} {w} x {h}" for name, (w, h) in sizes.items())
             raise ConfigError(
-                f"need pictures of one size, got {told} for prompt {prompt.id}; draw them alike"
+                f"need pictures of one size, got {told} for prompt {prompt}; draw them alike"
             )
     return Contest(
         prompts=tuple(shared),
-        pictures={name: {p.id: own[p.id] for p in shared} for name, own in found.items()},
+        pictures={name: {p: own[p] for p in names} for name, own in found.items()},
     )
 
 
-def _pictures(folder: Path, wanted: Mapping[str, Prompt]) -> dict[str, Path]:
+def _pictures(folder: Path, wanted: Sequence[str]) -> dict[str, Path]:
     if not folder.is_dir():
         raise ConfigError(f"need a folder of pictures, got {folder}; check the path")
     files = {file.stem: file for file in sorted(folder.iterdir()) if file.suffix in SUFFIXES}

@@ -22,9 +22,10 @@ from burnish.bench.base import (
 )
 from burnish.config import ConfigError, located
 from burnish.images import ImageError
+from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.questions import Asked, Item, Judge, Question, Slot
-from burnish.types import Failed, Prompt, Task
+from burnish.types import Failed, Task
 from burnish.world.edits import Edit
 from burnish.world.facets import FACETS, facets_of_edit, facets_of_scene
 from burnish.world.render import SIZE
@@ -56,7 +57,7 @@ class Miniature(Bench):
     """Judged from pixels by analysis by synthesis; see `burnish.world.oracle`."""
 
     def __init__(self, config: MiniatureConfig) -> None:
-        own = _of_task(config.prompts, config.task)
+        own = list(_of_task(config.prompts, config.task))
         if config.knowledge is not None:
             own += spaced(_of_task(config.knowledge, config.task), config.num_knowledge)
         if not own or not all(prompt.facts for prompt in own):
@@ -94,8 +95,8 @@ class Miniature(Bench):
         return _Truth()
 
 
-def _of_task(path: str, task: str) -> list[Prompt]:
-    return [prompt for prompt in read_prompts(located(path)) if prompt.task == task]
+def _of_task(path: str, task: str) -> PromptSet:
+    return read_prompts(located(path)).select(lambda prompt: prompt.task == task)
 
 
 class _Truth(Judge):

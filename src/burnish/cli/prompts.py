@@ -1,8 +1,11 @@
-"""Commands before a training: keep the prompts that can teach, weigh what rewards have to say."""
+"""Commands before a training: look through sets of prompts, keep the prompts that can teach, weigh
+what rewards have to say.
+"""
 
 import json
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +19,55 @@ from burnish.config import ConfigError, load, nearest, parse
 
 if TYPE_CHECKING:
     from burnish.curation import CurationConfig
+
+
+prompts = typer.Typer(help="Sets of prompts.", rich_markup_mode=None)
+app.add_typer(prompts, name="prompts")
+
+_TOLD = 20
+"""Broken prompts that are named one by one."""
+
+
+@prompts.command(epilog="Example: burnish prompts check data.parquet columns.text=caption")
+def check(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A JSONL or Parquet file, a folder of Parquet files, or a folder that `datasets` "
+            "has saved."
+        ),
+    ],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Read every prompt of a set and decode all of its images.
+
+    A run looks at 500 of them before it starts. Broken ones are named by file and row, and end the
+    command with exit code 2.
+    """
+    from burnish.progress import track
+    from burnish.prompts import PromptsConfig
+
+    found = parse(PromptsConfig, {"path": path}, overrides or ()).open()
+    broken: list[str] = []
+    for place in track(range(len(found)), "prompts"):
+        try:
+            found.check(place)
+        except ConfigError as error:
+            broken.append(str(error))
+            if len(broken) <= _TOLD:
+                print(f"broken: {error}")
+    counts = Counter(f"{entry.task}/{entry.category}" for entry in found.entries)
+    for name, count in sorted(counts.items()):
+        print(f"{name}: {count} prompts")
+    if broken:
+        raise ConfigError(
+            f"need whole prompts, got {len(broken)} broken ones of {len(found)}, such as "
+            f"{broken[0]}"
+        )
+    print(f"{len(found)} prompts, all whole")
+    if as_json:
+        print(json.dumps({"path": path, "prompts": len(found), "by": dict(counts)}))
 
 
 @app.command(epilog="Example: burnish curate miniature t2i_teacher --keep top=0.5")

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
 from burnish.config import ConfigError
-from burnish.types import Prompt, Task
+from burnish.types import Labelled, Prompt, Task
 
 ConditionT = TypeVar("ConditionT")
 PrefixT = TypeVar("PrefixT", bound="Prefix")
@@ -139,17 +139,17 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """
 
     @classmethod
-    def check_sources(cls, prompts: Sequence[Prompt]) -> None:
+    def check_sources(cls, prompts: Sequence[Labelled]) -> None:
         """Look, before weights are read, whether every edit has as many sources as can be read.
 
         Raises:
             burnish.config.ConfigError: one has more.
         """
         for prompt in prompts:
-            if len(prompt.sources) > cls.max_sources:
+            if prompt.num_sources > cls.max_sources:
                 raise ConfigError(
                     f"need at most {cls.max_sources} source images of a prompt for {cls.family}, "
-                    f"got {len(prompt.sources)} of {prompt.id!r}; leave some out, or take another "
+                    f"got {prompt.num_sources} of {prompt.id!r}; leave some out, or take another "
                     "family"
                 )
 

@@ -1,0 +1,235 @@
+"""Rows of Parquet, and of data sets that `datasets` has saved with `save_to_disk`.
+
+A row group of Parquet is what can be read at once, so the last one read is kept in memory, and
+groups that are too large for that are refused. The files of a saved data set are mapped into
+memory, so that only the pages of a row are read.
+
+Needs `pyarrow`, the extra `burnish[parquet]`, and never a network. The package `datasets` is not
+used: it would first copy Parquet into a cache of its own.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from burnish.config import ConfigError
+from burnish.records import json_object, parquet_modules, unreadable
+from burnish.row_stores.base import PRESENT, Fields, RowStore
+
+MAX_GROUP = 512 << 20
+"""Bytes of the wanted columns of a row group of Parquet, at most."""
+
+_BATCH = 1024
+_END = b"\xff\xff\xff\xff\0\0\0\0"
+"""What a stream of Arrow ends with."""
+
+
+class _Group(NamedTuple):
+    """A row group of Parquet."""
+
+    file: int
+    number: int
+    first: int
+    """Row of the whole set that it begins with."""
+    first_in_file: int
+
+
+class ParquetRows(RowStore):
+    """The rows of Parquet files, one file after the other."""
+
+    def __init__(self, folder: Path, files: Sequence[Path], fields: Fields) -> None:
+        self.folder = folder
+        self.name = files[0].stem if len(files) == 1 else folder.name
+        self._files, self._large = list(files), fields.large
+        self._pyarrow, self._parquet = parquet_modules()
+        self._heads: list[Any] = []
+        self._columns: list[dict[str, str]] = []
+        self._groups: list[_Group] = []
+        self._held: tuple[int, Any] | None = None
+        rows = 0
+        for place, path in enumerate(self._files):
+            with _reading(path, self._pyarrow), path.open("rb") as data:
+                file = self._parquet.ParquetFile(data)
+                head, names = file.metadata, file.schema_arrow.names
+            columns = fields.among(names, str(path))
+            self._heads.append(head)
+            self._columns.append(columns)
+            first = 0
+            for number in range(head.num_row_groups):
+                _check_size(head.row_group(number), set(columns.values()), f"{path}", number)
+                self._groups.append(_Group(place, number, rows + first, first))
+                first += head.row_group(number).num_rows
+            rows += first
+        self._starts = [group.first for group in self._groups]
+
+    def where(self, row: int) -> str:
+        group = self._groups[self._group_of(row)]
+        own = group.first_in_file + row - group.first
+        return f"{self._files[group.file]}, row {own + 1}"
+
+    def scan(self) -> Iterator[dict[str, Any]]:
+        for group in self._groups:
+            columns = self._columns[group.file]
+            small = {n: c for n, c in columns.items() if n not in self._large}
+            table = self._read(group, list(small.values()))
+            there = {n: self._present(group, columns[n]) for n in columns if n in self._large}
+            yield from _scanned(table, small, there)
+
+    def row(self, row: int) -> dict[str, Any]:
+        place = self._group_of(row)
+        group = self._groups[place]
+        if self._held is None or self._held[0] != place:
+            # First let go, so that two are never held at once.
+            self._held = None
+            self._held = place, self._read(group, list(self._columns[group.file].values()))
+        return _one(self._held[1], row - group.first, self._columns[group.file])
+
+    def _group_of(self, row: int) -> int:
+        return bisect_right(self._starts, row) - 1
+
+    def _read(self, group: _Group, columns: Sequence[str]) -> Any:
+        path = self._files[group.file]
+        head = self._heads[group.file]
+        # From an open file, so that nothing in a path is taken for an address.
+        with _reading(path, self._pyarrow), path.open("rb") as data:
+            file = self._parquet.ParquetFile(data, metadata=head)
+            return file.read_row_group(group.number, columns=columns, use_threads=False)
+
+    def _present(self, group: _Group, column: str) -> list[bool]:
+        """Whether each row of a group has a value, from the statistics where they tell."""
+        head = self._heads[group.file].row_group(group.number)
+        parts = [head.column(place) for place in range(head.num_columns)]
+        own = [p for p in parts if p.path_in_schema.split(".")[0] == column]
+        nulls = [p.statistics.null_count if _has_nulls(p) else None for p in own]
+        if 0 in nulls:
+            return [True] * head.num_rows
+        if all(count == part.num_values for count, part in zip(nulls, own, strict=True)):
+            return [False] * head.num_rows
+        # The path of an image is short, and enough where all records that are there have bytes.
+        short = [p.path_in_schema for p in own if p.path_in_schema.endswith(".path")]
+        if short:
+            paths = self._read(group, short).column(0)
+            if paths.null_count in nulls:
+                return paths.is_valid().to_pylist()
+        return [here for part in self._read(group, [column])[0].chunks for here in _present(part)]
+
+
+def _has_nulls(part: Any) -> bool:
+    return part.is_stats_set and part.statistics.has_null_count
+
+
+def _check_size(group: Any, columns: set[str], path: str, number: int) -> None:
+    parts = [group.column(place) for place in range(group.num_columns)]
+    size = sum(
+        p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in columns
+    )
+    if size > MAX_GROUP:
+        raise ConfigError(
+            f"{path}: need row groups of at most {MAX_GROUP >> 20} MiB, as one is read whole for a "
+            f"row, got {size >> 20} MiB in group {number}; write it again with smaller ones (in "
+            "pyarrow row_group_size=100)"
+        )
+
+
+class SavedRows(RowStore):
+    """The rows of a data set that `datasets` has saved with `save_to_disk`."""
+
+    def __init__(self, folder: Path, fields: Fields) -> None:
+        self.folder, self.name = folder, folder.name
+        self._large = fields.large
+        self._pyarrow, _ = parquet_modules()
+        state = json_object(folder / "state.json")
+        if state.get("_indices_data_files"):
+            raise ConfigError(
+                f"{folder}: need rows in their own order, got an old data set with an index beside "
+                "it; save it again with a newer version of `datasets`"
+            )
+        named = state.get("_data_files") or []
+        names = [Path(str(entry.get("filename"))).name for entry in named]
+        parts = [self._mapped(folder / name) for name in names]
+        if not parts:
+            raise ConfigError(
+                f"{folder}: need files of rows, got none in state.json; save it again"
+            )
+        self._columns = fields.among(parts[0].schema.names, str(folder))
+        with _reading(folder, self._pyarrow, "Arrow"):
+            columns = list(dict.fromkeys(self._columns.values()))
+            self._table = self._pyarrow.concat_tables([part.select(columns) for part in parts])
+            # A damaged file must not be found by a crash.
+            self._table.validate(full=True)
+
+    def where(self, row: int) -> str:
+        return f"{self.folder}, row {row + 1}"
+
+    def scan(self) -> Iterator[dict[str, Any]]:
+        small = {n: c for n, c in self._columns.items() if n not in self._large}
+        there = {
+            name: [here for part in self._table.column(c).chunks for here in _present(part)]
+            for name, c in self._columns.items()
+            if name in self._large
+        }
+        yield from _scanned(self._table, small, there)
+
+    def row(self, row: int) -> dict[str, Any]:
+        return _one(self._table, row, self._columns)
+
+    def _mapped(self, path: Path) -> Any:
+        with _reading(path, self._pyarrow, "Arrow"):
+            with path.open("rb") as file:
+                file.seek(-len(_END), 2)
+                if file.read() != _END:
+                    # What is left would be read as a smaller set.
+                    raise ValueError("one that is cut off")
+            return self._pyarrow.ipc.open_stream(self._pyarrow.memory_map(str(path))).read_all()
+
+
+@contextmanager
+def _reading(path: Path, pyarrow: Any, kind: str = "Parquet") -> Iterator[None]:
+    """Faults of a file as errors of the user's."""
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise unreadable(path, error, kind) from None
+
+
+def _scanned(
+    table: Any, small: Mapping[str, str], there: Mapping[str, Sequence[bool]]
+) -> Iterator[dict[str, Any]]:
+    """Rows of small columns, and what is there of large ones."""
+    row = 0
+    for batch in table.select(list(dict.fromkeys(small.values()))).to_batches(_BATCH):
+        for found in batch.to_pylist():
+            yield _plain(found, small) | {n: PRESENT for n, here in there.items() if here[row]}
+            row += 1
+
+
+def _one(table: Any, row: int, columns: Mapping[str, str]) -> dict[str, Any]:
+    (found,) = table.slice(row, 1).to_pylist()
+    return _plain(found, columns)
+
+
+def _plain(found: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row by name. A record of nothing is nothing, too: so is an image that is not there."""
+    named = {name: found[column] for name, column in columns.items()}
+    return {n: v for n, v in named.items() if not _is_nothing(v)}
+
+
+def _present(column: Any) -> list[bool]:
+    """Whether each row has a value; a record or a list of nothing is none."""
+    found = np.asarray(column.is_valid())
+    if hasattr(column.type, "value_type"):
+        lengths = column.value_lengths().fill_null(0)
+        found &= np.asarray(lengths) > 0
+    elif column.type.num_fields:
+        parts = [np.asarray(part.is_valid()) for part in column.flatten()]
+        found &= np.any(parts, axis=0)
+    return found.tolist()
+
+
+def _is_nothing(value: Any) -> bool:
+    parts = value.values() if isinstance(value, dict) else (value,)
+    return all(part is None for part in parts)
