@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file
 
 from burnish import checkpoint, runtime
@@ -139,7 +142,7 @@ def test_prompts_are_curated_before_the_stage_that_asks_for_it(model: Path, tmp_
     assert spent(config, tmp_path, "all")["curated"] == 0
 
 
-def stage_prompts(stage: dict[str, Any]) -> list[Prompt]:
+def stage_prompts(stage: dict[str, Any]) -> Sequence[Prompt]:
     return parse(PromptsConfig, stage["prompts"]).read()
 
 
@@ -175,17 +178,33 @@ def test_a_stage_may_train_a_lora_that_plain_diffusers_reads(
         start(tmp_path / "none", model, data | {"lora": {"targets": ["elsewhere"]}})
 
 
+def as_parquet(prompts: dict[str, Any], place: Path) -> dict[str, Any]:
+    """The same prompts as columns of other names."""
+    rows = [
+        {"key": p.id, "caption": p.text, "kind": p.category, "facts": json.dumps(p.facts)}
+        for p in parse(PromptsConfig, prompts).read()
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), place / "theirs.parquet", row_group_size=3)
+    columns = {"id": "key", "text": "caption", "category": "kind", "facts": "facts"}
+    return prompts | {"path": str(place / "theirs.parquet"), "columns": columns}
+
+
 @pytest.mark.parametrize(
-    ("kind", "lora"), [("nft", None), ("grpo", None), ("distill", None), ("nft", {"rank": 2})]
+    ("kind", "changes"),
+    [("nft", {}), ("grpo", {}), ("distill", {}), ("nft", {"lora": {"rank": 2}}), ("nft", None)],
 )
 def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
-    kind: str, lora: dict[str, int] | None, model: Path, tmp_path: Path
+    kind: str, changes: dict[str, Any] | None, model: Path, tmp_path: Path
 ) -> None:
-    data = settings(kind, model, steps=5, lora=lora)
+    """And to one that reads its prompts in another form."""
+    data = settings(kind, model, steps=5, **(changes or {}))
     whole, _ = start(tmp_path / "whole", model, data)
+    if changes is None:
+        data["prompts"] = as_parquet(data["prompts"], tmp_path)
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", _CHILD, str(tmp_path / "cut"), str(model), json.dumps(data)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join([str(root), str(root / "src")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     child = subprocess.Popen(command, cwd=root, env=environment)
     deadline = time.monotonic() + 120
     while not checkpoint.steps(tmp_path / "cut" / "checkpoints"):
