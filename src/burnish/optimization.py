@@ -7,7 +7,7 @@ is renewed at every step follows them.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,10 @@ from burnish import checkpoint
 from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.tracking import Run
+
+
+CHECKPOINTS = 2
+"""Of a stage that are kept."""
 
 
 class OptimizerConfig(Config):
@@ -104,7 +108,7 @@ class State:
     def save(self, run: Run) -> None:
         """Write a checkpoint of the step that comes next."""
         state = {"optimizer": checkpoint.optimizer_state(self.optimizer)[1]}
-        checkpoint.save(run.checkpoints, self.step, self.tensors(), state, keep=2)
+        checkpoint.save(run.checkpoints, self.step, self.tensors(), state, keep=CHECKPOINTS)
 
     def restore(self, run: Run) -> None:
         """Continue where the newest whole checkpoint was written, if there is one."""
@@ -120,6 +124,12 @@ class State:
             )
             self.step = found.step
         run.rewind(self.step - 1)
+
+
+def state_bytes(parameters: Iterable[Tensor]) -> int:
+    """What the optimizer keeps of parameters once it has stepped: two moments in their own type,
+    and for each a count of steps in float32."""
+    return sum(2 * parameter.nbytes + 4 for parameter in parameters)
 
 
 def moved(parameters: Sequence[Tensor]) -> Callable[[], bool]:
