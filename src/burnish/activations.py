@@ -1,10 +1,11 @@
 """Bytes that operations hold, counted by operation, with weights that need not exist.
 
-A hollow module has parameters with shape, type and device but without memory: torch's fake tensors.
-Whatever touches one is only described, so that a network of any size is run in seconds. Whole
-numbers and masks stay real, because what a network does with an image's place or a prompt's length
-depends on their values. The same counting runs on real tensors, which is how the tests hold the one
-to the other.
+A hollow tensor has shape, strides and type, and claims to be on the CPU, but has no memory: what
+touches one is only described, by torch's meta kernels, so that a network of any size is run in
+seconds. Real tensors may meet hollow ones, and what is made of real ones alone stays real, because
+what a network does with an image's place or a prompt's length depends on their values. Autocast and
+autograd see hollow tensors as they see others. The same counting runs on real tensors, which is how
+the tests hold the one to the other.
 """
 
 import contextlib
@@ -14,17 +15,79 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_FAKE = FakeTensorMode(allow_non_fake_inputs=True)
-"""One for all: fake tensors of two modes do not mix."""
-_HOST = torch.device("cpu")
+_META = torch.device("meta")
+_LARGE = 1 << 24
+"""Numbers in a tensor that nobody looks into: more than a picture has."""
+
+
+class Hollow(Tensor):
+    """A tensor without memory."""
+
+    described: Tensor
+    """The same on the meta device, whose storages tell which tensors share memory."""
+
+    @staticmethod
+    def __new__(cls, described: Tensor) -> "Hollow":
+        made: Hollow = Tensor._make_wrapper_subclass(
+            cls,
+            described.shape,
+            strides=described.stride(),
+            storage_offset=described.storage_offset(),
+            dtype=described.dtype,
+            device=torch.device("cpu"),
+        )
+        made.described = described
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = dict(kwargs or {})
+        if "device" in named:
+            named["device"] = _META
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _places(args[1]))
+        # In place, a tensor is given back that came in.
+        known: dict[int, Tensor] = {}
+        named = {name: _described(value, known) for name, value in named.items()}
+        return _hollow(func(*[_described(value, known) for value in args], **named), known)
+
+
+# Not nested in the method: functions that call themselves would keep tensors alive in a cycle.
+def _described(value: Any, known: dict[int, Tensor]) -> Any:
+    if isinstance(value, Hollow):
+        known[id(value.described)] = value
+        return value.described
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device=_META)
+    if isinstance(value, list | tuple):
+        return type(value)([_described(one, known) for one in value])
+    return value
+
+
+def _hollow(value: Any, known: dict[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return known[id(value)] if id(value) in known else Hollow(value)
+    if isinstance(value, list | tuple):
+        return type(value)([_hollow(one, known) for one in value])
+    return value
+
+
+def _places(indices: Any) -> list[Any]:
+    """Indices without real masks: of a mask only its values tell how many places there are."""
+    found: list[Any] = []
+    for index in indices:
+        if isinstance(index, Tensor) and index.dtype == torch.bool:
+            found += index.nonzero(as_tuple=True)
+        else:
+            found.append(index)
+    return found
 
 
 def on_meta() -> contextlib.AbstractContextManager[None]:
@@ -55,7 +118,7 @@ def emptied(module: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
     empty: dict[int, tuple[Tensor, nn.Parameter]] = {}
     for part in module.modules():
         for name, weight in list(part._parameters.items()):
-            if weight is not None and not isinstance(weight.data, FakeTensor):
+            if weight is not None and not isinstance(weight, Hollow):
                 made = nn.Parameter(like(weight.data, dtype), requires_grad=weight.requires_grad)
                 # Weights that modules share stay shared.
                 part._parameters[name] = empty.setdefault(id(weight), (weight, made))[1]
@@ -68,7 +131,7 @@ def emptied(module: ModuleT, dtype: torch.dtype | None = None) -> ModuleT:
 
 def like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A hollow tensor of the same shape and strides; None keeps the type."""
-    return FakeTensor(_FAKE, torch.empty_like(tensor, device="meta", dtype=dtype), _HOST)
+    return Hollow(torch.empty_like(_inner(tensor), device=_META, dtype=dtype))
 
 
 def weights(*modules: nn.Module) -> Iterator[Tensor]:
@@ -80,13 +143,21 @@ def weights(*modules: nn.Module) -> Iterator[Tensor]:
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Memory of tensors; those that share a storage count once."""
-    storages = {_name(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    storages = [_storage(tensor) for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    return tensor.described if isinstance(tensor, Hollow) else tensor
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return _inner(tensor).untyped_storage()
 
 
 def _name(tensor: Tensor) -> int:
     """Of the storage: hollow ones have no address."""
-    return tensor.untyped_storage()._cdata
+    return _storage(tensor)._cdata
 
 
 class Live(TorchDispatchMode):
@@ -95,14 +166,22 @@ class Live(TorchDispatchMode):
     Each storage counts once while it lives. Inside, hollow and real tensors may meet.
     """
 
-    def __init__(self, *, held: Iterable[Tensor] = (), ignored: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        *,
+        held: Iterable[Tensor] = (),
+        ignored: Iterable[Tensor] = (),
+        is_hollow: bool = False,
+    ) -> None:
         """Start to count.
 
         Args:
             held: made before, counted from the start.
             ignored: made before, never counted, such as weights that are told apart.
+            is_hollow: describe large real numbers, too, instead of computing with them.
         """
         super().__init__()
+        self._is_hollow = is_hollow
         self.now = self.peak = 0
         self.copies = 0
         """Of these, copies of whole ignored tensors in another type, as autocast keeps of weights
@@ -113,19 +192,20 @@ class Live(TorchDispatchMode):
             self._count(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given, named = _mixed(func, args, kwargs or {})
-        found = func(*given, **named)
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor):
-                is_new = self._count(leaf)
+        if self._is_hollow:
+            args = [like(one) if _is_large(one) else one for one in args]
+        found = func(*args, **(kwargs or {}))
+        for made in found if isinstance(found, list | tuple) else (found,):
+            if isinstance(made, Tensor):
+                is_new = self._count(made)
                 is_copy = is_new and func is torch.ops.aten._to_copy.default
                 if is_copy and _name(args[0]) in self._ignored:
-                    self.copies += leaf.untyped_storage().nbytes()
+                    self.copies += _storage(made).nbytes()
         return found
 
     def _count(self, tensor: Tensor) -> bool:
         """Whether it was not counted yet."""
-        storage = tensor.untyped_storage()
+        storage = _storage(tensor)
         name, size = storage._cdata, storage.nbytes()
         if not size or name in self._seen or name in self._ignored:
             return False
@@ -140,24 +220,9 @@ class Live(TorchDispatchMode):
         self.now -= size
 
 
-def _mixed(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Arguments of an operation that hollow and real tensors share, as torch describes them."""
-    leaves = tree_leaves((args, kwargs))
-    if not any(isinstance(leaf, FakeTensor) for leaf in leaves):
-        return args, kwargs
-    if func is torch.ops.aten.index.Tensor:
-        # Of a mask only its values tell how many there are.
-        places: list[Any] = []
-        for index in args[1]:
-            is_mask = index is not None and index.dtype == torch.bool
-            is_real = is_mask and not isinstance(index, FakeTensor)
-            places += index.nonzero(as_tuple=True) if is_real else [index]
-        args = (args[0], places)
-    return tree_map_only(Tensor, _described, (args, kwargs))
-
-
-def _described(tensor: Tensor) -> Tensor:
-    return tensor if isinstance(tensor, FakeTensor) or tensor.dim() == 0 else like(tensor)
+def _is_large(value: Any) -> bool:
+    is_real = isinstance(value, Tensor) and not isinstance(value, Hollow)
+    return is_real and value.is_floating_point() and value.numel() > _LARGE
 
 
 class Saved(contextlib.ExitStack):
@@ -185,7 +250,7 @@ class Saved(contextlib.ExitStack):
 
     def _save(self, tensor: Tensor) -> Tensor:
         if _name(tensor) not in self._ignored:
-            self._storages[_name(tensor)] = tensor.untyped_storage()
+            self._storages[_name(tensor)] = _storage(tensor)
         return tensor
 
 
@@ -197,8 +262,11 @@ class GpuPrecision(TorchFunctionMode):
     """
 
     _FLOAT32 = frozenset(
-        "cumsum exp group_norm layer_norm log log_softmax norm normalize pow prod reciprocal rsqrt "
-        "softmax softplus sum __pow__ __rdiv__ __rpow__ __rtruediv__".split()
+        (
+            *("cumsum", "exp", "log", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt"),
+            *("group_norm", "layer_norm", "log_softmax", "softmax", "softplus", "sum"),
+            *("__pow__", "__rdiv__", "__rpow__", "__rtruediv__"),
+        )
     )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

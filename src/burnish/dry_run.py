@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from burnish.activations import GpuPrecision, Live, Saved, emptied, like, on_meta, weights
+from burnish.activations import GpuPrecision, Hollow, Live, Saved, emptied, like, on_meta, weights
 from burnish.adapters import LoraConfig, attach
 from burnish.policies.base import Policy
 from burnish.rollout import branches
@@ -76,75 +76,71 @@ def measure(
         counts: how much at once.
         rt: precision, of a GPU or a CPU, wherever the policy is.
     """
-    networks = policy.networks().values()
-    own = list(weights(*networks))
-    trained = [parameter for _, parameter in policy.trainable()]
-    one = policy.noise([torch.Generator().manual_seed(0)])
-    with torch.no_grad(), _precision(rt), Live(ignored=own) as live:
-        condition = policy.encode([prompt])
-        away = policy.encode_null([prompt], negative_prompt)
-        reading, before = live.peak, live.now
-        many = condition.repeated(counts.picture_prompts)
-        guided_away = away.repeated(counts.picture_prompts) if counts.draw_scale != 1 else None
-        prefix, null = branches(policy, many, guided_away)
-        held = live.now
-        live.peak = held
-        latents = _latents(policy, one, counts.pictures)
-        _ask(policy, latents, prefix, null, counts.draw_scale)
-        drawing = live.peak - held
-        live.peak = live.now
-        # On the CPU, as the pictures go there.
-        _ = policy.decode(latents).cpu()
-        decoding = live.peak - held
-        del prefix, null, latents
+    own = list(weights(*policy.networks().values()))
+    is_hollow = isinstance(own[0], Hollow)
+    drawn = policy.noise([torch.Generator().manual_seed(0)])
+    # A step makes its states of what came before, which is hollow if the weights are.
+    one = like(drawn) if is_hollow else drawn
+    with torch.no_grad(), _precision(rt), Live(ignored=own, is_hollow=is_hollow) as live:
+        both = policy.encode([prompt]), policy.encode_null([prompt], negative_prompt)
+        found = {"reading": live.peak, "row": both[0].num_bytes, "latents": one.nbytes}
+        found |= _drawn(policy, both, one, counts, live)
         live.peak = start = live.now
-        many = condition.repeated(counts.credited_prompts)
-        guided_away = away.repeated(counts.credited_prompts) if counts.credit_scale != 1 else None
-        latents = _latents(policy, one, counts.credited)
-        _ask(policy, latents, *branches(policy, many, guided_away), counts.credit_scale)
-        crediting = live.peak - start
-        del latents
-    many = condition.repeated(counts.state_prompts)
-    guided_away = away.repeated(counts.state_prompts) if counts.trains_null else None
+        prefixes = _branches(policy, both, counts.credited_prompts, counts.credit_scale)
+        _ask(policy, one.repeat(counts.credited, 1, 1), prefixes, counts.credit_scale)
+        found["crediting"] = live.peak - start
+    return Measured(**found, **_trained(policy, both, one, counts, rt))
+
+
+def _drawn(
+    policy: Policy[Any, Any], both: tuple[Any, Any], one: Tensor, counts: Counts, live: Live
+) -> dict[str, int]:
+    """One step of a micro-batch of pictures, and their decoding."""
+    start = live.now
+    prefixes = _branches(policy, both, counts.picture_prompts, counts.draw_scale)
+    live.peak = held = live.now
+    latents = one.repeat(counts.pictures, 1, 1)
+    _ask(policy, latents, prefixes, counts.draw_scale)
+    drawing, live.peak = live.peak - held, live.now
+    policy.decode(latents)
+    return {"prefix": held - start, "drawing": drawing, "decoding": live.peak - held}
+
+
+def _trained(
+    policy: Policy[Any, Any], both: tuple[Any, Any], one: Tensor, counts: Counts, rt: Runtime
+) -> dict[str, int]:
+    """Forward and backward pass of a micro-batch of states, onto gradients that are there."""
+    own = list(weights(*policy.networks().values()))
+    trained = [parameter for _, parameter in policy.trainable()]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     known = [*own, *(p.grad for p in trained if p.grad is not None)]
-    with Live(ignored=known) as live, Saved(ignored=own) as saved:
-        latents = _latents(policy, one, counts.states)
-        with _precision(rt):
-            prefixes = branches(policy, many, guided_away)
-            scale = counts.draw_scale if counts.trains_null else 1.0
-            velocity = _ask(policy, latents, *prefixes, scale)
+    scale = counts.draw_scale if counts.trains_null else 1.0
+    with Live(ignored=known, is_hollow=isinstance(one, Hollow)) as live:
+        with Saved(ignored=own) as saved, _precision(rt):
+            prefixes = _branches(policy, both, counts.state_prompts, scale)
+            velocity = _ask(policy, one.repeat(counts.states, 1, 1), prefixes, scale)
             loss = velocity.square().mean()
         del prefixes, velocity
-        kept = saved.num_bytes
         loss.backward()
     for parameter in trained:
         parameter.grad = None
-    return Measured(
-        reading=reading,
-        row=condition.num_bytes,
-        prefix=held - before,
-        drawing=drawing,
-        decoding=decoding,
-        crediting=crediting,
-        updating=live.peak - live.copies,
-        copies=live.copies,
-        saved=kept,
-        latents=one.nbytes,
-    )
+    return {
+        "updating": live.peak - live.copies,
+        "copies": live.copies,
+        "saved": saved.num_bytes,
+    }
 
 
-def _latents(policy: Policy[Any, Any], one: Tensor, count: int) -> Tensor:
-    """So many states; hollow where the policy is, as a step makes them of what came before."""
-    is_hollow = any(type(p.data) is not Tensor for p in policy.transformer.parameters())
-    return (like(one) if is_hollow else one).repeat(count, 1, 1)
+def _branches(policy: Policy[Any, Any], both: tuple[Any, Any], count: int, scale: float) -> Any:
+    """Prefix, and null prefix where there is guidance, of so many prompts."""
+    condition, away = (conditions.repeated(count) for conditions in both)
+    return branches(policy, condition, None if scale == 1 else away)
 
 
-def _ask(
-    policy: Policy[Any, Any], latents: Tensor, prefix: Any, null: Any, scale: float
-) -> Tensor:
+def _ask(policy: Policy[Any, Any], latents: Tensor, prefixes: Any, scale: float) -> Tensor:
     """The (guided) velocity at as many states, dealt out to the prompts."""
+    prefix, null = prefixes
     count, prompts = len(latents), prefix.num_rows
     rows = sorted(row % prompts for row in range(count))
     sigmas = torch.linspace(0.9, 0.3, count)

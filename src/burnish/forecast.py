@@ -19,7 +19,7 @@ from burnish.algorithms.base import Footprint
 from burnish.config import located
 from burnish.dry_run import Counts, Measured, measure, ready
 from burnish.optimization import CHECKPOINTS, state_bytes
-from burnish.planning import Part, Plan, Sharding
+from burnish.planning import PHASES, Part, Phase, Plan, Sharding
 from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
 from burnish.rewards.base import RewardConfig
@@ -161,9 +161,14 @@ def _trained_parts(
     if stage.lora is not None:
         advice = f"lower stages.{name}.lora.rank, or take more devices"
 
-    def part(what: str, num_bytes: int, *during: Any) -> Part:
-        phases = {"during": during} if during else {}
-        return Part(name=what, num_bytes=num_bytes, is_sharded=True, advice=advice, **phases)
+    def part(what: str, num_bytes: int, *during: Phase) -> Part:
+        return Part(
+            name=what,
+            num_bytes=num_bytes,
+            during=during or PHASES,
+            is_sharded=True,
+            advice=advice,
+        )
 
     yield part("optimizer state", state_bytes(trained))
     if stage.optimizer.ema_decay > 0:
@@ -195,13 +200,14 @@ def _activation_parts(
     yield Part(name="reading a prompt", num_bytes=most("reading"), during=("reading",))
     during = ("drawing", "decoding")
     yield Part(name="prefix", num_bytes=most("prefix"), during=during, advice=drawn)
-    for what, field, phase, advice in (
+    rows: tuple[tuple[str, str, Phase, str], ...] = (
         ("drawing a micro-batch", "drawing", "drawing", drawn),
         ("decoding its pictures", "decoding", "decoding", drawn),
         ("velocities without gradient", "crediting", "credit", trained),
         ("copies of weights in another type", "copies", "update", ""),
         ("activations, forward and backward", "updating", "update", trained),
-    ):
+    )
+    for what, field, phase, advice in rows:
         yield Part(name=what, num_bytes=most(field), during=(phase,), advice=advice)
     if sharding.world_size > 1:
         during = ("drawing", "credit", "update")

@@ -20,7 +20,6 @@ from burnish.config import Config
 from burnish.policies.base import Policy
 from burnish.tracking import Run
 
-
 CHECKPOINTS = 2
 """Of a stage that are kept."""
 

@@ -9,9 +9,11 @@ matrix products and convolutions, the loss on velocities that are there. Not cou
 jobs of the run that share the memory at the same time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+from burnish.config import ConfigError
 
 Phase = Literal["reading", "drawing", "decoding", "credit", "update", "optimizer step", "last look"]
 """Of a training stage: a prompt is read; a micro-batch is drawn; its pictures are decoded; states
@@ -113,6 +115,18 @@ class Plan:
             "needed": self.needed,
             "available": available,
         }
+
+
+def check(plans: Iterable[Plan], available: int | None) -> None:
+    """Look whether a device has what stages need; None is a device that nobody knows.
+
+    Raises:
+        ConfigError: it has not; the largest part and what to change are named.
+    """
+    if available is not None:
+        missing = [said for plan in plans if (said := plan.shortage(available))]
+        if missing:
+            raise ConfigError(*missing)
 
 
 def shown(num_bytes: float) -> str:

@@ -7,7 +7,6 @@ refused before a file is written; a finding about the machine comes with what to
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import sys
@@ -19,10 +18,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from burnish import __version__, images, rollout, runtime
+from burnish import __version__, images, planning, rollout, runtime
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
+from burnish.forecast import forecast
 from burnish.guard import GuardConfig
 from burnish.prompts import GroupSampler, read_prompts
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
@@ -33,6 +33,8 @@ from burnish.types import Guidance, Prompt
 
 _GIBIBYTE = 1 << 30
 _LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
+_SMALL_SHARE = 0.25
+"""Of the memory of the machine."""
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 
 
@@ -70,6 +72,32 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+    _check_memory(config)
+
+
+def _check_memory(config: RunConfig) -> None:
+    """Raise, with the plan on stderr, where a stage needs more than its device has."""
+    device = runtime.choose_device(config.runtime.device)
+    available = runtime.memory(device)
+    if available is None or (device.type == "cpu" and _is_small(config, available)):
+        return
+    plans = forecast(config, device.type)
+    try:
+        planning.check(plans, available)
+    except ConfigError:
+        for plan in plans:
+            if plan.shortage(available):
+                print(planning.table(plan, available), file=sys.stderr)
+        raise
+
+
+def _is_small(config: RunConfig, available: int) -> bool:
+    """Whether every state that is drawn or trained at once might weigh as much as all the files of
+    the model, many times what it does, and still a part of the memory would do."""
+    folder = located(config.policy.path)
+    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    states = [max(s.rollout.micro_batch, s.optimizer.micro_batch) for s in config.stages.values()]
+    return size * max(states) < _SMALL_SHARE * available
 
 
 def _check_family(config: RunConfig) -> None:
@@ -289,9 +317,9 @@ def _machine() -> Iterator[Finding]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     yield Finding(name="device", is_fine=True, found=f"{device} ({name})")
     yield Finding(name="cores", is_fine=True, found=str(runtime.usable_cores()))
-    if hasattr(os, "sysconf"):
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
-        yield Finding(name="memory", is_fine=True, found=f"{size:.1f} GiB")
+    size = runtime.memory(torch.device("cpu"))
+    if size is not None:
+        yield Finding(name="memory", is_fine=True, found=f"{size / _GIBIBYTE:.1f} GiB")
     free = shutil.disk_usage(Path.cwd()).free / _GIBIBYTE
     yield Finding(
         name="free disk",

@@ -90,7 +90,7 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
     ) -> PolicyT:
         index = _checked_index(cls.pipeline_class, folder)
         networks = {
-            name: _hollow_network(folder / name, *entry, dtype)
+            name: _hollow_network(folder / name, entry[0], entry[1], dtype)
             for name, entry in index.items()
             if _is_network(entry)
         }
