@@ -129,10 +129,10 @@ def check(plans: Iterable[Plan], available: int | None) -> None:
             raise ConfigError(*missing)
 
 
-def shown(num_bytes: float) -> str:
+def shown(num_bytes: int) -> str:
     """Bytes for readers.
 
-    >>> shown(3 << 20), shown(5.5 * (1 << 30))
+    >>> shown(3 << 20), shown(11 << 29)
     ('3.0 MiB', '5.50 GiB')
     """
     if num_bytes < GIBIBYTE:
@@ -145,7 +145,7 @@ def table(plan: Plan, available: int | None) -> str:
     devices = plan.sharding.world_size
     spread = f", each of {devices} devices" if devices > 1 else ""
     lines = [f"{plan.stage} ({plan.device}{spread})"]
-    lines += [_line(part, plan.sharding.share(part), part.when) for part in plan.parts]
+    lines += [_row(part.name, plan.sharding.share(part), part.when) for part in plan.parts]
     process = PROCESS_BYTES[plan.device]
     allowance = plan.needed - plan.held(plan.peak) - process
     lines += [
@@ -154,13 +154,9 @@ def table(plan: Plan, available: int | None) -> str:
     ]
     has = "" if available is None else f", the device has {shown(available)}"
     lines.append(_row("needed", plan.needed, f"at its peak, {plan.peak}{has}"))
-    lines += [_line(part, part.num_bytes, "beside the device, in RAM") for part in plan.host]
-    lines += [_line(part, part.num_bytes, "on disk") for part in plan.disk]
+    lines += [_row(part.name, part.num_bytes, "beside the device, in RAM") for part in plan.host]
+    lines += [_row(part.name, part.num_bytes, "on disk") for part in plan.disk]
     return "\n".join(lines)
-
-
-def _line(part: Part, num_bytes: int, when: str) -> str:
-    return _row(part.name, num_bytes, when)
 
 
 def _row(name: str, num_bytes: int, when: str) -> str:

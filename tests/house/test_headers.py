@@ -38,7 +38,7 @@ def test_what_is_missing_or_broken_is_said(sharded: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="model-2"):
         stored_bytes(sharded)
     (sharded / "model-2.safetensors").unlink()
-    with pytest.raises(ConfigError, match="model-2.safetensors missing"):
+    with pytest.raises(ConfigError, match=r"model-2\.safetensors missing"):
         weight_files(sharded)
     empty = tmp_path / "empty"
     empty.mkdir()

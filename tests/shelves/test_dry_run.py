@@ -50,24 +50,36 @@ def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, A
     return real, kind.hollow(folder, resolution=real.resolution), folder
 
 
-@pytest.mark.parametrize("rt", [FLOAT, NARROW], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("task", ["t2i", "edit"])
 def test_a_hollow_policy_counts_what_a_real_one_holds(
-    pair: tuple[Any, Any, Path], task: str, rt: Runtime
+    pair: tuple[Any, Any, Path], task: str
 ) -> None:
     """Every figure, to the byte: what is saved for the backward pass, and every peak."""
     real, empty, _ = pair
     if task not in real.tasks:
         pytest.skip(f"{real.family} does no {task}")
     gc.collect()
-    found = [
-        measure(ready(policy, None), asked(task), "fog", COUNTS, rt) for policy in (real, empty)
-    ]
-    assert asdict(found[1]) == asdict(found[0])
-    assert min(found[0].saved, found[0].drawing, found[0].decoding, found[0].reading) > 0
-    is_narrow = rt.dtype == torch.bfloat16
-    assert bool(found[0].copies) == is_narrow
-    assert bool(found[0].prefix) >= real.has_shared_prefix
+    held, told = (
+        asdict(measure(ready(policy, None), asked(task), "fog", COUNTS, FLOAT))
+        for policy in (real, empty)
+    )
+    assert told == held
+    assert held["copies"] == 0
+    assert min(held[name] for name in ("reading", "drawing", "decoding", "crediting", "saved")) > 0
+    assert bool(held["prefix"]) == real.has_shared_prefix
+
+
+def test_in_bfloat16_only_statistics_of_norms_differ(pair: tuple[Any, Any, Path]) -> None:
+    """A CPU keeps them in bfloat16; they are described in float32, as a GPU has them."""
+    gc.collect()
+    held, told = (
+        asdict(measure(ready(policy, None), asked("t2i"), "fog", COUNTS, NARROW))
+        for policy in pair[:2]
+    )
+    for name in ("saved", "updating"):
+        assert held[name] <= told.pop(name) <= 1.005 * held.pop(name)
+    assert told == held
+    assert held["copies"] > 0
 
 
 def test_a_hollow_policy_has_the_weights_of_its_folder(pair: tuple[Any, Any, Path]) -> None:
@@ -120,14 +132,6 @@ def test_activations_are_linear_in_the_micro_batch(pair: tuple[Any, Any, Path]) 
     assert saved[2].updating > saved[0].updating
 
 
-def test_a_lora_saves_no_less_than_its_own(pair: tuple[Any, Any, Path]) -> None:
-    """It can be counted, too; the copies of weights in another type are still all there."""
-    _, _, folder = pair
-    empty = policy_class(pair[0].family).hollow(folder, resolution=64)
-    found = measure(ready(empty, LoraConfig(rank=4)), asked("t2i"), "", COUNTS, NARROW)
-    assert found.saved > 0 and found.copies > 0
-
-
 # --- The counting itself ---------------------------------------------------------------------
 
 
@@ -154,20 +158,20 @@ def test_saved_counts_what_the_backward_pass_needs() -> None:
 
 
 def test_hollow_weights_need_no_memory_and_stay_shared() -> None:
-    """A network of a terabyte; two layers with one weight."""
+    """A network of gigabytes; two layers with one weight."""
 
     class Shared(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first = nn.Linear(1 << 19, 1 << 19, bias=False)
+            self.first = nn.Linear(1 << 15, 1 << 15, bias=False)
             self.second = nn.Linear(8, 8)
             self.third = self.second
 
     made = hollow(Shared)
-    assert num_bytes(weights(made)) == 4 * ((1 << 38) + 64 + 8)
+    assert num_bytes(weights(made)) == 4 * ((1 << 30) + 64 + 8)
     assert made.second is made.third
-    out = made.first(torch.ones(2, 1 << 19))
-    assert isinstance(out, Hollow) and out.shape == (2, 1 << 19)
+    out = made.first(torch.ones(2, 1 << 15))
+    assert isinstance(out, Hollow) and out.shape == (2, 1 << 15)
 
 
 def test_masks_are_looked_at() -> None:

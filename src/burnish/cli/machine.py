@@ -63,11 +63,13 @@ def _plan(
     from burnish.run_config import RunConfig
 
     config = load(RunConfig, recipe_path(recipe), overrides)
-    is_elsewhere = memory is not None and config.runtime.device == "cuda"
-    device = "cuda" if is_elsewhere else runtime.choose_device(config.runtime.device).type
-    available = round(memory * planning.GIBIBYTE) if memory is not None else None
-    if memory is None:
-        available = runtime.memory(runtime.choose_device(config.runtime.device))
+    device, available = config.runtime.device, None
+    # Of a GPU that is somewhere else nothing can be asked.
+    if device != "cuda" or memory is None:
+        place = runtime.choose_device(device)
+        device, available = place.type, runtime.memory(place)
+    if memory is not None:
+        available = round(memory * planning.GIBIBYTE)
     plans = forecast(config, device, planning.Sharding(devices))
     for plan in plans:
         print(planning.table(plan, available), end="\n\n")

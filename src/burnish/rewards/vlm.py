@@ -77,7 +77,8 @@ class VlmConfig(RewardConfig):
     def footprint(self, resolution: int) -> Mapping[str, int]:
         name, folder = f"judge {self.path}", located(self.path)
         answering = self.batch_size * _question_bytes(folder, resolution)
-        return {name: stored_bytes(folder), f"{name}, its batch of questions": answering}
+        # The model is shared; a dimension has a thread of its own, which keeps what it has freed.
+        return {name: stored_bytes(folder), f"questions of {self.dimension}": answering}
 
 
 @dataclass(frozen=True)
