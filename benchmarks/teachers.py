@@ -17,17 +17,14 @@ import resource
 import subprocess
 import sys
 import tempfile
-import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from burnish import runtime
+from burnish.activations import Live, weights
 from burnish.algorithms.base import Setting
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
 from burnish.batches import stack
@@ -42,38 +39,6 @@ CATEGORIES = ("general", "landscape", "portrait", "typography")
 # Edits first, whose states need the most memory, so that the work has one peak for every number.
 LABELS = tuple(f"{task}/{category}" for task in ("edit", "t2i") for category in CATEGORIES)
 ROLLOUT = RolloutConfig(num_steps=4, guidance_scale=1.0, group_size=2, window=0, keep=2)
-
-
-class Held(TorchDispatchMode):
-    """Bytes that live tensors hold, and their peak; each storage counts once while it lives."""
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._seen: set[int] = set()
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                self._count(tensor)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor):
-                self._count(leaf)
-        return found
-
-    def _count(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        place, size = storage.data_ptr(), storage.nbytes()
-        if place and place not in self._seen:
-            self._seen.add(place)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._free, place, size)
-
-    def _free(self, place: int, size: int) -> None:
-        self._seen.discard(place)
-        self.now -= size
 
 
 def write_teachers(model: Path, folder: Path) -> None:
@@ -112,7 +77,8 @@ def measure(model: Path, folder: Path, count: int, steps: int) -> dict[str, Any]
     algorithm = Distill(DistillConfig(teachers=teachers), setting)
     optimizer = torch.optim.AdamW(policy.transformer.parameters(), lr=1e-4)
     components = [m for m in policy.pipeline.components.values() if isinstance(m, nn.Module)]
-    with Held([*components, algorithm._teachers._resident.transformer]) as held:
+    networks = [*components, algorithm._teachers._resident.transformer]
+    with Live(held=weights(*networks)) as held:
         for step in range(steps):
             asked = prompts_of(labels[step % count], 4)
             drawn = sample(policy, asked, ROLLOUT, seed=0, step=step)

@@ -30,13 +30,14 @@ from burnish.flow import add_noise
 from burnish.guidance import absorption
 from burnish.looks import Look, Looks, Watch
 from burnish.policies.base import Policy
+from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.rewards.base import Reward
 from burnish.rollout import RolloutConfig, draw
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
 from burnish.tracking import RunError, writing
-from burnish.types import Prompt, Scored, ScoreRequest, Task
+from burnish.types import Labelled, Prompt, Scored, ScoreRequest, Task
 
 Verdict = Literal["fine", "hacked"]
 FOLDER = "guard"
@@ -119,6 +120,39 @@ def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:
     return "hacked" if is_kept and float(lost.mean()) > least else "fine"
 
 
+def held_out(
+    config: GuardConfig, tasks: Sequence[Task], trained_on: Sequence[Labelled] = ()
+) -> PromptSet:
+    """The prompts that a guard looks at, task by task.
+
+    Args:
+        config: of the guard.
+        tasks: of the stage.
+        trained_on: labels of the prompts that the stage is trained on, if they are to be compared.
+
+    Raises:
+        ConfigError: too few, or one that the stage is trained on.
+    """
+    every = read_prompts(located(config.prompts))
+    entries = []
+    for task in tasks:
+        own = every.select(lambda prompt, task=task: prompt.task == task)[-config.num_prompts :]
+        if len(own) < config.num_prompts:
+            raise ConfigError(
+                f"guard.num_prompts: need {config.num_prompts} prompts of task {task}, got "
+                f"{len(own)} in {config.prompts}; ask for fewer"
+            )
+        entries += own.entries
+    known = {prompt.id for prompt in trained_on}
+    for entry in entries:
+        if entry.id in known:
+            raise ConfigError(
+                f"guard.prompts: need prompts that the stage is not trained on, got {entry.id!r}, "
+                "which it is; give another set"
+            )
+    return PromptSet(entries)
+
+
 class Guard(Watch):
     """The looks of one stage."""
 
@@ -150,17 +184,7 @@ class Guard(Watch):
         self._judge = config.judge.build()
         self._others = {name: reward.build() for name, reward in config.others.items()}
         self._known = _Retention(config.retention, self._judge, tasks)
-        every = read_prompts(located(config.prompts))
-        self._prompts: list[Prompt] = []
-        for task in tasks:
-            own = every.select(lambda prompt, task=task: prompt.task == task)
-            found = own[-config.num_prompts :]
-            if len(found) < config.num_prompts:
-                raise ConfigError(
-                    f"guard.num_prompts: need {config.num_prompts} prompts of task {task}, got "
-                    f"{len(found)} in {config.prompts}; ask for fewer"
-                )
-            self._prompts += found
+        self._prompts: list[Prompt] = list(held_out(config, tasks))
 
     @property
     def is_over(self) -> bool:

@@ -7,7 +7,7 @@ is renewed at every step follows them.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from burnish.policies.base import Policy
 from burnish.runtime import Runtime
 from burnish.sharding import full, like, local
 from burnish.tracking import Run
+
+CHECKPOINTS = 2
+"""Of a stage that are kept."""
 
 
 class OptimizerConfig(Config):
@@ -112,7 +115,7 @@ class State:
             for group, named in self.tensors().items()
         }
         if rt.is_main:
-            checkpoint.save(run.checkpoints, self.step, tensors, state, keep=2)
+            checkpoint.save(run.checkpoints, self.step, tensors, state, keep=CHECKPOINTS)
 
     def restore(self, run: Run, rt: Runtime) -> None:
         """Continue where the newest whole checkpoint was written, if there is one; all processes
@@ -139,6 +142,12 @@ def _gathered(tensor: Tensor, rt: Runtime) -> Tensor:
     """A whole tensor where it will be written, and nothing elsewhere: one at a time on a device."""
     whole = full(tensor)
     return whole.cpu() if rt.is_main else whole.new_empty(0)
+
+
+def state_bytes(parameters: Iterable[Tensor]) -> int:
+    """What the optimizer keeps of parameters once it has stepped: two moments in their own type,
+    and for each a count of steps in float32."""
+    return sum(2 * parameter.nbytes + 4 for parameter in parameters)
 
 
 def moved(parameters: Sequence[Tensor]) -> Callable[[], bool]:

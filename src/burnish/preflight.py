@@ -7,7 +7,6 @@ refused before a file is written; a finding about the machine comes with what to
 import contextlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import sys
@@ -19,11 +18,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from burnish import __version__, images, rollout, runtime
+from burnish import __version__, images, planning, rollout, runtime
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
-from burnish.guard import GuardConfig
+from burnish.forecast import forecast
+from burnish.guard import GuardConfig, held_out
 from burnish.policies.base import Policy
 from burnish.progress import track
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
@@ -38,6 +38,8 @@ _GIBIBYTE = 1 << 30
 _LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
 _LOOKED_AT = 500
 """Prompts of a set whose images are decoded; `burnish prompts check` decodes all."""
+_SMALL_SHARE = 0.25
+"""Of the memory of the machine."""
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 
 
@@ -79,6 +81,7 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+    _check_memory(config)
     # Last, as it takes longest.
     _look_at_images(config)
 
@@ -94,6 +97,31 @@ def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"stages.{name}.guard.prompts", stage.guard.prompts
             if stage.guard.retention is not None:
                 yield f"stages.{name}.guard.retention.prompts", stage.guard.retention.prompts
+
+
+def _check_memory(config: RunConfig) -> None:
+    """Raise, with the plan on stderr, where a stage needs more than its device has."""
+    device = runtime.choose_device(config.runtime.device)
+    available = runtime.memory(device)
+    if available is None or (device.type == "cpu" and _is_small(config, available)):
+        return
+    plans = forecast(config, device.type)
+    try:
+        planning.check(plans, available)
+    except ConfigError:
+        for plan in plans:
+            if plan.shortage(available):
+                print(planning.table(plan, available), file=sys.stderr)
+        raise
+
+
+def _is_small(config: RunConfig, available: int) -> bool:
+    """Whether every state that is drawn or trained at once might weigh as much as all the files of
+    the model, many times what it does, and still a part of the memory would do."""
+    folder = located(config.policy.path)
+    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
+    states = [max(s.rollout.micro_batch, s.optimizer.micro_batch) for s in config.stages.values()]
+    return size * max(states) < _SMALL_SHARE * available
 
 
 def _check_family(config: RunConfig) -> None:
@@ -243,6 +271,8 @@ def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.prompts: {error}") from None
     try:
+        if stage.guard is not None:
+            held_out(stage.guard, stage.prompts.tasks, chosen.entries)
         stage.algorithm.check_prompts(chosen)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None
@@ -329,9 +359,9 @@ def _machine() -> Iterator[Finding]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     yield Finding(name="device", is_fine=True, found=f"{device} ({name})")
     yield Finding(name="cores", is_fine=True, found=str(runtime.usable_cores()))
-    if hasattr(os, "sysconf"):
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIBIBYTE
-        yield Finding(name="memory", is_fine=True, found=f"{size:.1f} GiB")
+    size = runtime.memory(torch.device("cpu"))
+    if size is not None:
+        yield Finding(name="memory", is_fine=True, found=f"{size / _GIBIBYTE:.1f} GiB")
     free = shutil.disk_usage(Path.cwd()).free / _GIBIBYTE
     yield Finding(
         name="free disk",

@@ -66,6 +66,13 @@ class RolloutConfig(Config):
         return Guidance(self.guidance_scale, self.negative_prompt)
 
     @property
+    def num_kept(self) -> int:
+        """Steps of a sample that are kept."""
+        if isinstance(self.keep, int):
+            return self.keep
+        return {"window": self.window, "all": self.num_steps, "none": 0, "late": 1}[self.keep]
+
+    @property
     def window_bounds(self) -> tuple[int, int]:
         """The range that holds the window: first step and end."""
         if self.window_steps:
@@ -292,13 +299,9 @@ def _trajectories(
     config: RolloutConfig,
 ) -> list[list[Trajectory]]:
     """Paths of all samples, for prompts of one task."""
-    prefix, null = policy.prefix(policy.encode(prompts)), None
-    if config.guidance_scale != 1:
-        both = policy.join(
-            [prefix, policy.prefix(policy.encode_null(prompts, config.negative_prompt))]
-        )
-        prefix = both.take(range(len(prompts)))
-        null = both.take(range(len(prompts), 2 * len(prompts)))
+    is_guided = config.guidance_scale != 1
+    away = policy.encode_null(prompts, config.negative_prompt) if is_guided else None
+    prefix, null = branches(policy, policy.encode(prompts), away)
     flat = [(row, member) for row, group in enumerate(groups) for member in group]
     paths: list[list[Trajectory]] = [[] for _ in prompts]
     for first in range(0, len(flat), config.micro_batch):
@@ -309,6 +312,17 @@ def _trajectories(
         for place, row in enumerate(rows):
             paths[row].append(_trajectory(batch[place], clean[place].cpu(), images[place]))
     return paths
+
+
+def branches(policy: Policy[Any, Any], condition: Any, away: Any) -> tuple[Prefix, Prefix | None]:
+    """Prefix of some prompts, and of what guidance leads away from, so that rows of both join again
+    for free; None where `away` is None, which is without guidance."""
+    prefix = policy.prefix(condition)
+    if away is None:
+        return prefix, None
+    both = policy.join([prefix, policy.prefix(away)])
+    count = prefix.num_rows
+    return both.take(range(count)), both.take(range(count, 2 * count))
 
 
 def _denoise(

@@ -53,8 +53,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     )
     lines += _section(
         "Cost, mean over seeds",
-        "| arm | pictures | to choose prompts | network evaluations | minutes | points gained a "
-        "1,000 pictures | a minute |",
+        "| arm | pictures | to choose prompts | network evaluations | minutes of training | points "
+        "gained a 1,000 pictures | a minute of training |",
         [
             f"| {arm} | {plain(cost['images'], 0)} | {plain(cost['curated'], 0)} | "
             f"{plain(cost['evaluations'], 0)} | {plain(cost['minutes'], 1)} | "

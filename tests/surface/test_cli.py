@@ -567,6 +567,37 @@ def test_the_doctor_says_what_to_do(
     assert preflight._drawing(str(model)).found == "loads and draws"
 
 
+def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
+    """Every part of every stage, and a device that is too small is refused by the largest."""
+    assert cli.main(["doctor", "--recipe", str(recipe), "--json"]) == 0
+    out = capsys.readouterr().out
+    assert "student (cpu)" in out and "optimizer state" in out and "teacher in use" in out
+    (plan,) = json.loads(out.splitlines()[-1])["plans"]
+    assert plan["needed"] < plan["available"]
+    assert {"gradients", "activations, forward and backward"} <= {p["name"] for p in plan["parts"]}
+    given = ["doctor", "--recipe", str(recipe), "runtime.device=cuda", "--memory", "0.5"]
+    assert cli.main([*given, "--devices", "2"]) == 2
+    shown = capsys.readouterr()
+    assert "student (cuda, each of 2 devices)" in shown.out and "gathered block" in shown.out
+    assert "need 1.0" in shown.err and "got 512.0 MiB" in shown.err
+    assert cli.main(["doctor", "seed=1"]) == 2
+    assert "name a recipe" in capsys.readouterr().err
+
+
+def test_a_run_that_does_not_fit_is_refused(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """With its plan, and before a file is written."""
+    from burnish import runtime
+
+    monkeypatch.setattr(runtime, "memory", lambda device: 1 << 20)
+    assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr().err
+    assert "stages.student: need" in said and "got 1.0 MiB" in said
+    assert "optimizer state" in said
+    assert not (tmp_path / "run").exists()
+
+
 def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than there are jobs, and each told its share."""
     import torch

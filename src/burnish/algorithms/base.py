@@ -42,6 +42,26 @@ LearnsFrom = Literal["transitions", "samples", "path"]
 """Stochastic steps of the window, finished samples, or the states along an unguided path."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """What an algorithm asks of a device beside the policy, for a plan of its memory."""
+
+    copies: tuple[str, ...] = ()
+    """Further transformers that stay on the device."""
+    copies_read_ahead: int = 0
+    """Transformers that wait in the memory of the host."""
+    states: int
+    """Of each sample that is trained on."""
+    credit_scale: float = 1.0
+    """Largest guidance scale at which it asks for velocities without gradient."""
+    draw_scale: float = 1.0
+    """Likewise, at which pictures are drawn."""
+    draws: int = 0
+    """Pictures of different prompts that it draws at once to look at the policy."""
+    trains_null: bool = False
+    """Whether the unconditional branch is run with gradient."""
+
+
 class AlgorithmConfig(Config, ABC):
     """Base of the one config of each file on the shelf; its `kind` is the file's name."""
 
@@ -83,6 +103,15 @@ class AlgorithmConfig(Config, ABC):
         """
 
     @abstractmethod
+    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+        """What it will ask of a device.
+
+        Args:
+            rollout: how the stage draws.
+            micro_batch: states at once.
+        """
+
+    @abstractmethod
     def build(self, setting: "Setting") -> "Algorithm":
         """The algorithm for one run."""
 
@@ -93,6 +122,11 @@ class AnchoredConfig(AlgorithmConfig, ABC):
     kl_weight: float = Field(default=0.0, ge=0)
     """Of the mean squared distance to the start's conditional velocity (`velocity_kl`); 0 keeps no
     copy of the start."""
+
+    @property
+    def copies(self) -> tuple[str, ...]:
+        """Transformers that holding it needs."""
+        return ("frozen start (kl_weight)",) if self.kl_weight else ()
 
 
 class AdvantagesConfig(Config):

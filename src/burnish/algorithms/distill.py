@@ -20,7 +20,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish.algorithms.base import Algorithm, AlgorithmConfig, LearnsFrom, Setting
+from burnish.algorithms.base import Algorithm, AlgorithmConfig, Footprint, LearnsFrom, Setting
 from burnish.batches import Batch, evaluate_guided
 from burnish.config import Config, ConfigError
 from burnish.fixed_states import FixedStates, FixedStatesConfig, chosen
@@ -131,6 +131,18 @@ class DistillConfig(AlgorithmConfig):
                 chosen(self.fixed_states, prompts, asked, self.label)
             except ConfigError as error:
                 raise ConfigError(f"algorithm.fixed_states: {error}") from None
+
+    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+        scale = max(teacher.guidance.scale for teacher in self.teachers.values())
+        fixed = self.fixed_states
+        return Footprint(
+            copies=("teacher in use",),
+            copies_read_ahead=int(len(self.teachers) > 1),
+            states=rollout.num_kept,
+            credit_scale=scale,
+            draw_scale=scale if fixed or self.states == "teacher" else rollout.guidance_scale,
+            draws=min(micro_batch, fixed.num_prompts) if fixed else 0,
+        )
 
     def build(self, setting: Setting) -> "Distill":
         return Distill(self, setting)

@@ -25,6 +25,7 @@ from burnish.algorithms.base import (
     Algorithm,
     Anchor,
     AnchoredConfig,
+    Footprint,
     LearnsFrom,
     SelfCheckError,
     Setting,
@@ -41,6 +42,7 @@ from burnish.guidance import (
 )
 from burnish.objectives import clipped_policy_loss, is_clipped
 from burnish.policies.base import Policy
+from burnish.rollout import RolloutConfig
 from burnish.types import Group, LossOutput, Signal, Trajectory
 
 LARGEST_REPLAY_GAP = 0.05
@@ -78,6 +80,16 @@ class GrpoConfig(AnchoredConfig):
                 f"need rollout.guidance_scale {needed} for guidance={self.guidance}, got {scale:g};"
                 " residual takes both"
             )
+
+    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+        both = unconditional_use(self.guidance).has_gradient
+        return Footprint(
+            copies=self.copies,
+            states=rollout.window,
+            credit_scale=rollout.guidance_scale if both else 1.0,
+            draw_scale=rollout.guidance_scale,
+            trains_null=both,
+        )
 
     def build(self, setting: Setting) -> "Grpo":
         return Grpo(self, setting)

@@ -27,6 +27,7 @@ from burnish.algorithms.base import (
     Algorithm,
     Anchor,
     AnchoredConfig,
+    Footprint,
     LearnsFrom,
     Setting,
     credited,
@@ -37,6 +38,7 @@ from burnish.flow import add_noise
 from burnish.guidance import residual
 from burnish.objectives import forward_process_loss, velocity_kl
 from burnish.policies.base import Policy
+from burnish.rollout import RolloutConfig
 from burnish.types import Group, LossOutput, Signal
 
 
@@ -63,6 +65,14 @@ class NftConfig(AnchoredConfig):
         if not 0 <= low < high <= 1:
             raise ValueError(f"need 0 <= low < high <= 1, got noise_range={self.noise_range}")
         return self
+
+    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+        return Footprint(
+            copies=self.copies,
+            states=self.num_levels,
+            credit_scale=rollout.guidance_scale if self.anchor == "guided" else 1.0,
+            draw_scale=rollout.guidance_scale,
+        )
 
     def build(self, setting: Setting) -> "Nft":
         return Nft(self, setting)

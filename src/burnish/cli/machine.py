@@ -7,17 +7,37 @@ from typing import Annotated
 
 import typer
 
-from burnish.cli.options import Json
+from burnish.cli.options import Json, Overrides
 from burnish.cli.program import app
-from burnish.cli.recipes import evidence, known_recipes
+from burnish.cli.recipes import evidence, known_recipes, recipe_path
+from burnish.config import ConfigError, load
 
 miniature = typer.Typer(help="The embedded models.", rich_markup_mode=None)
 app.add_typer(miniature, name="miniature")
 
 
-@app.command(epilog="Example: burnish doctor --json")
-def doctor(as_json: Json = False) -> None:
-    """Examine installation and machine."""
+@app.command(epilog="Example: burnish doctor --recipe grpo policy.path=DIR --memory 80")
+def doctor(
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Plan the memory of a recipe instead.", metavar="NAME")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GiB of each device; left out, what it has.", min=0)
+    ] = None,
+    devices: Annotated[int, typer.Option(help="To spread a model over.", min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Examine installation and machine, or plan the memory of a recipe's stages.
+
+    A plan reads settings and headers only. Of a GPU that is not here, ask with --memory and
+    runtime.device=cuda.
+    """
+    if recipe is not None:
+        _plan(recipe, overrides or [], memory, devices, as_json)
+        return
+    if overrides:
+        raise ConfigError(f"need --recipe for settings, got {overrides[0]!r} alone; name a recipe")
     from burnish import preflight
 
     findings = preflight.examine()
@@ -32,6 +52,30 @@ def doctor(as_json: Json = False) -> None:
         print(json.dumps({"findings": [dataclasses.asdict(finding) for finding in findings]}))
     if not all(finding.is_fine for finding in findings):
         raise typer.Exit(1)
+
+
+def _plan(
+    recipe: str, overrides: list[str], memory: float | None, devices: int, as_json: bool
+) -> None:
+    """Show what every stage of a recipe needs, and refuse what a device does not have."""
+    from burnish import planning, runtime
+    from burnish.forecast import forecast
+    from burnish.run_config import RunConfig
+
+    config = load(RunConfig, recipe_path(recipe), overrides)
+    device, available = config.runtime.device, None
+    # Of a GPU that is somewhere else nothing can be asked.
+    if device != "cuda" or memory is None:
+        place = runtime.choose_device(device)
+        device, available = place.type, runtime.memory(place)
+    if memory is not None:
+        available = round(memory * planning.GIBIBYTE)
+    plans = forecast(config, device, planning.Sharding(devices))
+    for plan in plans:
+        print(planning.table(plan, available), end="\n\n")
+    if as_json:
+        print(json.dumps({"plans": [plan.as_json(available) for plan in plans]}))
+    planning.check(plans, available)
 
 
 @miniature.command(epilog="Example: burnish miniature build --out /tmp/miniature --quick")

@@ -131,6 +131,25 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """
 
     @classmethod
+    @abstractmethod
+    def hollow(
+        cls, folder: Path, *, dtype: torch.dtype = torch.float32, resolution: int = 1024
+    ) -> "Policy[ConditionT, PrefixT]":
+        """What `load` would read, with weights that have shape and type, and no memory.
+
+        It does all that a policy does inside `burnish.activations.Live`, which counts what that
+        would hold.
+
+        Args:
+            folder: of a diffusers pipeline; of its networks only the settings are read.
+            dtype: of all weights.
+            resolution: side of the drawn images in pixels.
+
+        Raises:
+            burnish.config.ConfigError: the folder is no pipeline of this family.
+        """
+
+    @classmethod
     def check_guidance(cls, folder: Path, scale: float) -> None:
         """Look, before weights are read, whether a pipeline folder can be drawn with guidance.
 
@@ -253,6 +272,10 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """In which the transformer's own weights are kept."""
+
+    @abstractmethod
+    def networks(self) -> dict[str, nn.Module]:
+        """All that has weights, by the name of its folder: the transformer, encoders, VAE."""
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that a run updates."""

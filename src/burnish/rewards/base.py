@@ -75,6 +75,14 @@ class RewardConfig(Config, ABC):
         """Files whose content decides the scores, beside the settings."""
         return ()
 
+    def footprint(self, resolution: int) -> Mapping[str, int]:
+        """Bytes that its models need in this process, by what they are; equal names are one thing.
+
+        Args:
+            resolution: side of the pictures in pixels.
+        """
+        return {}
+
     @abstractmethod
     def build(self) -> Reward:
         """The reward itself; heavy imports belong here."""

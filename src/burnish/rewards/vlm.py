@@ -22,7 +22,9 @@ from pydantic import Field
 from torch import Tensor
 
 from burnish import images
+from burnish.activations import Live, hollow, weights
 from burnish.config import ConfigError, located, nearest
+from burnish.headers import stored_bytes
 from burnish.judging import (
     SCALE,
     Alphabet,
@@ -34,13 +36,13 @@ from burnish.judging import (
 )
 from burnish.rewards.base import Reward, RewardConfig
 from burnish.runtime import ensure_torchvision
-from burnish.types import Failed, Score, Scored, ScoreRequest
+from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
 ensure_torchvision()
 
 from safetensors import SafetensorError  # noqa: E402
-from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 # What loads a judge shows its own progress; this would show a bar for every load.
@@ -71,6 +73,12 @@ class VlmConfig(RewardConfig):
     def build(self) -> "Vlm":
         judge = _shared(located(self.path))
         return Vlm(judge, self.dimension, reasoning=self.reasoning, batch_size=self.batch_size)
+
+    def footprint(self, resolution: int) -> Mapping[str, int]:
+        name, folder = f"judge {self.path}", located(self.path)
+        answering = self.batch_size * _question_bytes(folder, resolution)
+        # The model is shared; a dimension has a thread of its own, which keeps what it has freed.
+        return {name: stored_bytes(folder), f"questions of {self.dimension}": answering}
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,28 @@ def _shared(folder: Path) -> Judge:
     return Judge.load(folder)
 
 
+@lru_cache
+def _question_bytes(folder: Path, resolution: int) -> int:
+    """What an answer to one question needs: reading its longest rubric with two pictures, up to the
+    logits of the last token, and the keys and values of question and answer."""
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    kind = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+    network = hollow(lambda: AutoModelForImageTextToText.from_config(config), kind).eval()
+    processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    rubrics = [Rubric.read(path) for path in sorted(folder.glob("rubrics/*.md"))]
+    longest = max(rubrics, key=lambda rubric: len(rubric.text))
+    answer = int(judge_facts(folder)["longest_answer"])
+    judge = Judge(network, processor, {longest.dimension: longest}, {}, answer)
+    source = images.encode_png(Image.new("RGB", (resolution, resolution)))
+    prompt = Prompt(id="", text="", task="edit", sources=(source,))
+    request = ScoreRequest(prompt=prompt, image=torch.zeros(3, resolution, resolution))
+    with torch.no_grad(), Live(ignored=weights(network), is_hollow=True) as live:
+        asked = Vlm(judge, longest.dimension).digit_logits(request)
+    text = config.get_text_config()
+    width = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * kind.itemsize
+    return live.peak + width * (asked + answer)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """Questions as tensors, padded on the left."""
@@ -224,6 +254,12 @@ class Vlm(Reward):
         with self._judge.turn:
             answers = iter(self._read(sound) if sound else ())
         return [next(answers) if refusal is None else refusal for refusal in wrong]
+
+    def digit_logits(self, request: ScoreRequest) -> int:
+        """Ask one question without reasoning, forget the answer; returns the question's tokens."""
+        asked = self._ask([request])
+        self._digit_log_probs(asked, {0: self._alphabet.marker})
+        return asked.inputs["input_ids"].shape[1]
 
     def _refusal(self, request: ScoreRequest) -> Failed | None:
         """Why a request cannot be asked, if it cannot."""

@@ -5,6 +5,7 @@ The pipeline object keeps all modules, so what is saved draws without Burnish.
 
 import copy
 import dataclasses
+import importlib
 import inspect
 import json
 from abc import abstractmethod
@@ -15,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
+from burnish import activations
 from burnish.config import ConfigError
 from burnish.guidance import compose
 from burnish.policies.base import Guided, Policy, Prefix, Work
@@ -74,28 +76,28 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         resolution: int = 1024,
         cache_folder: Path | None = None,
     ) -> PolicyT:
-        index = Path(folder) / "model_index.json"
-        if not index.is_file():
-            raise ConfigError(
-                f"need a diffusers pipeline folder with model_index.json, got {folder}; "
-                "check the path"
-            )
-        name = json.loads(index.read_text()).get("_class_name")
-        if name != cls.pipeline_class.__name__:
-            raise ConfigError(
-                f"need a {cls.pipeline_class.__name__} in {folder}, got {name}; "
-                "choose the family of that pipeline"
-            )
-        kind: Any = cls.pipeline_class
-        try:
-            pipeline = kind.from_pretrained(folder, dtype=dtype).to(device)
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ConfigError(
-                f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
-            ) from error
+        _checked_index(cls.pipeline_class, folder)
+        pipeline = _read(cls.pipeline_class, folder, dtype=dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
+
+    @classmethod
+    def hollow(
+        cls: type[PolicyT],
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        resolution: int = 1024,
+    ) -> PolicyT:
+        index = _checked_index(cls.pipeline_class, folder)
+        networks = {
+            name: _hollow_network(folder / name, entry[0], entry[1], dtype)
+            for name, entry in index.items()
+            if _is_network(entry)
+        }
+        pipeline = _read(cls.pipeline_class, folder, **networks)
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, resolution=resolution)
 
     def save(self, folder: Path) -> None:
         adapters = getattr(self.transformer, "peft_config", None)
@@ -172,6 +174,10 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
         return {**self._reader.fingerprint(), "scheduler": hash_json(settings)}
 
+    def networks(self) -> dict[str, nn.Module]:
+        parts = {**self.pipeline.components, "transformer": self.transformer}
+        return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
@@ -179,6 +185,61 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype
+
+
+def _checked_index(pipeline_class: type, folder: Path) -> dict[str, Any]:
+    """What a pipeline folder says of its components: library and class by name."""
+    index = Path(folder) / "model_index.json"
+    if not index.is_file():
+        raise ConfigError(
+            f"need a diffusers pipeline folder with model_index.json, got {folder}; check the path"
+        )
+    found: dict[str, Any] = json.loads(index.read_text())
+    name = found.get("_class_name")
+    if name != pipeline_class.__name__:
+        raise ConfigError(
+            f"need a {pipeline_class.__name__} in {folder}, got {name}; "
+            "choose the family of that pipeline"
+        )
+    return found
+
+
+def _read(pipeline_class: Any, folder: Path, **settings: Any) -> Any:
+    """The pipeline object of a folder."""
+    try:
+        return pipeline_class.from_pretrained(folder, **settings)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
+        ) from error
+
+
+def _class_of(library: str, name: str) -> Any:
+    return getattr(importlib.import_module(library), name, None)
+
+
+def _is_network(entry: Any) -> bool:
+    """Whether an entry of a pipeline's index is a network; no library but these two is imported."""
+    if not isinstance(entry, list) or entry[0] not in ("diffusers", "transformers"):
+        return False
+    kind = _class_of(*entry)
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
+
+
+def _hollow_network(folder: Path, library: str, name: str, dtype: torch.dtype) -> Any:
+    kind = _class_of(library, name)
+    try:
+        if library == "diffusers":
+            config = kind.load_config(folder)
+            return activations.hollow(lambda: kind.from_config(config), dtype).eval()
+        config = kind.config_class.from_pretrained(folder, local_files_only=True)
+        return activations.hollow(lambda: kind(config), dtype).eval()
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"need a {name} with its config.json in {folder}, got {reason}; write or copy it again"
+        ) from error
 
 
 def check_rows(count: int, prefix: Prefix) -> None:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from burnish import images
 from burnish.types import Prompt, Task
 
-_MEMORY_BYTES = 1 << 30
+MEMORY_BYTES = 1 << 30
+"""Most that the prompts may hold that a reader keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,18 @@ class Condition(Generic[RowT]):
     def select(self, indices: Sequence[int]) -> "Condition[RowT]":
         """The prompts at `indices`, which may repeat."""
         return Condition(tuple(self.prompts[index] for index in indices))
+
+    def repeated(self, count: int) -> "Condition[RowT]":
+        """So many prompts like the first that nobody takes for equal ones."""
+        first = self.prompts[0]
+        return Condition(
+            tuple(dataclasses.replace(first, key=f"{first.key} {n}") for n in range(count))
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that keeping it costs."""
+        return sum(prompt.num_bytes for prompt in self.prompts)
 
 
 class PromptReader(ABC, Generic[RowT]):
@@ -157,7 +170,7 @@ class PromptReader(ABC, Generic[RowT]):
     def _keep(self, row: RowT) -> None:
         self._kept[row.key] = row
         self._kept_bytes += row.num_bytes
-        while self._kept_bytes > _MEMORY_BYTES:
+        while self._kept_bytes > MEMORY_BYTES:
             self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
     def _forget_if_weights_changed(self) -> None:

@@ -1,0 +1,291 @@
+"""What every stage of a run will need of a device, found before anything large is loaded.
+
+The model is built with hollow weights, made ready as training makes it ready, and asked as training
+asks it (`burnish.dry_run`). Each task is measured with its longest text and its largest source
+image, as if all prompts of a batch were like that.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from burnish import images
+from burnish.activations import num_bytes, weights
+from burnish.algorithms.base import Footprint
+from burnish.config import located
+from burnish.dry_run import Counts, Measured, measure, ready
+from burnish.optimization import CHECKPOINTS, state_bytes
+from burnish.planning import PHASES, Part, Phase, Plan, Sharding
+from burnish.policies.base import Policy
+from burnish.policies.parts.reading import MEMORY_BYTES
+from burnish.prompt_sets import PromptSet
+from burnish.prompts import spaced
+from burnish.rewards.base import RewardConfig
+from burnish.run_config import RunConfig
+from burnish.runtime import DTYPES, Runtime, choose_dtype
+from burnish.shelves import policy_class
+from burnish.stages import with_folders
+from burnish.training import StageConfig
+from burnish.types import Prompt, Task
+
+_LOOKED_AT = 500
+"""Prompts of a stage, evenly spread, among which the largest is looked for."""
+_LIKELIEST = 8
+"""Of these, the prompts whose source images have the most bytes."""
+_FIELDS = 5
+"""Latents that a state carries, at most: itself, and what it is compared with."""
+
+
+def forecast(config: RunConfig, device: str, sharding: Sharding | None = None) -> list[Plan]:
+    """The plan of every stage.
+
+    Args:
+        config: of the run; its model must be there, its stages need not.
+        device: `cuda` or `cpu`, present or not.
+        sharding: over how many devices; None is as the run says.
+
+    Raises:
+        ConfigError: a model or a set of prompts that cannot be read.
+    """
+    place = torch.device(device)
+    rt = Runtime(device=place, dtype=choose_dtype(config.runtime.dtype, place))
+    known: dict[Any, Any] = {}
+    own = config.runtime
+    spread = sharding or Sharding(own.processes if own.sharding == "full" else 1)
+    return [_plan(config, name, rt, spread, known) for name in config.stages]
+
+
+def _plan(
+    config: RunConfig, name: str, rt: Runtime, sharding: Sharding, known: dict[Any, Any]
+) -> Plan:
+    """The plan of one stage; `known` is what was measured for others."""
+    stage = with_folders(config, config.stages[name], located("."))
+    footprint = stage.algorithm.footprint(stage.rollout, stage.optimizer.micro_batch)
+    kind, folder = policy_class(config.policy.family), located(config.policy.path)
+    lora = None if stage.lora is None else stage.lora.model_dump_json()
+    if lora not in known:
+        dtype = DTYPES[config.policy.dtype]
+        hollow: Any = kind.hollow(folder, resolution=config.policy.resolution, dtype=dtype)
+        if config.policy.checkpointing:
+            hollow.transformer.enable_gradient_checkpointing()
+        known[lora] = ready(hollow, stage.lora)
+    policy: Policy[Any, Any] = known[lora]
+    prompts, asked, away = stage.prompts.read(), counts(stage, footprint), stage.rollout
+    found: list[Measured] = []
+    for task in stage.prompts.tasks:
+        worst = largest(spaced(_of_task(prompts, task), _LOOKED_AT))
+        key = (lora, asked, worst.text, worst.sources, away.negative_prompt)
+        if key not in known:
+            known[key] = measure(policy, worst, away.negative_prompt, asked, rt)
+        found.append(known[key])
+    is_gpu = rt.device.type == "cuda"
+    host = [part for part in _host_parts(stage, footprint, policy, found) if part.num_bytes]
+    parts = [
+        *_frozen_parts(policy, footprint, name),
+        *_trained_parts(policy, stage, name, is_gpu=is_gpu),
+        *_activation_parts(policy, found, len(prompts), name, sharding),
+        *([] if is_gpu else host),
+    ]
+    return Plan(
+        stage=name,
+        device=rt.device.type,
+        parts=[part for part in parts if part.num_bytes],
+        host=host if is_gpu else [],
+        disk=list(_disk_parts(policy, stage, footprint)),
+        sharding=sharding,
+    )
+
+
+def _of_task(prompts: PromptSet, task: Task) -> PromptSet:
+    return prompts.select(lambda prompt: prompt.task == task)
+
+
+def counts(stage: StageConfig, footprint: Footprint) -> Counts:
+    """Of the largest micro-batches that a stage can come to."""
+    rollout, plan = stage.rollout, stage.optimizer
+    samples = stage.prompts_per_step * rollout.group_size
+    block = max(1, rollout.micro_batch // rollout.group_size)
+    pictures, prompts = min(rollout.micro_batch, samples), min(block, stage.prompts_per_step)
+    looked = footprint.draws
+    if stage.guard is not None:
+        looked = min(rollout.micro_batch, stage.guard.num_prompts * stage.guard.num_seeds)
+    # Signals lie group by group, and an update has its share of every group.
+    signals = math.ceil(plan.micro_batch / max(1, footprint.states))
+    credited = min(signals, samples)
+    trained = min(signals, math.ceil(samples / plan.num_updates))
+    own = max(1, rollout.group_size // plan.num_updates)
+    return Counts(
+        pictures=max(pictures, looked),
+        picture_prompts=max(prompts, looked),
+        credited=credited * footprint.states,
+        credited_prompts=min(math.ceil(credited / rollout.group_size) + 1, stage.prompts_per_step),
+        states=trained * footprint.states,
+        state_prompts=min(math.ceil(trained / own) + 1, trained, stage.prompts_per_step),
+        draw_scale=footprint.draw_scale,
+        credit_scale=footprint.credit_scale,
+        trains_null=footprint.trains_null,
+    )
+
+
+def largest(prompts: Sequence[Prompt]) -> Prompt:
+    """A prompt with the longest text of all, and the largest source images."""
+    longest = max(prompts, key=lambda prompt: len(prompt.text))
+    sources = {prompt.sources: prompt.id for prompt in prompts if prompt.sources}
+    if not sources:
+        return longest
+    likeliest = sorted(sources, key=lambda some: sum(map(len, some)))[-_LIKELIEST:]
+
+    def area(some: tuple[bytes, ...]) -> int:
+        return sum(math.prod(images.decode(one, where=sources[some]).size) for one in some)
+
+    return dataclasses.replace(longest, sources=max(likeliest, key=area))
+
+
+def _frozen_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> Iterator[Part]:
+    """All that has weights: the policy itself, and further copies of its transformer."""
+    kinds: dict[str, list[Tensor]] = {}
+    for parameter in policy.transformer.parameters():
+        kind = "trained" if parameter.requires_grad else "frozen"
+        kinds.setdefault(f"{kind} ({_type(parameter)})", []).append(parameter)
+    for kind, tensors in kinds.items():
+        yield Part(name=f"transformer, {kind}", num_bytes=num_bytes(tensors), is_sharded=True)
+    yield Part(name="transformer, buffers", num_bytes=num_bytes(policy.transformer.buffers()))
+    for key, network in _others(policy).items():
+        size = num_bytes(weights(network))
+        yield Part(name=f"{key} ({_type(next(network.parameters()))})", num_bytes=size)
+    base = _base_bytes(policy)
+    for copy in footprint.copies:
+        advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
+        yield Part(name=copy, num_bytes=base, is_sharded=True, advice=advice)
+    whole = base + num_bytes(weights(*_others(policy).values()))
+    yield Part(name="pipeline that is read again", num_bytes=whole, during=("last look",))
+
+
+def _trained_parts(
+    policy: Policy[Any, Any], stage: StageConfig, name: str, *, is_gpu: bool
+) -> Iterator[Part]:
+    """What training keeps of the weights that it changes."""
+    trained = [parameter for _, parameter in policy.trainable()]
+    size = num_bytes(trained)
+    advice = f"train a LoRA, stages.{name}.lora={{rank: 32}}, or take more devices"
+    if stage.lora is not None:
+        advice = f"lower stages.{name}.lora.rank, or take more devices"
+
+    def part(what: str, num_bytes: int, *during: Phase) -> Part:
+        return Part(
+            name=what,
+            num_bytes=num_bytes,
+            during=during or PHASES,
+            is_sharded=True,
+            advice=advice,
+        )
+
+    yield part("optimizer state", state_bytes(trained))
+    if stage.optimizer.ema_decay > 0:
+        yield part("average (ema_decay)", size)
+    yield part("gradients", size, "update", "optimizer step")
+    yield part("copy that proves that weights move", size, "optimizer step")
+    if is_gpu:
+        # On a GPU torch updates all weights in one pass, with one more list of tensors.
+        yield part("optimizer's own working memory", size, "optimizer step")
+
+
+def _activation_parts(
+    policy: Policy[Any, Any],
+    found: Sequence[Measured],
+    num_prompts: int,
+    name: str,
+    sharding: Sharding,
+) -> Iterator[Part]:
+    """What calls of the policy hold; the task that needs most counts."""
+
+    def most(field: str) -> int:
+        return max(getattr(measured, field) for measured in found)
+
+    drawn = f"lower stages.{name}.rollout.micro_batch"
+    trained = f"lower stages.{name}.optimizer.micro_batch"
+    # For an edit, what guidance leads away from has the source image, too.
+    kept = min(MEMORY_BYTES, 2 * num_prompts * most("row"))
+    yield Part(name="prompts that were read", num_bytes=kept)
+    yield Part(name="reading a prompt", num_bytes=most("reading"), during=("reading",))
+    during = ("drawing", "decoding")
+    yield Part(name="prefix", num_bytes=most("prefix"), during=during, advice=drawn)
+    rows: tuple[tuple[str, str, Phase, str], ...] = (
+        ("drawing a micro-batch", "drawing", "drawing", drawn),
+        ("decoding its pictures", "decoding", "decoding", drawn),
+        ("velocities without gradient", "crediting", "credit", trained),
+        ("copies of weights in another type", "copies", "update", ""),
+        ("activations, forward and backward", "updating", "update", trained),
+    )
+    for what, field, phase, advice in rows:
+        yield Part(name=what, num_bytes=most(field), during=(phase,), advice=advice)
+    if sharding.world_size > 1:
+        during = ("drawing", "credit", "update")
+        yield Part(name="gathered block", num_bytes=_largest_block(policy), during=during)
+
+
+def _host_parts(
+    stage: StageConfig, footprint: Footprint, policy: Policy[Any, Any], found: Sequence[Measured]
+) -> Iterator[Part]:
+    """What stays in the memory of the machine, which is the device where there is no GPU."""
+    samples = stage.prompts_per_step * stage.rollout.group_size
+    latents = max(measured.latents for measured in found)
+    picture = 3 * 4 * policy.resolution**2
+    states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
+    yield Part(name="pictures and states of a step", num_bytes=samples * (picture + states))
+    ahead = footprint.copies_read_ahead * _base_bytes(policy)
+    yield Part(name="teacher that is read ahead", num_bytes=ahead)
+    # Training compares the end with it, to tell whether anything was learnt.
+    yield Part(name="copy of the start", num_bytes=_base_bytes(policy))
+    judges: dict[str, int] = {}
+    for reward in _rewards(stage):
+        for key, size in reward.footprint(policy.resolution).items():
+            judges[key] = max(size, judges.get(key, 0))
+    for key, size in judges.items():
+        yield Part(name=key, num_bytes=size)
+
+
+def _rewards(stage: StageConfig) -> list[RewardConfig]:
+    guard = stage.guard
+    return [*stage.rewards.values(), *([guard.judge, *guard.others.values()] if guard else ())]
+
+
+def _disk_parts(
+    policy: Policy[Any, Any], stage: StageConfig, footprint: Footprint
+) -> Iterator[Part]:
+    trained = [parameter for _, parameter in policy.trainable()]
+    size = num_bytes(trained)
+    one = size + state_bytes(trained) + (size if stage.optimizer.ema_decay > 0 else 0)
+    # One more while it is written.
+    yield Part(name=f"{CHECKPOINTS + 1} checkpoints", num_bytes=(CHECKPOINTS + 1) * one)
+    if stage.guard is not None or footprint.draws:
+        # The best so far, and the best as it was at each checkpoint.
+        best = CHECKPOINTS + 1
+        yield Part(name=f"weights of the best looks, at most {best}", num_bytes=best * size)
+    whole = _base_bytes(policy) + num_bytes(weights(*_others(policy).values()))
+    yield Part(name="trained pipeline", num_bytes=whole)
+
+
+def _others(policy: Policy[Any, Any]) -> dict[str, nn.Module]:
+    """The frozen networks: encoders and VAE."""
+    return {key: part for key, part in policy.networks().items() if key != "transformer"}
+
+
+def _base_bytes(policy: Policy[Any, Any]) -> int:
+    """Of the transformer without a LoRA, beside which all else is frozen."""
+    frozen = [p for p in policy.transformer.parameters() if not p.requires_grad]
+    return num_bytes(frozen or policy.transformer.parameters())
+
+
+def _largest_block(policy: Policy[Any, Any]) -> int:
+    kinds = policy.block_classes
+    blocks = [part for part in policy.transformer.modules() if type(part).__name__ in kinds]
+    return max((num_bytes(block.parameters()) for block in blocks), default=0)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

@@ -1,0 +1,195 @@
+"""Plans and reality, for every model family: what is counted without memory is what is held."""
+
+import gc
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from burnish import images
+from burnish.activations import Hollow, Live, Saved, hollow, num_bytes, weights
+from burnish.adapters import LoraConfig, attach
+from burnish.dry_run import Counts, Measured, measure, ready
+from burnish.optimization import OptimizerConfig, State, state_bytes
+from burnish.runtime import Runtime
+from burnish.shelves import families, policy_class
+from burnish.types import Prompt
+
+FLOAT = Runtime(device=torch.device("cpu"), dtype=torch.float32)
+NARROW = Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
+# A function's fixture: the module reads no source before its tests.
+pytestmark = pytest.mark.usefixtures("small_sources")
+
+COUNTS = Counts(
+    pictures=3,
+    picture_prompts=2,
+    credited=4,
+    credited_prompts=2,
+    states=3,
+    state_prompts=2,
+    draw_scale=2.0,
+    credit_scale=2.0,
+    trains_null=False,
+)
+
+
+def asked(task: str) -> Prompt:
+    """A prompt of a task, an edit of a picture that is no square."""
+    if task == "t2i":
+        return Prompt(id="t2i", text="two red squares")
+    picture = images.encode_png(images.to_pil(torch.rand(3, 64, 128)))
+    return Prompt(id="edit", text="make them blue", task="edit", sources=(picture,))
+
+
+@pytest.fixture(scope="module", params=families())
+def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Path]:
+    """A tiny policy, the same without memory, and its folder."""
+    kind = policy_class(request.param)
+    real, folder = kind.tiny(), tmp_path_factory.mktemp(request.param)
+    real.save(folder)
+    return real, kind.hollow(folder, resolution=real.resolution), folder
+
+
+@pytest.mark.parametrize("task", ["t2i", "edit"])
+def test_a_hollow_policy_counts_what_a_real_one_holds(
+    pair: tuple[Any, Any, Path], task: str
+) -> None:
+    """Every figure, to the byte: what is saved for the backward pass, and every peak."""
+    real, empty, _ = pair
+    if task not in real.tasks:
+        pytest.skip(f"{real.family} does no {task}")
+    gc.collect()
+    held, told = (
+        asdict(measure(ready(policy, None), asked(task), "fog", COUNTS, FLOAT))
+        for policy in (real, empty)
+    )
+    assert told == held
+    assert held["copies"] == 0
+    assert min(held[name] for name in ("reading", "drawing", "decoding", "crediting", "saved")) > 0
+    assert bool(held["prefix"]) == real.has_shared_prefix
+
+
+def test_in_bfloat16_only_statistics_of_norms_differ(pair: tuple[Any, Any, Path]) -> None:
+    """A CPU keeps them in bfloat16; they are described in float32, as a GPU has them."""
+    gc.collect()
+    held, told = (
+        asdict(measure(ready(policy, None), asked(policy.tasks[0]), "fog", COUNTS, NARROW))
+        for policy in pair[:2]
+    )
+    for name in ("saved", "updating"):
+        assert held[name] <= told.pop(name) <= 1.005 * held.pop(name)
+    assert told == held
+    assert held["copies"] > 0
+
+
+def test_a_hollow_policy_has_the_weights_of_its_folder(pair: tuple[Any, Any, Path]) -> None:
+    """The same names, shapes and types, shared where they are shared, and no memory."""
+    real, empty, _ = pair
+    for name, network in real.networks().items():
+        twin = empty.networks()[name]
+        kinds = [
+            {key: (p.shape, p.dtype) for key, p in one.named_parameters()}
+            for one in (network, twin)
+        ]
+        assert kinds[0] == kinds[1]
+        assert num_bytes(weights(twin)) == num_bytes(weights(network))
+        assert all(isinstance(parameter, Hollow) for parameter in twin.parameters())
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["whole", "lora"])
+def test_optimizer_and_average_are_as_planned(
+    pair: tuple[Any, Any, Path], lora: LoraConfig | None
+) -> None:
+    """Of a real state after a real step; with a LoRA they have its size."""
+    _, _, folder = pair
+    kind = policy_class(pair[0].family)
+    policy = kind.load(folder, resolution=64)
+    policy.transformer.requires_grad_(True)
+    if lora is not None:
+        attach(policy.transformer, lora, policy.lora_targets)
+    state = State.start(policy, OptimizerConfig(ema_decay=0.9))
+    for parameter in policy.transformer.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    state.optimizer.step()
+    empty = ready(kind.hollow(folder, resolution=64), lora)
+    trained = [parameter for _, parameter in empty.trainable()]
+    held = [value for one in state.optimizer.state.values() for value in one.values()]
+    assert state_bytes(trained) == sum(value.nbytes for value in held)
+    assert num_bytes(trained) == num_bytes(state.average)
+    if lora is not None:
+        assert num_bytes(trained) < num_bytes(empty.transformer.parameters()) / 2
+
+
+def test_activations_are_linear_in_the_micro_batch(pair: tuple[Any, Any, Path]) -> None:
+    """Beyond what a prompt costs once: each state saves as much as the other, and weights none."""
+    empty = ready(pair[1], None)
+    saved = [
+        measure(empty, asked(empty.tasks[0]), "", replace(COUNTS, states=states), NARROW)
+        for states in (3, 6, 9)
+    ]
+    assert saved[1].saved - saved[0].saved == saved[2].saved - saved[1].saved > 0
+    assert len({found.copies for found in saved}) == 1
+    assert saved[2].updating > saved[0].updating
+
+
+# --- The counting itself ---------------------------------------------------------------------
+
+
+def test_live_counts_each_storage_once_while_it_lives() -> None:
+    """Views add nothing, and what is gone is gone."""
+    with Live() as live:
+        whole = torch.ones(256)
+        view = whole[:10]
+        assert live.now == 1024
+        del whole
+        assert live.now == 1024
+        del view
+        assert live.now == 0 and live.peak == 1024
+
+
+def test_saved_counts_what_the_backward_pass_needs() -> None:
+    """The input of a square, once, and no weights."""
+    weight = torch.ones(64, requires_grad=True)
+    with Saved(ignored=[weight]) as saved:
+        product = weight * 2
+        (product.square() * product.square()).sum().backward()
+    # product itself, and its two squares.
+    assert saved.num_bytes == 3 * 256
+
+
+def test_hollow_weights_need_no_memory_and_stay_shared() -> None:
+    """A network of gigabytes; two layers with one weight."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(1 << 15, 1 << 15, bias=False)
+            self.second = nn.Linear(8, 8)
+            self.third = self.second
+
+    made = hollow(Shared)
+    assert num_bytes(weights(made)) == 4 * ((1 << 30) + 64 + 8)
+    assert made.second is made.third
+    out = made.first(torch.ones(2, 1 << 15))
+    assert isinstance(out, Hollow) and out.shape == (2, 1 << 15)
+
+
+def test_masks_are_looked_at() -> None:
+    """How many numbers a mask keeps is known, although the numbers are not."""
+    made = hollow(lambda: nn.Linear(4, 4))(torch.ones(5, 4))
+    mask = torch.tensor([True, False, True, True, False])
+    assert made[mask].shape == (3, 4)
+    with pytest.raises(Exception, match="meta"):
+        made.sum().item()
+
+
+def test_all_figures_are_told() -> None:
+    """None is left out of a plan by a later field."""
+    from burnish import forecast
+
+    source = Path(forecast.__file__).read_text()
+    told = {name for name in Measured.__dataclass_fields__ if f'"{name}"' in source}
+    assert told | {"latents", "saved"} == set(Measured.__dataclass_fields__)
