@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from burnish import images
-from burnish.activations import Hollow, Live, Saved, hollow, num_bytes, weights
+from burnish.activations import GpuPrecision, Hollow, Live, Saved, hollow, num_bytes, weights
 from burnish.adapters import LoraConfig, attach
 from burnish.dry_run import Counts, Measured, measure, ready
 from burnish.optimization import OptimizerConfig, State, state_bytes
@@ -184,6 +184,17 @@ def test_masks_are_looked_at() -> None:
     assert made[mask].shape == (3, 4)
     with pytest.raises(Exception, match="meta"):
         made.sum().item()
+
+
+def test_a_gpu_computes_norms_in_float32() -> None:
+    """And so does its stand-in under autocast, where a CPU stays in bfloat16."""
+    narrow, norm = torch.ones(2, 8, dtype=torch.bfloat16), nn.LayerNorm(8, elementwise_affine=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm(narrow).dtype == torch.bfloat16
+        with GpuPrecision():
+            assert norm(narrow).dtype == torch.float32
+    with GpuPrecision():
+        assert norm(narrow).dtype == torch.bfloat16
 
 
 def test_all_figures_are_told() -> None:
