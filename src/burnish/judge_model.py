@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from burnish import runtime
+from burnish import vision_build
 from burnish.annotations.schema import Annotation
 from burnish.config import ConfigError
 from burnish.lessons import Collator, spoken
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E402

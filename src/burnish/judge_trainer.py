@@ -34,8 +34,8 @@ from burnish.judgements import (
 )
 from burnish.lessons import TARGETS
 from burnish.progress import Progress
-from burnish.runtime import ensure_torchvision
 from burnish.tracking import Run, RunError
+from burnish.vision_build import ensure_torchvision
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 ensure_torchvision()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from burnish import __version__, images, planning, rollout, runtime
+from burnish import __version__, images, planning, rollout, runtime, vision_build
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
@@ -340,7 +340,7 @@ def _versions() -> Iterator[Finding]:
 
 def _torchvision() -> Finding:
     try:
-        was_helped = runtime.ensure_torchvision()
+        was_helped = vision_build.ensure_torchvision()
         version = importlib.metadata.version("torchvision")
     except Exception as error:
         # Whatever an import stumbles on is what the user wants to know here.

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from burnish import runtime
+from burnish import runtime, vision_build
 from burnish.agreement import measured
 from burnish.algorithms.base import SelfCheckError
 from burnish.annotations.base import split
@@ -52,7 +52,7 @@ from burnish.runtime import Runtime, RuntimeConfig
 from burnish.tracking import Run, write_json, writing
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from peft import PeftModel  # noqa: E402
 from transformers import TrainingArguments  # noqa: E402

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish import runtime
+from burnish import runtime, vision_build
 from burnish.config import ConfigError
 from burnish.runtime import RuntimeConfig, derived_seed, generator, seeded
 
@@ -171,7 +171,7 @@ def test_two_processes_share_sums_and_gradients() -> None:
 def test_torchvision_can_be_imported() -> None:
     """In a fresh process, and with it the processor that needs it; a second call does nothing."""
     code = (
-        "from burnish.runtime import ensure_torchvision as e\n"
+        "from burnish.vision_build import ensure_torchvision as e\n"
         "assert e() == e()\n"
         "import torchvision.transforms.v2\n"
         "torchvision.extension, torchvision.ops.nms, torchvision.datasets\n"
@@ -192,11 +192,11 @@ def test_torchvision_is_repaired_for_one_reason_only(monkeypatch: pytest.MonkeyP
     def declare() -> None:
         raise AssertionError("operators were declared for nothing")
 
-    monkeypatch.setattr(runtime, "_declare_operators", declare)
-    monkeypatch.setattr(runtime.importlib, "import_module", fail)
-    runtime.ensure_torchvision.cache_clear()
+    monkeypatch.setattr(vision_build, "_declare_operators", declare)
+    monkeypatch.setattr(vision_build.importlib, "import_module", fail)
+    vision_build.ensure_torchvision.cache_clear()
     with pytest.raises(RuntimeError, match="compiled for another CUDA"):
-        runtime.ensure_torchvision()
+        vision_build.ensure_torchvision()
 
 
 def test_freed_memory_is_kept_where_glibc_allows() -> None:

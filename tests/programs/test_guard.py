@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from burnish import runtime
-from burnish.config import ConfigError, parse
-from burnish.guard import Guard, GuardConfig, RetentionConfig, verdict
+from burnish.config import ConfigError, located, parse
+from burnish.guard import Guard, GuardConfig, RetentionConfig, held_out, verdict
 from burnish.looks import Look
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.prompts import read_prompts
 from burnish.rewards.base import Reward
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout import RolloutConfig
@@ -225,3 +226,15 @@ def test_a_guard_needs_a_reward_to_watch() -> None:
     }
     with pytest.raises(ConfigError, match="need no guard for distill"):
         parse(StageConfig, stage)
+
+
+def test_what_is_trained_on_is_not_held_out() -> None:
+    path = "embedded:prompts/train.jsonl"
+    trained_on = read_prompts(located(path)).entries
+    own = GuardConfig(judge=OracleConfig(), prompts=path)
+    with pytest.raises(ConfigError, match=r"guard\.prompts: need prompts that the stage is not"):
+        held_out(own, ["t2i"], trained_on)
+    fine = held_out(GuardConfig(judge=OracleConfig(), num_prompts=8), ["t2i", "edit"], trained_on)
+    assert [prompt.task for prompt in fine.entries] == ["t2i"] * 8 + ["edit"] * 8
+    with pytest.raises(ConfigError, match=r"guard\.num_prompts: need 9999 prompts of task t2i"):
+        held_out(GuardConfig(judge=OracleConfig(), num_prompts=9999), ["t2i"])

@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from burnish.miniature.linear_start import start_linear
-from burnish.runtime import Runtime, ensure_torchvision
+from burnish.runtime import Runtime
+from burnish.vision_build import ensure_torchvision
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
 ensure_torchvision()

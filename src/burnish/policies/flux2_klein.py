@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from burnish import runtime
+from burnish import runtime, vision_build
 from burnish.config import ConfigError
 from burnish.policies.parts.joint import JointPolicy, JointPrefix, pack
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
@@ -32,7 +32,7 @@ from burnish.policies.parts.reading import (
 from burnish.types import Prompt, Task
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2  # noqa: E402
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel  # noqa: E402

@@ -2,12 +2,12 @@
 
 from typing import ClassVar
 
-from burnish import runtime
+from burnish import vision_build
 from burnish.policies.parts.qwen_streams import StreamsPolicy
 from burnish.types import Task
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.pipelines.qwenimage.pipeline_qwenimage import QwenImagePipeline  # noqa: E402
 

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from burnish import runtime
+from burnish import runtime, vision_build
 from burnish.config import ConfigError
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.qwen_assembly import assemble
@@ -33,7 +33,7 @@ from burnish.policies.parts.reading import source_images
 from burnish.types import MAX_SOURCES, Prompt, Task
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache  # noqa: E402
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipeline  # noqa: E402

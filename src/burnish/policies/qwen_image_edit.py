@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from burnish import runtime
+from burnish import vision_build
 from burnish.policies.parts.qwen_streams import StreamsPolicy, StreamsReader
 from burnish.policies.parts.qwen_vae import encode_grid
 from burnish.policies.parts.reading import source_images, tokenizer_facts
 from burnish.types import Prompt, Task
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_plus  # noqa: E402
 

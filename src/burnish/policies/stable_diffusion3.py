@@ -15,7 +15,7 @@ from jaxtyping import Float
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
-from burnish import runtime
+from burnish import runtime, vision_build
 from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
 from burnish.policies.parts.reading import (
     Condition,
@@ -26,7 +26,7 @@ from burnish.policies.parts.reading import (
 from burnish.types import Prompt, Task
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL  # noqa: E402
 from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel  # noqa: E402

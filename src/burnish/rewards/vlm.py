@@ -35,8 +35,8 @@ from burnish.judging import (
     read_score,
 )
 from burnish.rewards.base import Reward, RewardConfig
-from burnish.runtime import ensure_torchvision
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
+from burnish.vision_build import ensure_torchvision
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
 ensure_torchvision()

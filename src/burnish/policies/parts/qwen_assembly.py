@@ -8,11 +8,11 @@ encoder and transformer do not fit.
 from collections.abc import Mapping
 from typing import Any
 
-from burnish import runtime
+from burnish import vision_build
 from burnish.policies.parts.qwen_tokens import SPECIAL_TOKENS
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import (  # noqa: E402
     AutoencoderKLQwenImage21,

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from burnish import runtime
+from burnish import vision_build
 from burnish.policies.parts.qwen_vae import encode_grid
 from burnish.policies.parts.reading import (
     Condition,
@@ -26,7 +26,7 @@ from burnish.policies.parts.reading import (
 from burnish.types import Prompt
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import calculate_dimensions  # noqa: E402
 

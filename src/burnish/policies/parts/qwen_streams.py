@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish import runtime
+from burnish import runtime, vision_build
 from burnish.config import ConfigError
 from burnish.policies.parts.joint import (
     ATTENTION_TARGETS,
@@ -39,7 +39,7 @@ from burnish.policies.parts.reading import (
 from burnish.types import Prompt
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (  # noqa: E402
     AutoencoderKLQwenImage,

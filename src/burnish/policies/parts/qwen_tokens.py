@@ -5,10 +5,10 @@ from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 
-from burnish import runtime
+from burnish import vision_build
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
-runtime.ensure_torchvision()
+vision_build.ensure_torchvision()
 
 from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer  # noqa: E402
 
