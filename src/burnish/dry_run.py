@@ -117,12 +117,15 @@ def _trained(
     known = [*own, *(p.grad for p in trained if p.grad is not None)]
     scale = counts.draw_scale if counts.trains_null else 1.0
     with Live(ignored=known, is_hollow=isinstance(one, Hollow)) as live:
-        with Saved(ignored=own) as saved, _precision(rt):
+        is_again = bool(policy.transformer.is_gradient_checkpointing)
+        with Saved(ignored=own) as saved, _precision(rt, is_again=is_again):
             prefixes = _branches(policy, both, counts.state_prompts, scale)
             velocity = _ask(policy, one.repeat(counts.states, 1, 1), prefixes, scale)
             loss = velocity.square().mean()
         del prefixes, velocity
-        loss.backward()
+        # Blocks that are computed again are computed as they were.
+        with rt.attention():
+            loss.backward()
     for parameter in trained:
         parameter.grad = None
     return {
@@ -150,14 +153,19 @@ def _ask(policy: Policy[Any, Any], latents: Tensor, prefixes: Any, scale: float)
 
 
 @contextlib.contextmanager
-def _precision(rt: Runtime) -> Iterator[None]:
-    """As `Runtime.autocast`, on the CPU: there hollow tensors are, also in the plan of a GPU."""
+def _precision(rt: Runtime, *, is_again: bool = False) -> Iterator[None]:
+    """As `Runtime.autocast`, on the CPU: there hollow tensors are, also in the plan of a GPU.
+
+    Where blocks are computed again, which no mode of ours reaches, a GPU's float32 statistics are
+    left out: less than a hundredth.
+    """
     if rt.device.type == "cpu":
         with rt.autocast():
             yield
         return
     is_narrow = rt.dtype != torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow), GpuPrecision():
+    gpu = contextlib.nullcontext() if is_again else GpuPrecision()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow), gpu:
         yield
 
 

@@ -123,6 +123,23 @@ def test_optimizer_and_average_are_as_planned(
         assert num_bytes(trained) < num_bytes(empty.transformer.parameters()) / 2
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_less_waits_for_the_backward_pass_where_blocks_are_computed_again(
+    pair: tuple[Any, Any, Path], device: str
+) -> None:
+    """On the plan of a GPU, too, though it is made on a CPU."""
+    rt = Runtime(device=torch.device(device), dtype=torch.bfloat16)
+    empty = ready(pair[1], None)
+    own = asked(empty.tasks[0])
+    plain = measure(empty, own, "", COUNTS, rt)
+    empty.transformer.enable_gradient_checkpointing()
+    try:
+        again = measure(empty, own, "", COUNTS, rt)
+    finally:
+        empty.transformer.disable_gradient_checkpointing()
+    assert 0 < again.saved < 0.8 * plain.saved
+
+
 def test_activations_are_linear_in_the_micro_batch(pair: tuple[Any, Any, Path]) -> None:
     """Beyond what a prompt costs once: each state saves as much as the other, and weights none."""
     empty = ready(pair[1], None)
