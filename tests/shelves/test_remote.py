@@ -37,6 +37,7 @@ from burnish.protocol import (
 )
 from burnish.rewards.base import AsyncRewardSet, RewardSet
 from burnish.rewards.remote import Knots, Remote, RemoteConfig
+from burnish.runtime import ALONE
 from burnish.types import Failed, Group, Prompt, Score, Scored, ScoreRequest
 
 HIT = 2
@@ -366,7 +367,7 @@ def test_groups_without_the_fault_train_as_without_it(
     def advantages(remote: Remote) -> torch.Tensor:
         configs = {"judge": remote._config}
         scored = RewardSet(configs, {"judge": remote}).score(groups)
-        return reward_advantages(scored, configs, AdvantagesConfig())[0].advantages
+        return reward_advantages(scored, configs, AdvantagesConfig(), ALONE)[0].advantages
 
     expected = advantages(build(fake))
     remote = build(fake)

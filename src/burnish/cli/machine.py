@@ -28,7 +28,7 @@ def doctor(
     devices: Annotated[int, typer.Option(help="To spread a model over.", min=1)] = 1,
     as_json: Json = False,
 ) -> None:
-    """Examine installation and machine, or plan the memory of a recipe's stages.
+    """Examine the machine, or plan the memory of a recipe.
 
     A plan reads settings and headers only. Of a GPU that is not here, ask with --memory and
     runtime.device=cuda.
