@@ -5,7 +5,7 @@ own groups. The loss of an update is the mean over the states of all processes, 
 does not know how many there are: each adds its part, and parts may be uneven or empty.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -54,21 +54,7 @@ def update(
     norms = []
     for number, part in enumerate(_parts(plan, rt, prompts, signals, state.step, seed)):
         states = sum(rt.gather(sum(len(signal.sigmas) for signal in part)))
-        for chunk in _even(list(chunks(part, plan.micro_batch)), rt):
-            if chunk is None:
-                _idle(state.policy, prompts[0], rt)
-                continue
-            batch = stack(chunk, state.policy.device)
-            with rt.autocast():
-                output = algorithm.loss(state.policy, batch)
-            # What is averaged over processes is the sum of their parts.
-            share = len(batch.sigmas) * rt.world_size / max(states, 1)
-            with rt.attention():
-                (output.loss * share).backward()
-            for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
-                logged.setdefault(name, []).append(value)
-            if state.step == number == 0:
-                check_ratio(output.metrics, plan.num_updates)
+        _accumulate(plan, algorithm, state, rt, prompts, part, states, logged)
         if not rt.is_sharded:
             rt.all_reduce_gradients(parameters)
         elif not states:
@@ -88,17 +74,54 @@ def update(
         if witness is not None and states and not any(rt.gather(witness())):
             raise SelfCheckError("need weights that move, got none changed by the first step")
         if state.average:
-            torch._foreach_lerp_(
-                state.average, [p.detach() for p in parameters], 1 - plan.ema_decay
-            )
+            own = [parameter.detach() for parameter in parameters]
+            torch._foreach_lerp_(state.average, own, 1 - plan.ema_decay)
     return _means(rt, logged) | {"policy/grad_norm": sum(norms) / len(norms)}
 
 
-def _even(found: list[Sequence[Signal]], rt: Runtime) -> Sequence[Sequence[Signal] | None]:
-    """As many micro-batches on every process where all must compute together; None is nothing."""
+def _accumulate(
+    plan: OptimizerConfig,
+    algorithm: Algorithm,
+    state: State,
+    rt: Runtime,
+    prompts: Sequence[Prompt],
+    part: Sequence[Signal],
+    states: int,
+    logged: dict[str, list[float]],
+) -> None:
+    """Add the gradient of the signals of one update, of as many states on all processes."""
+    is_first = state.step == 0 and "loss" not in logged
+    for chunk in _together(state.policy, list(chunks(part, plan.micro_batch)), rt):
+        if chunk is None:
+            _idle(state.policy, prompts[0], rt)
+            continue
+        batch = stack(chunk, state.policy.device)
+        with rt.autocast():
+            output = algorithm.loss(state.policy, batch)
+        # What is averaged over processes is the sum of their parts.
+        share = len(batch.sigmas) * rt.world_size / max(states, 1)
+        with rt.attention():
+            (output.loss * share).backward()
+        for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
+            logged.setdefault(name, []).append(value)
+        if is_first:
+            check_ratio(output.metrics, plan.num_updates)
+
+
+def _together(
+    policy: Policy[Any, Any], found: list[Sequence[Signal]], rt: Runtime
+) -> Sequence[Sequence[Signal] | None]:
+    """The micro-batches; where all processes must compute together, one call of the transformer for
+    each, and as many on every process: None is nothing."""
     if not rt.is_sharded:
         return found
-    return [*found, *[None] * (max(rt.gather(len(found))) - len(found))]
+    alike: list[Sequence[Signal]] = []
+    for chunk in found:
+        own: dict[Hashable, list[Signal]] = {}
+        for signal in chunk:
+            own.setdefault(policy.layout(signal.prompt), []).append(signal)
+        alike += own.values()
+    return [*alike, *[None] * (max(rt.gather(len(alike))) - len(alike))]
 
 
 def _idle(policy: Policy[Any, Any], prompt: Prompt, rt: Runtime) -> None:

@@ -7,15 +7,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
-from burnish import checkpoint, launcher, revision
+from burnish import checkpoint, images, launcher, revision
 from burnish.config import ConfigError, parse
 from burnish.preflight import check_inputs
+from burnish.prompts import write_prompts
 from burnish.run_config import RunConfig
 from burnish.shelves import policy_class
 from burnish.tracking import Run, read_rows
+from burnish.types import Prompt
 
 pytestmark = pytest.mark.slow
 JOB = "train/stage"
@@ -25,7 +29,7 @@ TOLERANCE = 1e-5
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found = {}
-    for family in ("qwen_image21", "stable_diffusion3"):
+    for family in ("qwen_image21", "stable_diffusion3", "flux2_klein"):
         found[family] = tmp_path_factory.mktemp(family)
         policy_class(family).tiny().save(found[family])
     return found
@@ -126,6 +130,30 @@ def test_spread_weights_are_trained_as_whole_ones(
         assert tensors.keys() == theirs.keys()
         for name, tensor in tensors.items():
             assert float((tensor - theirs[name]).abs().max()) < TOLERANCE, name
+
+
+def test_spread_weights_are_trained_on_sources_of_many_sizes(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """Which need calls of their own, and not as many of them on every process."""
+    model, policy = models["flux2_klein"], {"family": "flux2_klein"}
+    rng = np.random.default_rng(0)
+    rows = []
+    for row in range(5):
+        picture = rng.integers(0, 255, (64, 64 + 32 * row, 3), dtype=np.uint8)
+        source = images.encode_png(Image.fromarray(picture))
+        rows.append(Prompt(id=f"own-{row}", text="make it blue", task="edit", sources=(source,)))
+    write_prompts(tmp_path / "edits.jsonl", rows)
+    found = []
+    for name, processes, sharding in (("alone", 1, "none"), ("spread", 2, "full")):
+        config = recipe("distill", model, processes, policy=policy, sharding=sharding)
+        stage = config.stages["stage"].model_dump()
+        stage["steps"] = 1
+        stage["prompts"] = {"path": str(tmp_path / "edits.jsonl"), "tasks": ["edit"]}
+        stage["algorithm"]["teachers"] = {"edit": stage["algorithm"]["teachers"]["t2i"]}
+        config = parse(RunConfig, config.model_dump() | {"stages": {"stage": stage}})
+        found.append(finish(config, tmp_path / name) / "model")
+    assert distance(*found) < TOLERANCE < distance(found[0], model)
 
 
 def test_a_family_that_shares_prefixes_is_not_spread(model: Path) -> None:

@@ -99,13 +99,7 @@ def curate(
     another rule only selects again. A stage reads what is kept, see the last line that is printed.
     Started by torchrun, the processes share the prompts.
     """
-    from burnish.curation import (
-        SelectionConfig,
-        measure_prompts,
-        read_profile,
-        select,
-        write_kept,
-    )
+    from burnish.curation import SelectionConfig, measure_prompts, read_profile, select, write_kept
     from burnish.curation_page import write_curation_page
     from burnish.shelves import load_policy, policy_class
     from burnish.stages import model_folder
@@ -115,7 +109,7 @@ def curate(
     name, config = _of_stage(recipe, stage, overrides or ())
     folder = out or Path("runs/curation") / f"{name}-{stage}"
     prompts = config.prompts.read()
-    policy_class(config.policy.family).check_sources(prompts)
+    policy_class(config.policy.family).check_sources(prompts.entries)
     rt = config.runtime.build()
     command = shlex.join(["burnish", *sys.argv[1:]])
     try:

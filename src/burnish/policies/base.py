@@ -8,7 +8,7 @@ gradient, in training.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -262,6 +262,10 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     @abstractmethod
     def sibling(self) -> "Policy[ConditionT, PrefixT]":
         """Same encoder and VAE around a frozen copy of the transformer: a teacher or reference."""
+
+    def layout(self, prompt: Prompt) -> Hashable:
+        """Prompts of one layout share a call of the transformer."""
+        return ""
 
     @property
     @abstractmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from burnish import runtime, vision_build
 from burnish.config import ConfigError
-from burnish.policies.parts.joint import JointPolicy, JointPrefix, pack
+from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.reading import (
     Condition,
@@ -122,14 +122,7 @@ class Flux2KleinPolicy(JointPolicy):
     # Not the outer projection of the single blocks: its name, attn.to_out, is that of a list of
     # modules in the double ones.
     lora_targets: ClassVar[tuple[str, ...]] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
+        *ATTENTION_TARGETS,
         "attn.to_qkv_mlp_proj",
         "ff.linear_in",
         "ff.linear_out",

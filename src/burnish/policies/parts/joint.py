@@ -8,7 +8,7 @@ takes a mask of the text, prompts of equal length.
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from burnish.policies.base import Prefix
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.reading import Condition, EncodedPrompt
+from burnish.types import Prompt
 
 ATTENTION_TARGETS = (
     "attn.to_q",
@@ -108,6 +109,9 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
     @abstractmethod
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
         """Velocity of samples of one layout."""
+
+    def layout(self, prompt: Prompt) -> Hashable:
+        return self.encode([prompt]).prompts[0].layout
 
     def prefix(self, condition: Condition[Any]) -> JointPrefix:
         return JointPrefix(condition.prompts)
