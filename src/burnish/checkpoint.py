@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,13 +172,22 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for index, entries in packed["state"].items():
-        for name, value in entries.items():
+        for name, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"{index}.{name}"] = value
             else:
                 values.setdefault(str(index), {})[name] = value
     groups = [{k: _number(v) for k, v in group.items()} for group in packed["param_groups"]]
     return tensors, {"param_groups": groups, "values": values}
+
+
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Of one parameter; some optimizers keep tensors of other shapes than its own in a group."""
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        else:
+            yield name, value
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, state: JSON) -> None:
@@ -193,14 +202,17 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, sta
     }
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        shape = parameters[int(index)].shape if int(index) < len(parameters) else None
-        if shape is None or (value.ndim > 0 and value.shape != shape):
+        entries.setdefault(int(index), {})[name] = value
+    for index, entry in entries.items():
+        shape = parameters[index].shape if index < len(parameters) else None
+        shapes = [value.shape for value in entry.values() if isinstance(value, Tensor)]
+        # Besides its moments a parameter may have scales and counts, of other shapes.
+        if shape is None or shape not in shapes:
             raise CheckpointError(
                 f"need the optimizer of the checkpoint, parameter {index} has shape"
-                f" {shape and tuple(shape)} and its saved {name} {tuple(value.shape)};"
+                f" {shape and tuple(shape)} and what was saved of it {_shapes(shapes)};"
                 " resume with the settings it was saved with"
             )
-        entries.setdefault(int(index), {})[name] = value
     # JSON has no tuples, and Adam's betas are one.
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
@@ -213,6 +225,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, sta
             f"need the optimizer of the checkpoint, {' '.join(str(error).split())}; resume with the"
             " settings it was saved with"
         ) from None
+
+
+def _shapes(shapes: Iterable[Sequence[int]]) -> str:
+    return ", ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes)) or "nothing"
 
 
 def random_state(

@@ -83,9 +83,9 @@ def _plan(
             known[key] = measure(policy, worst, away.negative_prompt, asked, rt)
         found.append(known[key])
     is_gpu = rt.device.type == "cuda"
-    host = [part for part in _host_parts(stage, footprint, policy, found) if part.num_bytes]
+    host = [part for part in _host_parts(config, stage, footprint, policy, found) if part.num_bytes]
     parts = [
-        *_frozen_parts(policy, footprint, name),
+        *_frozen_parts(policy, footprint, name, is_offloaded=config.policy.offload and is_gpu),
         *_trained_parts(policy, stage, name, is_gpu=is_gpu),
         *_activation_parts(policy, found, len(prompts), name, sharding),
         *([] if is_gpu else host),
@@ -145,7 +145,9 @@ def largest(prompts: Sequence[Prompt]) -> Prompt:
     return dataclasses.replace(longest, sources=max(likeliest, key=area))
 
 
-def _frozen_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> Iterator[Part]:
+def _frozen_parts(
+    policy: Policy[Any, Any], footprint: Footprint, name: str, *, is_offloaded: bool
+) -> Iterator[Part]:
     """All that has weights: the policy itself, and further copies of its transformer."""
     kinds: dict[str, list[Tensor]] = {}
     for parameter in policy.transformer.parameters():
@@ -155,14 +157,16 @@ def _frozen_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> 
         yield Part(name=f"transformer, {kind}", num_bytes=num_bytes(tensors), is_sharded=True)
     yield Part(name="transformer, buffers", num_bytes=num_bytes(policy.transformer.buffers()))
     for key, network in _others(policy).items():
+        during: tuple[Phase, ...] = PHASES
+        if is_offloaded:
+            during = ("reading", "decoding") if key == "vae" else ("reading",)
         size = num_bytes(weights(network))
-        yield Part(name=f"{key} ({_type(next(network.parameters()))})", num_bytes=size)
+        kind = _type(next(network.parameters()))
+        yield Part(name=f"{key} ({kind})", num_bytes=size, during=during)
     base = _base_bytes(policy)
     for copy in footprint.copies:
         advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
         yield Part(name=copy, num_bytes=base, is_sharded=True, advice=advice)
-    whole = base + num_bytes(weights(*_others(policy).values()))
-    yield Part(name="pipeline that is read again", num_bytes=whole, during=("last look",))
 
 
 def _trained_parts(
@@ -184,7 +188,7 @@ def _trained_parts(
             advice=advice,
         )
 
-    yield part("optimizer state", state_bytes(trained))
+    yield part("optimizer state", state_bytes(trained, stage.optimizer.kind))
     if stage.optimizer.ema_decay > 0:
         yield part("average (ema_decay)", size)
     yield part("gradients", size, "update", "optimizer step")
@@ -229,7 +233,11 @@ def _activation_parts(
 
 
 def _host_parts(
-    stage: StageConfig, footprint: Footprint, policy: Policy[Any, Any], found: Sequence[Measured]
+    config: RunConfig,
+    stage: StageConfig,
+    footprint: Footprint,
+    policy: Policy[Any, Any],
+    found: Sequence[Measured],
 ) -> Iterator[Part]:
     """What stays in the memory of the machine, which is the device where there is no GPU."""
     samples = stage.prompts_per_step * stage.rollout.group_size
@@ -241,6 +249,11 @@ def _host_parts(
     yield Part(name="teacher that is read ahead", num_bytes=ahead)
     # Training compares the end with it, to tell whether anything was learnt.
     yield Part(name="copy of the start", num_bytes=_base_bytes(policy))
+    frozen = num_bytes(weights(*_others(policy).values()))
+    whole = _base_bytes(policy) + frozen
+    yield Part(name="pipeline that is read again", num_bytes=whole, during=("last look",))
+    if config.policy.offload:
+        yield Part(name="encoders and VAE, while they are not used", num_bytes=frozen)
     judges: dict[str, int] = {}
     for reward in _rewards(stage):
         for key, size in reward.footprint(policy.resolution).items():
@@ -259,7 +272,11 @@ def _disk_parts(
 ) -> Iterator[Part]:
     trained = [parameter for _, parameter in policy.trainable()]
     size = num_bytes(trained)
-    one = size + state_bytes(trained) + (size if stage.optimizer.ema_decay > 0 else 0)
+    one = (
+        size
+        + state_bytes(trained, stage.optimizer.kind)
+        + (size if stage.optimizer.ema_decay > 0 else 0)
+    )
     # One more while it is written.
     yield Part(name=f"{CHECKPOINTS + 1} checkpoints", num_bytes=(CHECKPOINTS + 1) * one)
     if stage.guard is not None or footprint.draws:

@@ -7,16 +7,17 @@ is renewed at every step follows them.
 """
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from burnish import checkpoint
-from burnish.config import Config
+from burnish.config import Config, ConfigError
 from burnish.policies.base import Policy
 from burnish.runtime import Runtime
 from burnish.sharding import full, like, local
@@ -24,11 +25,19 @@ from burnish.tracking import Run
 
 CHECKPOINTS = 2
 """Of a stage that are kept."""
+Kind = Literal["adamw", "adamw_8bit"]
+_SMALL = 4096
+"""Elements of a weight from which on its moments are kept in 8 bits."""
+_BLOCK = 256
+"""Elements that share a scale there."""
 
 
 class OptimizerConfig(Config):
     """AdamW, its schedule, and how often it steps."""
 
+    kind: Kind = "adamw"
+    """adamw_8bit keeps the moments in 8 bits, in blocks with a scale each (arXiv 2110.02861): a
+    quarter of the memory or less; needs the extra `eight-bit`, and weights that are not spread."""
     learning_rate: float = Field(default=3e-4, gt=0)
     warmup_steps: int = Field(default=3, ge=0)
     """Optimizer steps over which the rate rises."""
@@ -52,13 +61,43 @@ class OptimizerConfig(Config):
             raise ValueError("need an average to draw with, got ema_decay=0; set it, e.g. to 0.9")
         return self
 
+    def check(self, *, is_sharded: bool) -> None:
+        """Look, before anything is loaded, whether there will be such an optimizer.
+
+        Raises:
+            ConfigError: a package is missing, or weights are spread that must not be.
+        """
+        if self.kind == "adamw":
+            return
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"need bitsandbytes for optimizer.kind={self.kind}, got none; "
+                "pip install 'burnish[eight-bit]'"
+            )
+        if is_sharded:
+            raise ConfigError(
+                f"need runtime.sharding=none for optimizer.kind={self.kind}, got full; leave "
+                "optimizer.kind out: spread weights have spread moments"
+            )
+
+    def build(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of some weights."""
+        settings: dict[str, Any] = {"lr": self.learning_rate, "weight_decay": self.weight_decay}
+        if self.kind == "adamw":
+            return torch.optim.AdamW(parameters, **settings)
+        # Here, as it is an extra, and takes seconds to import.
+        from bitsandbytes.optim import AdamW8bit
+
+        made: torch.optim.Optimizer = AdamW8bit(parameters, min_8bit_size=_SMALL, **settings)
+        return made
+
 
 @dataclass
 class State:
     """All that changes while a stage runs."""
 
     policy: Policy[Any, Any]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     average: list[Tensor]
     step: int = 0
 
@@ -66,11 +105,8 @@ class State:
     def start(cls, policy: Policy[Any, Any], config: OptimizerConfig) -> "State":
         """The policy as it is, all of its trainable weights in one optimizer."""
         parameters = [parameter for _, parameter in policy.trainable()]
-        optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
         average = [p.detach().clone() for p in parameters] if config.ema_decay > 0 else []
-        return cls(policy, optimizer, average)
+        return cls(policy, config.build(parameters), average)
 
     @contextlib.contextmanager
     def averaged(self, is_wanted: bool = True) -> Iterator[None]:
@@ -144,10 +180,16 @@ def _gathered(tensor: Tensor, rt: Runtime) -> Tensor:
     return whole.cpu() if rt.is_main else whole.new_empty(0)
 
 
-def state_bytes(parameters: Iterable[Tensor]) -> int:
-    """What the optimizer keeps of parameters once it has stepped: two moments in their own type,
-    and for each a count of steps in float32."""
-    return sum(2 * parameter.nbytes + 4 for parameter in parameters)
+def state_bytes(parameters: Iterable[Tensor], kind: Kind = "adamw") -> int:
+    """What the optimizer keeps of parameters once it has stepped, and of their numbers of steps
+    where those are tensors: two moments each, in the type of the parameter or in 8 bits."""
+    if kind == "adamw":
+        return sum(2 * parameter.nbytes + 4 for parameter in parameters)
+    sizes = [parameter.numel() for parameter in parameters]
+    in_blocks = sum(2 * (n + 4 * -(-n // _BLOCK)) for n in sizes if n >= _SMALL)
+    # All of them read the same two tables.
+    tables = 2 * 4 * 256 if in_blocks else 0
+    return in_blocks + tables + sum(2 * 4 * n for n in sizes if n < _SMALL)
 
 
 def moved(parameters: Sequence[Tensor]) -> Callable[[], bool]:

@@ -71,6 +71,7 @@ def check_inputs(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         _check_prompts(name, stage, family)
         _check_adapters(stage)
+        stage.optimizer.check(is_sharded=config.runtime.sharding == "full")
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
         _check_kin(key, located(path), located(config.policy.path))

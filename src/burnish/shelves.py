@@ -17,6 +17,7 @@ from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
 from burnish.config import Config, ConfigError, shelf
 from burnish.policies.base import Policy
+from burnish.policies.parts.execution import Attention, set_attention
 from burnish.rewards.base import RewardConfig
 from burnish.runtime import Runtime
 
@@ -77,6 +78,15 @@ class PolicyConfig(Config):
     checkpointing: bool = False
     """Compute a block again in the backward pass instead of keeping what it computed: far less
     memory, a third more work in an update."""
+    offload: bool = False
+    """Keep encoders and VAE in the memory of the machine, and bring them to the device only while
+    they are used."""
+    compile: bool = False
+    """Have torch compile the repeated block: faster after minutes of compiling, and equal but for
+    rounding."""
+    attention: Attention = "native"
+    """Kernel of attention, by diffusers' name; the flash ones take no mask, and so only prompts of
+    equal length."""
 
 
 def families() -> tuple[str, ...]:
@@ -100,8 +110,18 @@ def policy_class(family: str) -> type[Policy[Any, Any]]:
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
     """A policy of the run's family from a pipeline folder."""
     kind, dtype = policy_class(config.family), runtime.DTYPES[config.dtype]
-    policy = kind.load(folder, resolution=config.resolution, device=rt.device, dtype=dtype)
+    policy = kind.load(
+        folder,
+        resolution=config.resolution,
+        device=rt.device,
+        dtype=dtype,
+        offload=config.offload,
+    )
     transformer: Any = policy.transformer
     if config.checkpointing:
         transformer.enable_gradient_checkpointing()
+    if config.attention != "native":
+        set_attention(transformer, config.attention)
+    if config.compile:
+        policy.compile_blocks()
     return policy

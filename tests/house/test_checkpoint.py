@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 
 from burnish import checkpoint
 from burnish.checkpoint import (
+    Checkpoint,
     CheckpointError,
     CheckpointWarning,
     latest,
@@ -31,7 +33,8 @@ from burnish.checkpoint import (
     save,
     steps,
 )
-from burnish.runtime import generator
+from burnish.optimization import OptimizerConfig
+from burnish.runtime import generator, seeded
 
 
 def weights(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -338,6 +341,34 @@ def test_a_resumed_training_is_equal_bit_for_bit(
     for left, right in [(resumed[0], straight[0]), *zip_values(resumed[1], straight[1])]:
         assert set(left) == set(right)
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path) -> None:
+    """Their scales and tables are no moments, and come back, too; a small weight has float32."""
+
+    def eight(count: int, back: Checkpoint | None = None) -> tuple[torch.nn.Linear, dict, Any]:
+        with seeded(0):
+            model = torch.nn.Linear(80, 64)
+        optimizer = OptimizerConfig(kind="adamw_8bit", learning_rate=0.01).build(
+            list(model.parameters())
+        )
+        if back is not None:
+            model.load_state_dict(back.tensors["policy"])
+            load_optimizer_state(optimizer, back.tensors["optimizer"], back.state)
+        for step in range(back.step if back else 0, count):
+            optimizer.zero_grad()
+            model(torch.randn(5, 80, generator=generator(step))).square().mean().backward()
+            optimizer.step()
+        return model, *optimizer_state(optimizer)
+
+    model, tensors, state = eight(3)
+    assert tensors["0.state1"].dtype == torch.uint8
+    assert tensors["1.state1"].dtype == torch.float32
+    save(tmp_path, 3, {"policy": model.state_dict(), "optimizer": tensors}, state)
+    resumed, straight = eight(6, latest(tmp_path)), eight(6)
+    assert torch.equal(resumed[0].weight, straight[0].weight)
+    assert all(torch.equal(tensor, straight[1][name]) for name, tensor in resumed[1].items())
+    assert not torch.equal(resumed[0].weight, model.weight)
 
 
 def zip_values(left: dict, right: dict) -> list[tuple[dict, dict]]:

@@ -1,5 +1,6 @@
 """One contract for every model family: whatever file lies on the shelf is held to it."""
 
+import contextlib
 import importlib
 import io
 import itertools
@@ -17,6 +18,8 @@ from burnish import images, shelves
 from burnish.config import ConfigError
 from burnish.flow import shift_sigmas
 from burnish.policies.base import Policy
+from burnish.policies.parts import pipelines, reading
+from burnish.policies.parts.execution import set_attention, visiting
 from burnish.policies.parts.reading import EncodedPrompt
 from burnish.types import MAX_SOURCES, Prompt
 
@@ -797,3 +800,94 @@ def test_streams_read_a_source_at_the_sizes_of_the_published_pipeline():
     ours = noise - policy.velocity(noise, sigma[:1], policy.prefix(condition))
     wanted = policy.pipeline_latents(prompt, noise, num_steps=1, guidance_scale=1.0)
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-4)
+
+
+def test_frozen_networks_compute_only_where_the_transformer_is(policy, own, monkeypatch):
+    """Offloaded, they are elsewhere unless they visit: whatever asks them must invite them."""
+    here: list[torch.nn.Module] = []
+
+    @contextlib.contextmanager
+    def noted(networks, device):
+        assert device == policy.device
+        here.extend(networks)
+        yield
+        here.clear()
+
+    for module in (pipelines, reading):
+        monkeypatch.setattr(module, "visiting", noted)
+    asked = []
+    for network in policy.networks().values():
+        if network is not policy.transformer:
+            for part in network.modules():
+                part.register_forward_pre_hook(
+                    lambda *_, network=network: asked.append((network, network in here))
+                )
+    policy.decode(policy.encode_images(torch.rand(1, 3, 64, 64)))
+    policy.velocity(start(policy, 1), levels(1), policy.prefix(policy.encode(own[:1])))
+    assert {network for network, _ in asked} == {
+        network for network in policy.networks().values() if network is not policy.transformer
+    }
+    assert all(is_here for _, is_here in asked)
+
+
+class Traveller(torch.nn.Linear):
+    """Notes its moves."""
+
+    def to(self, device):
+        self.moves = [*getattr(self, "moves", []), str(device)]
+        return self
+
+
+def test_guests_go_home_whatever_happens():
+    guest, local = Traveller(1, 1), Traveller(1, 1, device="meta")
+    with pytest.raises(KeyError), visiting([guest, local], torch.device("meta")):
+        assert guest.moves == ["meta"]
+        raise KeyError
+    assert guest.moves == ["meta", "cpu"]
+    assert not hasattr(local, "moves")
+
+
+def test_offloaded_encoders_stay_behind(policy, tmp_path):
+    policy.save(tmp_path)
+    read = type(policy).load(tmp_path, device="meta", offload=True)
+    devices = {
+        name: next(network.parameters()).device.type for name, network in read.networks().items()
+    }
+    assert devices.pop("transformer") == "meta"
+    assert set(devices.values()) == {"cpu"}
+
+
+def test_compiled_blocks_change_no_velocity_and_no_gradient(policy, own):
+    """Without the last stage of compiling, which takes minutes: every block is one graph that the
+    compiler understands, with gradient and without, and so are those of a sibling."""
+    policy.transformer.requires_grad_(True)
+    results = []
+    for _ in range(2):
+        prefix = policy.prefix(policy.encode(own[:2]))
+        velocity = policy.velocity(start(policy, 2), levels(2), prefix)
+        results.append((velocity.detach(), gradient(policy, velocity.square().mean())))
+        policy.compile_blocks("aot_eager")
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+    blocks = [
+        module
+        for module in policy.sibling().transformer.modules()
+        if type(module).__name__ in policy.block_classes
+    ]
+    assert blocks
+    assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+def test_another_kernel_of_attention_gives_the_same_velocity(policy, own):
+    """Of those that can be chosen; where none can, that is said."""
+    prefix = policy.prefix(policy.encode(own[:1]))
+    expected = policy.velocity(start(policy, 1), levels(1), prefix)
+    if policy.family == "stable_diffusion3":
+        with pytest.raises(ConfigError, match=r"need policy\.attention=native"):
+            set_attention(policy.transformer, "_native_math")
+        return
+    set_attention(policy.transformer, "_native_math")
+    prefix = policy.prefix(policy.encode(own[:1]))
+    same(policy.velocity(start(policy, 1), levels(1), prefix), expected)
+    with pytest.raises(ConfigError, match=r"need an attention that is installed, got flash"):
+        set_attention(policy.transformer, "flash")
+    policy.transformer.reset_attention_backend()

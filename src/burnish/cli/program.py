@@ -5,6 +5,7 @@ and before anything is written; our own faults keep their traceback and exit wit
 is imported before a command needs it, so that help comes at once.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        # Imported by diffusers where it is installed, it warns of a kernel on a hub.
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
         for number, handler in before.items():
             # What is ignored on purpose stays ignored, as in a shell's background jobs.
             signal.signal(number, handler if handler is signal.SIG_IGN else _stop)

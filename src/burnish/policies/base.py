@@ -116,6 +116,7 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         dtype: torch.dtype = torch.float32,
         resolution: int = 1024,
         cache_folder: Path | None = None,
+        offload: bool = False,
     ) -> "Policy[ConditionT, PrefixT]":
         """Read a diffusers pipeline folder.
 
@@ -125,6 +126,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
             dtype: of all weights; a trainer that wants float32 masters casts the transformer.
             resolution: side of the drawn images in pixels.
             cache_folder: where encoded prompts outlive the process; None keeps them in memory.
+            offload: leave encoders and VAE in the memory of the machine, from where they come to
+                the device whenever they are used.
 
         Raises:
             burnish.config.ConfigError: the folder is no pipeline of this family.
@@ -262,6 +265,10 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     @abstractmethod
     def sibling(self) -> "Policy[ConditionT, PrefixT]":
         """Same encoder and VAE around a frozen copy of the transformer: a teacher or reference."""
+
+    @abstractmethod
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Have torch compile the repeated blocks at their first call, and those of siblings."""
 
     def layout(self, prompt: Prompt) -> Hashable:
         """Prompts of one layout share a call of the transformer."""

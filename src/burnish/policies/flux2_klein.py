@@ -212,7 +212,7 @@ class Flux2KleinPolicy(JointPolicy):
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         return self._levels(sigmas=sigmas, mu=shift)
 
-    def decode(
+    def _decode(
         self, latents: Float[Tensor, "batch token channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         mean, std = latent_statistics(self.vae)
@@ -220,7 +220,7 @@ class Flux2KleinPolicy(JointPolicy):
         pixels = self.vae.decode(torch.pixel_shuffle(grid, _PATCH), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    def encode_images(
+    def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch token channel"]:
         return pack(encode_grid(self.vae, 2 * images - 1)).float()

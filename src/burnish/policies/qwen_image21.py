@@ -207,13 +207,13 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
             sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         return self._levels(sigmas=sigmas, mu=self._shift(self._side**2))
 
-    def decode(
+    def _decode(
         self, latents: Float[Tensor, "batch token channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         grid = latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
         return decode_grid(self.vae, grid)[:, :3]
 
-    def encode_images(
+    def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch token channel"]:
         return encode_pixels(self.vae, 2 * images - 1)

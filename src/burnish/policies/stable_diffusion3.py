@@ -179,7 +179,7 @@ class StableDiffusion3Policy(JointPolicy):
         tokens = (self._side // self.transformer.config.patch_size) ** 2
         return self._levels(num_steps, mu=self._shift(tokens))
 
-    def decode(
+    def _decode(
         self, latents: Float[Tensor, "batch token channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         config = self.vae.config
@@ -189,7 +189,7 @@ class StableDiffusion3Policy(JointPolicy):
         )[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    def encode_images(
+    def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch token channel"]:
         config = self.vae.config
@@ -239,11 +239,6 @@ def _tiny_clip(width: int) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
     )
     tokenizer = CLIPTokenizer(vocab=numbers, merges=[], model_max_length=77)
     return tokenizer, CLIPTextModelWithProjection(config).eval()
-
-
-def _tiny_t5(size: int) -> T5EncoderModel:
-    config = T5Config(vocab_size=size, d_model=40, d_kv=8, d_ff=32, num_heads=2, num_layers=1)
-    return T5EncoderModel(config).eval()
 
 
 def _tiny_sentences() -> T5Tokenizer:

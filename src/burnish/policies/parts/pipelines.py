@@ -22,6 +22,7 @@ from burnish import activations
 from burnish.config import ConfigError
 from burnish.guidance import compose
 from burnish.policies.base import Guided, Policy, Prefix, Work
+from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
 from burnish.types import Prompt
 
@@ -57,6 +58,7 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         self.text_encoder: Any = pipeline.text_encoder
         self.resolution = resolution
         self.work = Work()
+        self._compiler = ""
         self._reader: Any = self._make_reader(cache_folder)
         for encoder in self._reader.encoders:
             encoder.requires_grad_(False).eval()
@@ -75,9 +77,11 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         dtype: torch.dtype = torch.float32,
         resolution: int = 1024,
         cache_folder: Path | None = None,
+        offload: bool = False,
     ) -> PolicyT:
         _checked_index(cls.pipeline_class, folder)
-        pipeline = _read(cls.pipeline_class, folder, dtype=dtype).to(device)
+        pipeline = _read(cls.pipeline_class, folder, dtype=dtype)
+        (pipeline.transformer if offload else pipeline).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
 
@@ -118,7 +122,14 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         settings = {n: config[n] for n in asked if n not in parts and n in config}
         other.pipeline = self.pipeline_class(**parts, **settings)
         other.pipeline.set_progress_bar_config(disable=True)
+        if self._compiler:
+            # A copy of a compiled block is not compiled.
+            other.compile_blocks(self._compiler)
         return other
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        self._compiler = backend
+        compile_blocks(self.transformer, self.block_classes, backend)
 
     def encode(self, prompts: Sequence[Prompt]) -> ConditionT:
         if (task := require_one_task(prompts)) not in self.tasks:
@@ -132,6 +143,30 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
     def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:
         text = negative_prompt or self.null_prompt
         return self.encode([dataclasses.replace(prompt, text=text) for prompt in prompts])
+
+    def decode(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        with visiting([self.vae], self.device):
+            return self._decode(latents)
+
+    @abstractmethod
+    def _decode(
+        self, latents: Float[Tensor, "batch token channel"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """`decode`, with the VAE where the transformer is."""
+
+    def encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token channel"]:
+        with visiting([self.vae], self.device):
+            return self._encode_images(images)
+
+    @abstractmethod
+    def _encode_images(
+        self, images: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch token channel"]:
+        """`encode_images`, with the VAE where the transformer is."""
 
     def guided(
         self,

@@ -180,12 +180,12 @@ class StreamsPolicy(JointPolicy):
     ) -> Float[Tensor, "batch token channel"]:
         return latents
 
-    def decode(
+    def _decode(
         self, latents: Float[Tensor, "batch token channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         return decode_grid(self.vae, unpack(latents, PATCH))
 
-    def encode_images(
+    def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch token channel"]:
         return pack(encode_grid(self.vae, 2 * images - 1), PATCH).float()

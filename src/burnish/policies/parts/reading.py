@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from burnish import images
+from burnish.policies.parts.execution import visiting
 from burnish.types import Prompt, Task
 
 MEMORY_BYTES = 1 << 30
@@ -125,7 +126,7 @@ class PromptReader(ABC, Generic[RowT]):
     @property
     def device(self) -> torch.device:
         """Where rows are."""
-        return self._pipeline.text_encoder.device
+        return next(self._pipeline.transformer.parameters()).device
 
     def encode(self, prompts: Sequence[Prompt]) -> Condition[RowT]:
         """Without gradient; what was read before is not read again."""
@@ -134,13 +135,14 @@ class PromptReader(ABC, Generic[RowT]):
         keys = [self.key(prompt) for prompt in prompts]
         found = {key: row for key in set(keys) if (row := self._recall(key)) is not None}
         missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in found}
-        for key, prompt in missing.items():
-            with torch.no_grad():
-                (row,) = self.embed([prompt]).prompts
-            found[key] = row
-            self._keep(row)
-            if self._folder is not None:
-                _write(self._file(key), row)
+        with visiting([*self.encoders, self._pipeline.vae] if missing else [], self.device):
+            for key, prompt in missing.items():
+                with torch.no_grad():
+                    (row,) = self.embed([prompt]).prompts
+                found[key] = row
+                self._keep(row)
+                if self._folder is not None:
+                    _write(self._file(key), row)
         return Condition(tuple(found[key] for key in keys))
 
     def key(self, prompt: Prompt) -> str:
