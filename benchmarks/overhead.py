@@ -32,7 +32,8 @@ from burnish.algorithms.grpo import GrpoConfig
 from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.rewards.oracle import OracleConfig
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import ALONE
 from burnish.shelves import families, policy_class
 from burnish.types import Prompt, Scored

@@ -41,7 +41,8 @@ from burnish.policies.parts.qwen_assembly import assemble
 from burnish.policies.parts.qwen_encoding import SLOT_TOKENS, QwenCondition, QwenPrompt
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Prompt, Task, Trajectory
 
 # A token per byte: about as many tokens as a long prompt of the miniature has.

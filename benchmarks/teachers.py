@@ -31,7 +31,8 @@ from burnish.batches import stack
 from burnish.config import located
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Guidance, Prompt
 
 COUNTS = (1, 2, 4, 8)

@@ -31,7 +31,8 @@ from burnish.progress import progress
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import PromptsConfig, write_prompts
 from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabulated
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime, RuntimeConfig
 from burnish.shelves import AnyReward, PolicyConfig
 from burnish.tracking import write_json, writing

@@ -33,7 +33,8 @@ from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
 from burnish.residency import Teachers
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.tracking import read_rows, writing
 from burnish.types import Guidance, Labelled, Prompt, Signal

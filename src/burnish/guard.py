@@ -33,7 +33,8 @@ from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.rewards.base import Reward
-from burnish.rollout import RolloutConfig, draw
+from burnish.rollout import draw
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
 from burnish.tracking import RunError, writing

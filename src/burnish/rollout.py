@@ -3,120 +3,23 @@
 Decided here: the sampler is the deterministic Euler step, except in a short window of steps where
 a kernel injects noise, and never in the last step, whose transition would be a spike. Every sample
 has a random generator of its own, named by run seed, step, prompt and member, so that a sample does
-not depend on what it was batched with. All members of a group share window and kept steps; the
-paper leaves both open. Prompts are read once per group, the empty prompt included.
+not depend on what it was batched with. Prompts are read once per group, the empty prompt included.
 """
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
-from scipy.stats import beta
 from torch import Generator, Tensor
 
 from burnish import runtime
-from burnish.config import Config
 from burnish.flow import KERNELS
 from burnish.policies.base import Guided, Policy, Prefix
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, Guidance, Prompt, Trajectory
-
-
-class RolloutConfig(Config):
-    """How groups are drawn."""
-
-    num_steps: int = Field(default=10, ge=1)
-    guidance_scale: float = Field(default=3.0, ge=0)
-    """1 draws without guidance, and the unconditional branch is not run."""
-    negative_prompt: str = ""
-    """What guidance leads away from; empty is the empty prompt of the pipeline."""
-    group_size: int = Field(default=16, ge=1)
-    """Samples of each prompt."""
-    kernel: Literal["ode", "flow_sde", "dance", "cps", "precise"] = "precise"
-    """Transition inside the window."""
-    noise_level: float = Field(default=1.5, ge=0)
-    """In the kernel's own unit; 0 is the ODE."""
-    window: int = Field(default=2, ge=0)
-    """Number of consecutive stochastic steps."""
-    window_range: tuple[int, int] | None = None
-    """First step and end of the range that holds the window; None is the noisier half."""
-    window_start: Literal["random", "first", "sliding"] = "random"
-    """Random draws a place in the range for each prompt and step; first is its beginning; sliding
-    moves on by one place every `window_every` training steps, from the noisy end of the range to
-    the other, and begins again (MixGRPO, arXiv 2507.21802)."""
-    window_steps: tuple[int, ...] | None = None
-    """Explicit stochastic steps, in place of a range that holds a window; as many as `window`."""
-    window_every: int = Field(default=10, ge=1)
-    keep: Literal["window", "all", "none", "late"] | int = "window"
-    """Which steps are kept. A number K keeps one random step from each K-th part of the path; late
-    keeps one, most often of low noise: its place is drawn from Beta(5, 2) (DanceOPD, arXiv
-    2606.27377)."""
-    shared_noise: bool = False
-    """All members start at the same noise, so that only the window tells them apart."""
-    micro_batch: int = Field(default=64, ge=1)
-    """Samples at once; changes no sample."""
-
-    @property
-    def guidance(self) -> Guidance:
-        """Scale and negative prompt."""
-        return Guidance(self.guidance_scale, self.negative_prompt)
-
-    @property
-    def num_kept(self) -> int:
-        """Steps of a sample that are kept."""
-        if isinstance(self.keep, int):
-            return self.keep
-        return {"window": self.window, "all": self.num_steps, "none": 0, "late": 1}[self.keep]
-
-    @property
-    def window_bounds(self) -> tuple[int, int]:
-        """The range that holds the window: first step and end."""
-        if self.window_steps:
-            return min(self.window_steps), max(self.window_steps) + 1
-        if self.window_range is not None:
-            return self.window_range
-        return 0, min(max(self.window, self.num_steps // 2), self.num_steps - 1)
-
-    @model_validator(mode="after")
-    def _check(self) -> "RolloutConfig":
-        if self.window_steps is not None:
-            self._check_steps(self.window_steps)
-        start, end = self.window_bounds
-        if self.window and not 0 <= start <= end - self.window < end < self.num_steps:
-            raise ValueError(
-                f"need a window range of at least {self.window} steps that ends before the last of "
-                f"{self.num_steps} steps, got {start} to {end}; shorten the window, move the "
-                "range, or take more steps"
-            )
-        if self.kernel == "cps" and self.window and self.noise_level > 1:
-            raise ValueError(
-                f"need a noise_level of at most 1 for cps, got {self.noise_level:g}, which is in "
-                "another kernel's unit; set rollout.noise_level=0.5"
-            )
-        if self.kernel == "flow_sde" and self.window and self.noise_level and start == 0:
-            raise ValueError(
-                "need a window after the first step for flow_sde, whose noise is infinite at pure "
-                f"noise, got {start} to {end}; set window_range=[1, {max(end, self.window + 1)}] "
-                "or kernel=precise"
-            )
-        if isinstance(self.keep, int) and not 1 <= self.keep <= self.num_steps:
-            raise ValueError(
-                f"need 1 to {self.num_steps} kept steps, got keep={self.keep}; "
-                "keep no more steps than there are, or 'none'"
-            )
-        return self
-
-    def _check_steps(self, steps: tuple[int, ...]) -> None:
-        is_ordered = list(steps) == sorted(set(steps))
-        if not is_ordered or len(steps) != self.window or self.window_range is not None:
-            raise ValueError(
-                f"need window_steps in order, each once, as many as window={self.window}, and no "
-                f"window_range, got {list(steps)}; set rollout.window={len(set(steps))}"
-            )
 
 
 @dataclass
@@ -252,8 +155,8 @@ def _members(
 ) -> list[_Sample]:
     """The samples of one group at their starts."""
     choice = runtime.generator(seed, "window", step, prompt.id)
-    window = _window(config, step, choice)
-    wanted = _wanted(config, window, choice)
+    window = config.window_at(step, choice)
+    wanted = config.kept_steps(window, choice)
     samples = [
         _sample_of(policy, runtime.derived_seed(seed, "sample", step, prompt.id, member))
         for member in range(config.group_size)
@@ -265,31 +168,6 @@ def _members(
     for member in samples:
         member.window, member.wanted = window, wanted
     return samples
-
-
-def _window(config: RolloutConfig, step: int, choice: Generator) -> Sequence[int]:
-    if config.window_steps is not None:
-        return config.window_steps
-    start, end = config.window_bounds
-    places = end - config.window - start + 1
-    if config.window_start == "random" and config.window:
-        start += int(torch.randint(places, (), generator=choice))
-    elif config.window_start == "sliding" and config.window:
-        start += step // config.window_every % places
-    return range(start, start + config.window)
-
-
-def _wanted(config: RolloutConfig, window: Sequence[int], choice: Generator) -> frozenset[int]:
-    if isinstance(config.keep, int):
-        bounds = [part * config.num_steps // config.keep for part in range(config.keep + 1)]
-        return frozenset(
-            int(torch.randint(low, high, (), generator=choice))
-            for low, high in itertools.pairwise(bounds)
-        )
-    if config.keep == "late":
-        place = float(beta.ppf(float(torch.rand((), generator=choice, dtype=torch.double)), 5, 2))
-        return frozenset([min(int(place * config.num_steps), config.num_steps - 1)])
-    return frozenset({"window": window, "all": range(config.num_steps), "none": ()}[config.keep])
 
 
 def _trajectories(
@@ -337,11 +215,7 @@ def _denoise(
     latents = torch.cat([sample.start for sample in samples]).float()
     for step in range(config.num_steps):
         sigma, sigma_next = (level.expand(len(samples)) for level in schedule[step : step + 2])
-        if null is None:
-            velocity = policy.velocity(latents, sigma, prefix)
-            found = Guided(velocity, velocity, velocity)
-        else:
-            found = policy.guided(latents, sigma, prefix, null, config.guidance_scale)
+        found = _ask(policy, step, samples, latents, sigma, prefix, null, config.guidance_scale)
         guided = found.guided
         next_latents = KERNELS["ode"](
             latents, guided, sigma=sigma, sigma_next=sigma_next, noise_level=0.0
@@ -370,6 +244,46 @@ def _denoise(
         )
         latents = next_latents
     return latents
+
+
+def _ask(
+    policy: Policy[Any, Any],
+    step: int,
+    samples: Sequence[_Sample],
+    latents: Float[Tensor, "batch token channel"],
+    sigma: Float[Tensor, " batch"],
+    prefix: Prefix,
+    null: Prefix | None,
+    scale: float,
+) -> Guided:
+    """Velocities of all samples; those that are still one are asked for once."""
+    rows, places = _distinct(samples, step)
+    is_shared = len(rows) < len(samples)
+    if is_shared:
+        latents, sigma, prefix = latents[rows], sigma[rows], prefix.take(rows)
+        null = None if null is None else null.take(rows)
+    if null is None:
+        velocity = policy.velocity(latents, sigma, prefix)
+        found = Guided(velocity, velocity, velocity)
+    else:
+        found = policy.guided(latents, sigma, prefix, null, scale)
+    return Guided(*(velocity[places] for velocity in found)) if is_shared else found
+
+
+def _distinct(samples: Sequence[_Sample], step: int) -> tuple[list[int], list[int]]:
+    """A row of every state at the start of a step, and for all samples the place of theirs: members
+    with one start are one until the first step that adds a noise of their own."""
+    rows: list[int] = []
+    places: dict[int, int] = {}
+    found = []
+    for row, sample in enumerate(samples):
+        has_parted = bool(sample.window) and step > sample.window[0]
+        state = -1 - row if has_parted else id(sample.start)
+        if state not in places:
+            places[state] = len(rows)
+            rows.append(row)
+        found.append(places[state])
+    return rows, found
 
 
 def _keep(step: int, samples: Sequence[_Sample], **states: Tensor) -> None:

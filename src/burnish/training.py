@@ -29,7 +29,8 @@ from burnish.policies.base import Policy
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.sharding import Shards
 from burnish.shelves import AnyAlgorithm, AnyReward

@@ -10,7 +10,8 @@ from PIL import Image
 from burnish.config import ConfigError, parse
 from burnish.flow import KERNELS
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.rollout import RolloutConfig, draw, sample
+from burnish.rollout import draw, sample
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, Guidance, Prompt, Trajectory
 
 torch.set_num_threads(1)
@@ -191,6 +192,24 @@ def test_shared_noise_leaves_the_window_as_the_only_difference(policy):
     assert (own[0].latents[0] - own[1].latents[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("prompts", [PROMPTS[:1], PROMPTS[::2]], ids=["one", "two"])
+def test_a_common_path_is_computed_once(policy, prompts):
+    """Members that start alike are one row of every call until the window has parted them, and what
+    is kept of them is what each would have had alone."""
+    plan = config(shared_noise=True, keep="all", window_steps=(3, 4), group_size=3)
+    before = policy.work.evaluations
+    groups = sample(policy, prompts, plan, seed=0, step=0)
+    branches, alone, parted = 2, 4, 2
+    rows = branches * len(prompts) * (alone + 3 * parted)
+    assert policy.work.evaluations - before == rows
+    one_by_one = plan.model_copy(update={"micro_batch": 1})
+    assert_same(groups, sample(policy, prompts, one_by_one, seed=0, step=0), atol=1e-5)
+    for group in groups:
+        first, second, _ = group.trajectories
+        assert torch.equal(first.latents[:4], second.latents[:4])
+        assert not torch.equal(first.latents[4], second.latents[4])
+
+
 def test_complete_groups_are_handed_on_early(policy):
     batches: list[list[str]] = []
 
@@ -270,6 +289,8 @@ def test_impossible_settings_get_a_clear_line(policy):
         {"window": 6},
         {"keep": 7},
         {"keep": 0},
+        {"kernel": "dance", "noise_level": 1.5},
+        {"shared_noise": True, "window": 0},
     ):
         with pytest.raises(ConfigError, match="need"):
             parse(RolloutConfig, {"num_steps": 6, "window": 2, **wrong})

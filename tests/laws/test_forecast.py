@@ -10,7 +10,7 @@ from burnish.forecast import counts
 from burnish.optimization import OptimizerConfig
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
-from burnish.rollout import RolloutConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.training import StageConfig
 
 FOUR = Footprint(states=4, draw_scale=2.0)

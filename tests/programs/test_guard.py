@@ -17,7 +17,7 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.rewards.base import Reward
 from burnish.rewards.oracle import OracleConfig
-from burnish.rollout import RolloutConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.tracking import RunError
 from burnish.training import StageConfig
 from burnish.types import Failed, Score, Scored, ScoreRequest

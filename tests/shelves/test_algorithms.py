@@ -29,7 +29,8 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Teachers
 from burnish.rewards.oracle import OracleConfig
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import ALONE
 from burnish.types import Failed, Group, Guidance, Prompt, Scored
 from burnish.updates import check_ratio

@@ -18,7 +18,8 @@ from burnish.objectives import velocity_matching
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Teachers
-from burnish.rollout import RolloutConfig, sample
+from burnish.rollout import sample
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, Guidance, Prompt, Signal
 
 STEPS = 3

@@ -29,7 +29,7 @@ from burnish.looks import Watch
 from burnish.objectives import velocity_kl
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
-from burnish.rollout import RolloutConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.runtime import ALONE, Runtime
 from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
 

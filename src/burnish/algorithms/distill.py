@@ -29,7 +29,7 @@ from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.residency import Source, Teachers
-from burnish.rollout import RolloutConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
 
 Weighting = Literal["one", "step", "kl"]

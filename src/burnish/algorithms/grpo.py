@@ -42,7 +42,7 @@ from burnish.guidance import (
 )
 from burnish.objectives import clipped_policy_loss, is_clipped
 from burnish.policies.base import Policy
-from burnish.rollout import RolloutConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, LossOutput, Signal, Trajectory
 
 LARGEST_REPLAY_GAP = 0.05

@@ -38,7 +38,7 @@ from burnish.flow import add_noise
 from burnish.guidance import residual
 from burnish.objectives import forward_process_loss, velocity_kl
 from burnish.policies.base import Policy
-from burnish.rollout import RolloutConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, LossOutput, Signal
 
 
