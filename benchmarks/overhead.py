@@ -1,6 +1,6 @@
 """What Burnish adds to the network calls of one GRPO step, and where the time of the step goes.
 
-    python benchmarks/overhead.py [--family stable_diffusion3 qwen_image] [--repeats 5] [--json]
+    python benchmarks/overhead.py [--family stable_diffusion3 qwen_image ...] [--repeats 5] [--json]
 
 A step draws groups with guidance, decodes them, turns scores into advantages, and makes one
 optimizer step on the kept states. *bare* makes the same calls again, recorded from a step of
@@ -8,9 +8,8 @@ Burnish's: every forward pass of the transformer with the same inputs, a backwar
 was one, the decoder, the optimizer. It is the least that the step could take. Both alternate, and
 time is that of the process on the processor, so that other work on the machine counts little.
 
-The pipelines have random weights at sizes that two cores can train: 6 layers, 128 wide or more,
-pictures of 128 x 128 pixels. Scores are given, as a judge is nobody's overhead, and prompts are
-read once in a run.
+Pictures and sources have 128 x 128 pixels. Every step has prompts of its own, so that reading them
+is in it; in a run that comes once for a prompt.
 """
 
 import argparse
@@ -19,134 +18,57 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from grpo_step import Step, make_policy, shrink_sources
 
-from burnish import images
-from burnish.algorithms.base import Setting
-from burnish.algorithms.grpo import GrpoConfig
-from burnish.optimization import OptimizerConfig, State
-from burnish.policies.base import Policy
-from burnish.rewards.oracle import OracleConfig
-from burnish.rollout import sample
-from burnish.rollout_config import RolloutConfig
-from burnish.runtime import ALONE
 from burnish.shelves import families, policy_class
-from burnish.types import Prompt, Scored
-from burnish.updates import update
+from burnish.types import Task
 
-LAYERS = 6
-HEADS = 8
-PARTS = ("encode", "network", "backward", "decode")
+PARTS = ("encode", "rollout", "forward", "backward", "decode", "optimizer")
 """What is not Burnish's own; the rest of a step is."""
-ROLLOUT = RolloutConfig(num_steps=6, guidance_scale=3.0, group_size=8, window=2, micro_batch=16)
-OPTIMIZER = OptimizerConfig(num_updates=1, micro_batch=16)
-REWARDS = {"given": OracleConfig()}
-
-
-def make_policy(family: str, resolution: int) -> Policy[Any, Any]:
-    """A family's tiny pipeline with a larger transformer of random weights."""
-    kind = policy_class(family)
-    pipeline: Any = kind.tiny().pipeline
-    old = pipeline.transformer
-    changes = {"num_layers": LAYERS, "num_attention_heads": HEADS}
-    if "caption_projection_dim" in old.config:
-        changes["caption_projection_dim"] = HEADS * old.config.attention_head_dim
-    torch.manual_seed(0)
-    pipeline.transformer = type(old).from_config({**old.config, **changes})
-    policy: Any = kind(pipeline, resolution=resolution)
-    return policy
-
-
-def make_prompts(policy: Policy[Any, Any], count: int) -> list[Prompt]:
-    rng = np.random.default_rng(0)
-    task = policy.tasks[0]
-    found = []
-    for row in range(count):
-        picture = Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        source = images.encode_png(picture) if task == "edit" else None
-        found.append(Prompt(id=str(row), text=f"{row} red cats", task=task, source=source))
-    return found
-
-
-class Step:
-    """One step after another of one policy."""
-
-    def __init__(self, policy: Policy[Any, Any], prompts: Sequence[Prompt]) -> None:
-        self.policy, self.prompts = policy, prompts
-        policy.transformer.requires_grad_(True)
-        self.state = State.start(policy, OPTIMIZER)
-        self.algorithm = GrpoConfig().build(
-            Setting(
-                policy=policy,
-                guidance=ROLLOUT.guidance,
-                sampler_steps=ROLLOUT.num_steps,
-                num_steps=100,
-                kernel=ROLLOUT.kernel,
-                noise_level=ROLLOUT.noise_level,
-                num_updates=OPTIMIZER.num_updates,
-                micro_batch=OPTIMIZER.micro_batch,
-                seed=0,
-                rewards=REWARDS,
-            )
-        )
-        # The first step also proves that sampler and trainer agree; the others are what costs.
-        self.state.step = 1
-
-    def run(self) -> None:
-        groups = sample(self.policy, self.prompts, ROLLOUT, seed=0, step=self.state.step)
-        given = tuple(Scored(value=place / ROLLOUT.group_size) for place in range(8))
-        scored = [replace(group, scores={"given": given}) for group in groups]
-        signals, _ = self.algorithm.credit(scored, self.state.step)
-        update(
-            OPTIMIZER,
-            self.algorithm,
-            self.state,
-            ALONE,
-            self.prompts,
-            signals,
-            seed=0,
-            total=100,
-        )
-        self.state.step += 1
+IN_TRANSFORMER = ("rollout", "forward", "backward")
 
 
 class Recorder:
     """The calls of the networks in one step, and the seconds in each part."""
 
-    def __init__(self, policy: Policy[Any, Any]) -> None:
-        self._policy: Any = policy
+    def __init__(self, step: Step) -> None:
+        self._policy: Any = step.policy
+        self._optimizer = step.state.optimizer
         self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
         self.seconds = dict.fromkeys(PARTS, 0.0)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         network, vae, backward = self._policy.transformer, self._policy.vae, torch.Tensor.backward
-        plain = [(network, "forward"), (vae, "decode"), (self._policy, "encode")]
-        before = [getattr(owner, name) for owner, name in plain]
-        names = ("network", "decode", "encode")
-        for (owner, name), part, call in zip(plain, names, before, strict=True):
-            setattr(owner, name, self._timed(part, call))
+        plain = [
+            (network, "forward", "network"),
+            (vae, "decode", "decode"),
+            (self._policy._reader, "embed", "encode"),
+            (self._optimizer, "step", "optimizer"),
+        ]
+        for owner, name, part in plain:
+            setattr(owner, name, self._timed(part, getattr(owner, name)))
         torch.Tensor.backward = self._timed("backward", backward)  # type: ignore[method-assign]
         try:
             yield
         finally:
             torch.Tensor.backward = backward  # type: ignore[method-assign]
-            for owner, name in plain:
+            for owner, name, _ in plain:
                 delattr(owner, name)
 
     def _timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
+            name = part
+            if part == "network":
+                name = "forward" if torch.is_grad_enabled() else "rollout"
             if part in ("network", "decode"):
-                name = "trained" if part == "network" and torch.is_grad_enabled() else part
                 self.calls.append((name, args, kwargs))
             start = time.process_time()
             found = call(*args, **kwargs)
-            self.seconds[part] += time.process_time() - start
+            self.seconds[name] += time.process_time() - start
             return found
 
         return timed
@@ -156,22 +78,22 @@ def bare(step: Step, calls: Sequence[tuple[str, tuple[Any, ...], dict[str, Any]]
     """The recorded calls and nothing else."""
     policy: Any = step.policy
     for name, args, kwargs in calls:
-        with torch.set_grad_enabled(name == "trained"):
+        with torch.set_grad_enabled(name == "forward"):
             if name == "decode":
                 policy.vae.decode(*args, **kwargs)
                 continue
             found = policy.transformer(*args, **kwargs)[0]
-        if name == "trained":
+        if name == "forward":
             found.square().mean().backward()
     step.state.optimizer.step()
     step.state.optimizer.zero_grad(set_to_none=True)
 
 
-def measure(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(family: str, task: Task, arguments: argparse.Namespace) -> dict[str, Any]:
     policy = make_policy(family, arguments.resolution)
-    step = Step(policy, make_prompts(policy, arguments.prompts))
+    step = Step(policy, task, arguments.prompts)
     step.run()
-    recorder = Recorder(policy)
+    recorder = Recorder(step)
     with recorder.recording():
         start = time.process_time()
         step.run()
@@ -184,11 +106,13 @@ def measure(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
             start = time.process_time()
             ways[way]()
             times[way].append(time.process_time() - start)
-    ratios = [ours / least for ours, least in zip(times["burnish"], times["bare"], strict=True)]
     parts = {name: seconds / whole for name, seconds in recorder.seconds.items()}
+    # No call of the text encoder or of the VAE's encoder is among the bare ones.
+    own = [seconds * (1 - parts["encode"]) for seconds in times["burnish"]]
+    ratios = [ours / least for ours, least in zip(own, times["bare"], strict=True)]
     return {
         "family": family,
-        "task": policy.tasks[0],
+        "task": task,
         "parameters": sum(p.numel() for p in policy.transformer.parameters()),
         "burnish_s": statistics.median(times["burnish"]),
         "bare_s": statistics.median(times["bare"]),
@@ -202,17 +126,18 @@ def measure(family: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| family | task | parameters | step s | bare s | overhead | transformer | decode | "
-        "encode | the rest |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| family | task | parameters | step s | bare s | overhead | in the transformer: rollout "
+        "| forward | backward | all | decode | optimizer | encode | the rest |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        inside = row["network"] + row["backward"]
+        inside = sum(row[part] for part in IN_TRANSFORMER)
         lines.append(
             f"| {row['family']} | {row['task']} | {row['parameters'] / 1e6:.1f} M | "
             f"{row['burnish_s']:.2f} | {row['bare_s']:.2f} | {row['overhead']:+.1%} "
-            f"({row['least']:+.1%} to {row['most']:+.1%}) | {inside:.1%} | {row['decode']:.1%} | "
-            f"{row['encode']:.1%} | {row['rest']:.1%} |"
+            f"({row['least']:+.1%} to {row['most']:+.1%}) | {row['rollout']:.1%} | "
+            f"{row['forward']:.1%} | {row['backward']:.1%} | {inside:.1%} | {row['decode']:.1%} | "
+            f"{row['optimizer']:.1%} | {row['encode']:.1%} | {row['rest']:.1%} |"
         )
     return "\n".join(lines)
 
@@ -221,15 +146,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What a step costs beyond its network calls.")
     # A shared prefix has a graph of its own, which no single call has.
     plain = [name for name in families() if not policy_class(name).has_shared_prefix]
-    default = ["stable_diffusion3", "qwen_image"]
-    parser.add_argument("--family", nargs="+", choices=plain, default=default)
+    parser.add_argument("--family", nargs="+", choices=plain, default=plain)
     parser.add_argument("--prompts", type=int, default=2)
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [measure(family, arguments) for family in arguments.family]
+    shrink_sources(arguments.resolution)
+    rows = [
+        measure(family, task, arguments)
+        for family in arguments.family
+        for task in policy_class(family).tasks
+    ]
     print(table(rows))
     if arguments.json:
         print(json.dumps({"settings": vars(arguments), "rows": rows}))
