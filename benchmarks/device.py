@@ -322,7 +322,8 @@ def main() -> None:
     print(f"{name}: a large matrix product in {plan.rt.dtype} has {peak / 1e12:.2f} TFLOP/s\n")
     print(table(rows))
     if arguments.json:
-        print(json.dumps({"device": name, "peak": peak, "rows": rows}))
+        settings = vars(arguments)
+        print(json.dumps({"device": name, "settings": settings, "peak": peak, "rows": rows}))
 
 
 if __name__ == "__main__":

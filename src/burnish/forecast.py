@@ -64,7 +64,11 @@ def _plan(
 ) -> Plan:
     """The plan of one stage; `known` is what was measured for others."""
     stage = with_folders(config, config.stages[name], located("."))
-    footprint = stage.algorithm.footprint(stage.rollout, stage.optimizer.micro_batch)
+    footprint = stage.algorithm.footprint(
+        stage.rollout,
+        stage.optimizer.micro_batch,
+        may_borrow=stage.lora is not None and sharding.world_size == 1,
+    )
     kind, folder = policy_class(config.policy.family), located(config.policy.path)
     lora = None if stage.lora is None else stage.lora.model_dump_json()
     if lora not in known:

@@ -3,19 +3,24 @@
 Teachers stay on disk. The one in use is copied into the one transformer that is resident on the
 device; the next is read into host memory, pinned for a GPU, by a thread while the current one
 computes. Neither device nor host memory grows with the number of teachers.
+
+Where the student trains a LoRA, and all teachers are LoRAs on the very weights that stand beside
+it, none of them is copied: they borrow those weights, and differ by their adapters.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from burnish.adapters import adapted, read_adapter
+from burnish.adapters import Adapter, adapted, read_adapter
+from burnish.borrowing import borrowed
 from burnish.config import ConfigError
 from burnish.policies.base import Policy
 
@@ -31,23 +36,36 @@ class Source:
 class Teachers:
     """All teachers by label, of which one at a time is on the device."""
 
-    def __init__(self, student: Policy[Any, Any], sources: Mapping[str, Source]) -> None:
+    def __init__(
+        self,
+        student: Policy[Any, Any],
+        sources: Mapping[str, Source],
+        *,
+        may_borrow: bool = False,
+    ) -> None:
         """Check that every teacher can stand in for another.
 
         Args:
             student: whose encoder, VAE, scheduler and architecture all must share.
             sources: by label.
+            may_borrow: the student's weights will stay what they are, beside a LoRA.
 
         Raises:
             ConfigError: a teacher that does not.
         """
-        self._resident = student.sibling()
         self._sources = dict(sources)
         self._active: str | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
         for source in dict.fromkeys(self._sources.values()):
             read_kin(student, source)
+        self._adapters: dict[str, dict[str, Adapter]] = {}
+        if may_borrow and _are_adapters_of(student, self._sources.values()):
+            self._adapters = {n: read_adapter(_lora(s)) for n, s in self._sources.items()}
+            modules = {name for adapters in self._adapters.values() for name in adapters}
+            self._resident = borrowed(student, sorted(modules))
+        else:
+            self._resident = student.sibling()
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -68,12 +86,18 @@ class Teachers:
         if label != self._active:
             # What is half copied must never pass for a teacher.
             self._active = None
-            self._resident.transformer.load_state_dict(self._read(label))
+            transformer: Any = self._resident.transformer
+            if self._adapters:
+                transformer.put_in(self._adapters[label])
+            else:
+                transformer.load_state_dict(self._read(label))
             self._active = label
         return self._resident
 
     def prefetch(self, label: str) -> None:
         """Begin to read the teacher that is wanted next; a wrong guess only costs time."""
+        if self._adapters:
+            return
         if label != self._active and (self._next is None or self._next[0] != label):
             self._next = label, self._reader.submit(_staged, self._sources[label], self._pins)
 
@@ -87,6 +111,23 @@ class Teachers:
             self._next = None
             return weights
         return _weights(self._sources[label])
+
+
+def _are_adapters_of(student: Policy[Any, Any], sources: Iterable[Source]) -> bool:
+    """Whether all are LoRAs on the weights that a student has now."""
+    if any(source.lora is None for source in sources):
+        return False
+    mine = student.transformer.state_dict()
+    for folder in {source.folder for source in sources}:
+        weights = _weights(Source(folder))
+        if any(not torch.equal(weights[n].to(t.dtype), t.cpu()) for n, t in mine.items()):
+            return False
+    return True
+
+
+def _lora(source: Source) -> Path:
+    assert source.lora is not None
+    return source.lora
 
 
 def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:

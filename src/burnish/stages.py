@@ -63,12 +63,26 @@ def with_folders(config: RunConfig, stage: StageConfig, folder: Path) -> StageCo
         return stage
     teachers = {
         label: config.deployed_teacher(teacher).model_copy(
-            update={"path": str(model_folder(folder, teacher.path))}
+            update=_teacher_folders(config, stage, folder, teacher.path)
         )
         for label, teacher in stage.algorithm.teachers.items()
     }
     algorithm = stage.algorithm.model_copy(update={"teachers": teachers})
     return stage.model_copy(update={"algorithm": algorithm})
+
+
+def _teacher_folders(
+    config: RunConfig, stage: StageConfig, folder: Path, path: str
+) -> dict[str, str]:
+    """Where a teacher is; one that is a LoRA on what a student's LoRA stands beside is named as
+    that, so that it can borrow those weights."""
+    name = path.removeprefix(STAGE)
+    teacher = config.stages.get(name) if path.startswith(STAGE) else None
+    if teacher is None or teacher.start != stage.start or None in (teacher.lora, stage.lora):
+        return {"path": str(model_folder(folder, path))}
+    base = config.policy.path if stage.start == BASE else STAGE + stage.start
+    lora = job_folder(folder, f"train/{name}") / "lora"
+    return {"path": str(model_folder(folder, base)), "lora": str(lora)}
 
 
 def model_folder(folder: Path, path: str) -> Path:

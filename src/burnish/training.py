@@ -243,6 +243,7 @@ def _setting(config: StageConfig, policy: Policy[Any, Any], rt: Runtime, seed: i
         seed=seed,
         rewards=config.rewards,
         advantages=config.advantages,
+        may_borrow=config.lora is not None and not rt.is_sharded,
         rt=rt,
     )
 

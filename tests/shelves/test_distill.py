@@ -8,7 +8,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from burnish.adapters import Adapter, adapted, read_adapter
+from burnish.adapters import (
+    Adapter,
+    LoraConfig,
+    adapted,
+    attach,
+    detach,
+    read_adapter,
+    write_adapter,
+)
 from burnish.algorithms.base import Setting
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, weights
 from burnish.batches import stack
@@ -20,6 +28,7 @@ from burnish.prompts import read_prompts
 from burnish.residency import Source, Teachers
 from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
+from burnish.shelves import families, policy_class
 from burnish.types import Group, Guidance, Prompt, Signal
 
 STEPS = 3
@@ -263,6 +272,67 @@ def test_a_lora_on_a_base_is_the_teacher_with_its_weights_added(
         learnt = 0 if adapter is None else scale * adapter.high @ adapter.low
         torch.testing.assert_close(found[name], before + learnt)
     assert equal(plain, state(teachers.activate("plain")))
+
+
+@pytest.mark.parametrize("family", families())
+def test_teachers_that_are_loras_borrow_the_weights_of_a_student_that_is_one(
+    family: str, tmp_path: Path, small_sources: None
+) -> None:
+    """They are what their copies are, use no transformer but the student's, and leave it as it is:
+    its velocity, its adapters, and what of it is trained."""
+    student: Any = policy_class(family).tiny()
+    student.save(tmp_path / "base")
+    sources = {}
+    for seed, label in enumerate(("one", "two")):
+        teacher = student.sibling()
+        _randomly_adapted(teacher, LoraConfig(rank=2), seed)
+        sources[label] = Source(tmp_path / "base", tmp_path / label)
+        write_adapter(tmp_path / label, detach(teacher.transformer))
+    copies = Teachers(student, sources)
+    own = Teachers(student, sources, may_borrow=True)
+    _randomly_adapted(student, LoraConfig(rank=4), 2)
+    trained = [name for name, _ in student.trainable()]
+
+    task = student.tasks[0]
+    rows = [p for p in read_prompts(located("embedded:prompts/train.jsonl")) if p.task == task][:2]
+    latents = student.noise([torch.Generator().manual_seed(row) for row in range(2)])
+
+    @torch.no_grad()
+    def velocity(policy: Any) -> Tensor:
+        prefix = policy.prefix(policy.encode(rows))
+        return policy.velocity(latents, torch.tensor([0.9, 0.4]), prefix)
+
+    before = velocity(student)
+    for label in ("one", "two", "one"):
+        found = velocity(own.activate(label))
+        torch.testing.assert_close(found, velocity(copies.activate(label)), rtol=0, atol=2e-5)
+        assert (found - before).abs().max() > 1e-3
+        assert torch.equal(velocity(student), before)
+    ids = {id(parameter) for parameter in student.transformer.parameters()}
+    assert {id(p) for p in own.activate("one").transformer.parameters()} == ids
+    assert [name for name, _ in student.trainable()] == trained
+
+
+def _randomly_adapted(policy: Any, config: LoraConfig, seed: int) -> None:
+    """With factors of a LoRA that change something."""
+    attach(policy.transformer, config, policy.lora_targets)
+    draws = torch.Generator().manual_seed(seed)
+    for _, parameter in policy.trainable():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=draws)
+
+
+def test_weights_that_differ_are_not_borrowed(
+    policy: QwenImage21Policy, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """A LoRA on another model is a teacher with a transformer of its own."""
+    write_lora(tmp_path / "lora", policy, ["transformer_blocks.0.attn.to_q"], "diffusers")
+    source = {"t2i": Source(folders["one"], tmp_path / "lora")}
+    for student, lends in ((policy, False), (QwenImage21Policy.load(folders["one"]), True)):
+        found = Teachers(student, source, may_borrow=True).activate("t2i").transformer
+        lent = {id(p) for p in found.parameters()} == {
+            id(p) for p in student.transformer.parameters()
+        }
+        assert lent == lends
 
 
 def test_modules_that_are_not_found_are_counted(

@@ -24,6 +24,7 @@ from burnish.advantages import (
     group_advantages,
 )
 from burnish.batches import Batch, evaluate
+from burnish.borrowing import borrowed
 from burnish.config import Config
 from burnish.looks import Watch
 from burnish.objectives import velocity_kl
@@ -103,12 +104,13 @@ class AlgorithmConfig(Config, ABC):
         """
 
     @abstractmethod
-    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+    def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         """What it will ask of a device.
 
         Args:
             rollout: how the stage draws.
             micro_batch: states at once.
+            may_borrow: see `Setting`.
         """
 
     @abstractmethod
@@ -123,10 +125,9 @@ class AnchoredConfig(AlgorithmConfig, ABC):
     """Of the mean squared distance to the start's conditional velocity (`velocity_kl`); 0 keeps no
     copy of the start."""
 
-    @property
-    def copies(self) -> tuple[str, ...]:
+    def copies(self, *, may_borrow: bool) -> tuple[str, ...]:
         """Transformers that holding it needs."""
-        return ("frozen start (kl_weight)",) if self.kl_weight else ()
+        return ("frozen start (kl_weight)",) if self.kl_weight and not may_borrow else ()
 
 
 class AdvantagesConfig(Config):
@@ -173,6 +174,9 @@ class Setting:
     seed: int
     rewards: Mapping[str, RewardConfig]
     advantages: AdvantagesConfig = field(default_factory=AdvantagesConfig)
+    may_borrow: bool = False
+    """Whether the policy's weights stay what they are, beside a LoRA, so that frozen ones may use
+    them."""
     rt: Runtime = ALONE
     """Whose processes the groups of a step are dealt out to."""
 
@@ -182,7 +186,10 @@ class Anchor:
 
     def __init__(self, config: AnchoredConfig, setting: Setting) -> None:
         self._weight, self._micro_batch = config.kl_weight, setting.micro_batch
-        self._start = setting.policy.sibling() if config.kl_weight else None
+        self._start: Policy[Any, Any] | None = None
+        if config.kl_weight:
+            own = setting.policy
+            self._start = borrowed(own) if setting.may_borrow else own.sibling()
 
     def mark(self, signals: Sequence[Signal]) -> list[Signal]:
         """The signals with the start's conditional velocity as the field `reference`."""

@@ -132,12 +132,13 @@ class DistillConfig(AlgorithmConfig):
             except ConfigError as error:
                 raise ConfigError(f"algorithm.fixed_states: {error}") from None
 
-    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+    def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         scale = max(teacher.guidance.scale for teacher in self.teachers.values())
         fixed = self.fixed_states
+        borrows = may_borrow and all(teacher.lora for teacher in self.teachers.values())
         return Footprint(
-            copies=("teacher in use",),
-            copies_read_ahead=int(len(self.teachers) > 1),
+            copies=() if borrows else ("teacher in use",),
+            copies_read_ahead=int(len(self.teachers) > 1 and not borrows),
             states=rollout.num_kept,
             credit_scale=scale,
             draw_scale=scale if fixed or self.states == "teacher" else rollout.guidance_scale,
@@ -187,7 +188,7 @@ class Distill(Algorithm):
             label: Source(Path(t.path), None if t.lora is None else Path(t.lora))
             for label, t in config.teachers.items()
         }
-        self._teachers = Teachers(setting.policy, sources)
+        self._teachers = Teachers(setting.policy, sources, may_borrow=setting.may_borrow)
 
     def guidance(self, label: str, step: int) -> Guidance:
         """Of a teacher at a step: its own after the ramp."""

@@ -81,10 +81,10 @@ class GrpoConfig(AnchoredConfig):
                 " residual takes both"
             )
 
-    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+    def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         both = unconditional_use(self.guidance).has_gradient
         return Footprint(
-            copies=self.copies,
+            copies=self.copies(may_borrow=may_borrow),
             states=rollout.window,
             credit_scale=rollout.guidance_scale if both else 1.0,
             draw_scale=rollout.guidance_scale,

@@ -66,9 +66,9 @@ class NftConfig(AnchoredConfig):
             raise ValueError(f"need 0 <= low < high <= 1, got noise_range={self.noise_range}")
         return self
 
-    def footprint(self, rollout: RolloutConfig, micro_batch: int) -> Footprint:
+    def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         return Footprint(
-            copies=self.copies,
+            copies=self.copies(may_borrow=may_borrow),
             states=self.num_levels,
             credit_scale=rollout.guidance_scale if self.anchor == "guided" else 1.0,
             draw_scale=rollout.guidance_scale,
