@@ -354,7 +354,8 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     given, kind = details["input"], details["type"]
     name = path or "the settings"
     if kind == "missing":
-        return f"{name}: need a value, got none; add `{path}: ...` or pass {path}=..."
+        meant = _meant(root, data, details["loc"]) or f"add `{path}: ...` or pass {path}=..."
+        return f"{name}: need a value, got none; {meant}"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         selector = str(details.get("ctx", {})["discriminator"]).strip("'")
         literals = [_literal(member.model_fields.get(selector)) for member in _configs(annotation)]
@@ -373,6 +374,18 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     needed = needed.split(", unable to parse")[0]
     advice = f"correct it or pass {path}=..." if path else "correct it"
     return f"{name}: need {needed}, got {_shown(given)}; {advice}"
+
+
+def _meant(root: type[Config], data: Any, location: Sequence[str | int]) -> str:
+    """The section that a mistyped override meant, which has made one of its own instead."""
+    annotation: Any = root
+    *path, name, _ = ["", *_dotted(root, data, location)[0].split(".")]
+    for part in path[1:]:
+        annotation = _child(annotation, data, part)
+        data = data.get(part) if isinstance(data, dict) else None
+    is_named = isinstance(data, dict) and _member(annotation, data) is None
+    near = nearest(name, [other for other in data if other != name]) if is_named else None
+    return f"did you mean `{'.'.join((*path[1:], near))}`?" if near else ""
 
 
 def _wrong_choice(name: str, given: Any, choices: Sequence[Any]) -> str:

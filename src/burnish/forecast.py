@@ -170,7 +170,7 @@ def _frozen_parts(
     base = _base_bytes(policy)
     for copy in footprint.copies:
         advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
-        yield Part(name=copy, num_bytes=base, is_sharded=True, advice=advice)
+        yield Part(name=copy, num_bytes=base, advice=advice)
 
 
 def _trained_parts(
@@ -216,6 +216,7 @@ def _activation_parts(
 
     drawn = f"lower stages.{name}.rollout.micro_batch"
     trained = f"lower stages.{name}.optimizer.micro_batch"
+    fewer = f"train a LoRA, stages.{name}.lora={{rank: 32}}, with policy.dtype=bfloat16"
     # For an edit, what guidance leads away from has the source image, too.
     kept = min(MEMORY_BYTES, 2 * num_prompts * most("row"))
     yield Part(name="prompts that were read", num_bytes=kept)
@@ -232,8 +233,10 @@ def _activation_parts(
     for what, field, phase, advice in rows:
         yield Part(name=what, num_bytes=most(field), during=(phase,), advice=advice)
     if sharding.world_size > 1:
-        during = ("drawing", "credit", "update")
-        yield Part(name="gathered block", num_bytes=_largest_block(policy), during=during)
+        whole = num_bytes(policy.transformer.parameters())
+        during = ("reading", "drawing", "decoding", "credit")
+        yield Part(name="all weights, gathered", num_bytes=whole, during=during, advice=fewer)
+        yield Part(name="gathered block", num_bytes=_largest_block(policy), during=("update",))
 
 
 def _host_parts(

@@ -52,6 +52,15 @@ class StudyConfig(Config):
     """Of the runs; the pictures that are measured have the same seeds in all of them."""
     compare: tuple[ComparisonConfig, ...] = ()
 
+    @model_validator(mode="after")
+    def _seeds_differ(self) -> "StudyConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"need seeds that differ, got {list(self.seeds)}; a seed counts once, leave the "
+                "other out"
+            )
+        return self
+
 
 class RunMergeConfig(MergeConfig):
     """A policy that is not trained but made of stages of the run."""
