@@ -174,7 +174,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         shares = [row[name] / row["seconds"] for name in ("compute", "waiting", "judges")]
         shares.append(row["messages"] / row["seconds"])
-        cells = [str(row["count"]), f"{row['seconds']:.1f}", f"{row['rate']:.0f}"]
+        cells = [str(row["count"]), f"{row['seconds']:.1f}", f"{row['rate']:.1f}"]
         cells += [f"{row['of_perfect']:.1%}", *(f"{share:.1%}" for share in shares)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
