@@ -85,10 +85,7 @@ def make_policy(family: str, plan: Plan, dtype: torch.dtype, *, is_hollow: bool 
         pipeline.transformer = hollow(build, dtype)
     else:
         with torch.device(plan.rt.device):
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            pipeline.transformer = build()
-            torch.set_default_dtype(before)
+            pipeline.transformer = build().to(dtype)
     return kind(pipeline, resolution=plan.resolution)
 
 

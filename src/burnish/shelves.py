@@ -78,6 +78,9 @@ class PolicyConfig(Config):
     checkpointing: bool = False
     """Compute a block again in the backward pass instead of keeping what it computed: far less
     memory, a third more work in an update."""
+    cache: str | None = None
+    """Folder where what the encoders made of a prompt outlives the process, for this run and others
+    with the same encoders; None keeps it in memory."""
     offload: bool = False
     """Keep encoders and VAE in the memory of the machine, and bring them to the device only while
     they are used."""
@@ -115,6 +118,7 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
         resolution=config.resolution,
         device=rt.device,
         dtype=dtype,
+        cache_folder=None if config.cache is None else Path(config.cache),
         offload=config.offload,
     )
     transformer: Any = policy.transformer

@@ -14,6 +14,7 @@ from burnish import checkpoint, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.galleries import galleries
+from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs
 from burnish.prompts import read_prompts, write_prompts
 from burnish.run_config import RunConfig
@@ -111,15 +112,23 @@ def _check_lora(family: str, base: Path, stage: Path) -> None:
 
 @pytest.mark.usefixtures("small_sources")
 @pytest.mark.parametrize("family", families())
-def test_a_lora_is_trained_beside_rounded_weights(family: str, tmp_path: Path) -> None:
+def test_a_lora_is_trained_beside_rounded_weights(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With all that saves memory: start and teacher borrow the weights, and nothing copies them;
+    prompts are read once for both stages."""
+    monkeypatch.setattr(PipelinePolicy, "sibling", None)
     model, task = tmp_path / "model", policy_class(family).tasks[0]
     policy_class(family).tiny().save(model)
     data = recipe(family, model).model_dump()
     stages = {name: data["stages"][name] for name in ("grpo_teacher", "student")}
     stages["grpo_teacher"]["lora"] = {"rank": 2}
+    stages["grpo_teacher"]["algorithm"]["kl_weight"] = 0.1
     stages["student"]["algorithm"]["teachers"] = {task: {"path": "stage:grpo_teacher"}}
     stages["student"]["prompts"]["tasks"] = [task]
-    policy = data["policy"] | {"dtype": "bfloat16", "checkpointing": True}
+    stages["student"]["optimizer"] |= {"kind": "adamw_8bit", "ema_decay": 0.5}
+    policy = data["policy"] | {"dtype": "bfloat16", "checkpointing": True, "offload": True}
+    policy["cache"] = str(tmp_path / "cache")
     config = parse(RunConfig, data | {"policy": policy, "stages": stages})
     rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
     for job in ("train/grpo_teacher", "train/student"):
@@ -133,6 +142,7 @@ def test_a_lora_is_trained_beside_rounded_weights(family: str, tmp_path: Path) -
         assert any(float(adapter.high.abs().max()) > 0 for adapter in learnt.values())
         written = load_file(stage / "model/transformer/diffusion_pytorch_model.safetensors")
         assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    assert list((tmp_path / "cache").iterdir())
 
 
 def test_rounded_weights_are_not_trained_whole(tmp_path: Path) -> None:
