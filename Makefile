@@ -19,7 +19,7 @@ demo: $(INSTALLED)  ## run the miniature end to end and leave its report
 test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: $(INSTALLED_DEV) browser  ## all tests that need no GPU
-	$(BIN)/pytest -n 2 $(TESTS)
+	$(BIN)/pytest -n 2 --dist worksteal $(TESTS)
 
 # The voting page is driven in a real browser, which no Python package brings along.
 browser:

@@ -146,7 +146,15 @@ def operations(work: Callable[[], None]) -> float:
 
 
 def timed(work: Callable[[], None], plan: Plan) -> tuple[float, float]:
-    """Median seconds after a first call, and GiB on the device at the peak; nan on a CPU."""
+    """Median seconds after a first call, and GiB on the device at the peak; no number where a GPU
+    has not so much memory, and of memory none on a CPU."""
+    try:
+        return _timed(work, plan)
+    except torch.OutOfMemoryError:
+        return float("nan"), float("nan")
+
+
+def _timed(work: Callable[[], None], plan: Plan) -> tuple[float, float]:
     is_gpu = plan.rt.device.type == "cuda"
     wait = torch.cuda.synchronize if is_gpu else (lambda: None)
     work()
@@ -213,10 +221,7 @@ def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        try:
-            seconds, memory = timed(work, plan)
-        except torch.OutOfMemoryError:
-            seconds = memory = float("nan")
+        seconds, memory = timed(work, plan)
         yield _row(family, "update, checkpointing", way, seconds, count, peak, memory)
         del policy, optimizer, parameters, work
         gc.collect()
@@ -268,21 +273,28 @@ def _row(
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+HEAD = """\
+| model | work | way | s | TFLOP/s | of peak | GiB at the peak | faster |
+|---|---|---|---|---|---|---|---|"""
+
+
+def line(row: dict[str, Any]) -> str:
     def shown(value: float, text: str) -> str:
         return "" if value != value else text.format(value)
 
-    lines = [
-        "| model | work | way | s | TFLOP/s | of peak | GiB at the peak | faster |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        cells = [row["family"], row["work"], row["way"]]
-        cells += [shown(row["seconds"], "{:.2f}") or "does not fit"]
-        cells += [shown(row["teraflops"], "{:.2f}"), shown(row["of_peak"], "{:.0%}")]
-        cells += [shown(row["memory"], "{:.1f}"), shown(row["ratio"], "{:.2f}x")]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    cells = [row["family"], row["work"], row["way"]]
+    cells += [shown(row["seconds"], "{:.2f}") or "does not fit"]
+    cells += [shown(row["teraflops"], "{:.2f}"), shown(row["of_peak"], "{:.0%}")]
+    cells += [shown(row["memory"], "{:.1f}"), shown(row["ratio"], "{:.2f}x")]
+    return f"| {' | '.join(cells)} |"
+
+
+def measured(families: Sequence[str], plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
+    for family in families:
+        for part in (drawing, training):
+            yield from part(family, plan, peak)
+            gc.collect()
+    yield from editing(plan, peak)
 
 
 def main() -> None:
@@ -309,17 +321,16 @@ def main() -> None:
     )
     shrink_sources(plan.resolution)
     peak = peak_rate(plan)
-    rows: list[dict[str, Any]] = []
-    for family in arguments.model:
-        for part in (drawing, training):
-            rows += part(family, plan, peak)
-            gc.collect()
-    rows += editing(plan, peak)
     name = torch.cuda.get_device_name(device) if is_gpu else "one thread of a CPU"
     print(f"{name}: a large matrix product in {plan.rt.dtype} has {peak / 1e12:.2f} TFLOP/s\n")
-    print(table(rows))
+    print(HEAD)
+    rows = []
+    for row in measured(arguments.model, plan, peak):
+        rows.append(row)
+        # At once, as a machine may be gone before the last one.
+        print(line(row), flush=True)
     if arguments.json:
-        settings = vars(arguments)
+        settings = vars(arguments) | {"resolution": plan.resolution}
         print(json.dumps({"device": name, "settings": settings, "peak": peak, "rows": rows}))
 
 

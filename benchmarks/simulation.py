@@ -4,8 +4,11 @@
 
 Each GPU draws its groups micro-batch by micro-batch and hands every one to a pool of judges as soon
 as it is drawn; a judge takes one at a time. When all scores are back, which every process waits
-for, each trains on its groups, and the gradients are averaged over all after every optimizer step,
-as `burnish.training` does it. What is told is where the time of the slowest goes.
+for, each trains on its groups, and all wait for each other once more and average their gradients,
+as often as there are optimizer steps. What is told is where the time of the slowest goes.
+
+Left out, as small beside the passes: decoding, reading prompts, velocities without gradient that an
+algorithm asks for, and that processes meet at every optimizer step and not only at the last.
 
 The parts are measured here or counted here:
 
@@ -13,7 +16,8 @@ The parts are measured here or counted here:
 * a pass over FLUX.2 [klein] 4B Base has the operations that hollow weights count, and takes what
   `device.py --json` measured on a GPU (`--figures FILE`), or else what a share of a GPU's peak
   gives, which is an assumption and printed as one;
-* the same simulation, fed with the times of one process here, is held against two real processes.
+* the same simulation, fed with the processor's seconds of one process here, is held against those
+  of two real processes, which is a check of how work is dealt out, and not of messages.
 """
 
 import argparse
@@ -36,6 +40,8 @@ from device import REAL, Plan, conditions, make_policy, operations, rollout, upd
 from burnish.runtime import Runtime, choose_device
 
 COUNTS = (8, 16, 64, 256, 1024)
+_MESSAGE = 1 << 25
+"""Numbers in one of Burnish's messages."""
 ROUNDS = 20
 """Steps that are simulated."""
 
@@ -45,7 +51,7 @@ class Parts:
     """Of a step, on one process."""
 
     draw: float
-    """Seconds of a micro-batch of pictures, decoding included."""
+    """Seconds of a micro-batch of pictures, without decoding."""
     train: float
     """Seconds of the states of one micro-batch of pictures."""
     scatter: float
@@ -116,12 +122,15 @@ def _last_score(arrivals: Sequence[float], judges: int, seconds: float) -> float
 
 
 def all_reduce(num_bytes: float, count: int, assumed: Assumed) -> float:
-    """Seconds of a ring over all, whose slowest link counts."""
+    """Seconds to average over all: the slowest link carries everything twice, and each message goes
+    up and down a tree, as libraries do it on many GPUs."""
     if count == 1:
         return 0.0
+    messages = math.ceil(num_bytes / (4 * _MESSAGE))
     is_one_node = count <= assumed.node
     rate = assumed.gigabytes_in_node if is_one_node else assumed.gigabytes_between_nodes
-    return 2 * (count - 1) / count * num_bytes / (rate * 1e9) + math.log2(count) * assumed.latency
+    carried = 2 * (count - 1) / count * num_bytes / (rate * 1e9)
+    return carried + messages * 2 * math.log2(count) * assumed.latency
 
 
 def counted(sizes: dict[str, int], assumed: Assumed) -> tuple[float, float, float]:
@@ -155,7 +164,7 @@ def scatter(repeats: int = 12) -> float:
 
 
 def held_against_reality(spread: float) -> tuple[float, float]:
-    """Seconds of a step on two processes: simulated from those of one, and measured."""
+    """The processor's seconds of a step on two processes: simulated from one, and measured."""
     one, two = (scaling.measure("stable_diffusion3", count, "none") for count in (1, 2))
     share = one["processor"][0] / scaling.GROUPS
     parts = Parts(draw=share / 2, train=share / 2, scatter=spread, gradient_bytes=0)
@@ -181,11 +190,18 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def figures(path: Path, sizes: dict[str, int]) -> tuple[float, float]:
-    """Seconds of a micro-batch of pictures and of its states, from what `device.py` measured."""
+    """Seconds of a micro-batch of pictures and of its states, from what `device.py` measured, with
+    an optimizer step for every micro-batch."""
     found = json.loads(path.read_text().splitlines()[-1])
     rows = {(row["family"], row["work"], row["way"]): row["seconds"] for row in found["rows"]}
-    drawing = rows["flux2_klein", "rollout, guidance 4", "as it is"]
-    training = rows["flux2_klein", "update, checkpointing", "all weights, 8-bit AdamW"]
+    drawing = rows.get(("flux2_klein", "rollout, guidance 4", "as it is"), math.nan)
+    way = "all weights, 8-bit AdamW"
+    training = rows.get(("flux2_klein", "update, checkpointing", way), math.nan)
+    if math.isnan(drawing + training) or found["settings"]["resolution"] != 1024:
+        raise SystemExit(
+            f"need flux2_klein drawn and trained at 1024 pixels in {path}, got no such rows; run "
+            "device.py --model flux2_klein --json on a GPU"
+        )
     share = sizes["members"] / found["settings"]["batch"]
     return (
         drawing * share * sizes["steps"] / found["settings"]["steps"],
@@ -222,7 +238,8 @@ def main() -> None:
         rate = count * arguments.groups * arguments.members / found["seconds"]
         base = rows[0]["rate"] / rows[0]["count"] if rows else rate / count
         rows.append({"count": count, "rate": rate, "of_perfect": rate / count / base, **found})
-    print(f"Two real processes: {measured:.2f} s a step; simulated from one: {simulated:.2f} s.")
+    print(f"A step on two real processes: {measured:.2f} s of the processor", end="; ")
+    print(f"simulated from one: {simulated:.2f} s.")
     print(f"Parts: {asdict(parts)}\nAssumed: {asdict(assumed)}\n")
     print(table(rows))
     if arguments.json:

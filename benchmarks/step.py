@@ -81,7 +81,9 @@ class FullPolicy(QwenImage21Policy):
         sources = torch.stack([prompt.source for prompt in prompts])
         shape = (1, self._side, self._side)
         (output,) = self.transformer(
-            hidden_states=torch.cat([sources, latents], dim=1).to(self.device, self.dtype),
+            hidden_states=torch.cat([sources.to(latents), latents], dim=1).to(
+                self.device, self.dtype
+            ),
             timestep=sigmas.to(self.device),
             encoder_hidden_states=pad_sequence(
                 [prompt.embedding for prompt in prompts], batch_first=True

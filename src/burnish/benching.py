@@ -33,7 +33,7 @@ from burnish.shelves import AnyBench
 from burnish.tracking import write_atomic, writing
 from burnish.types import Failed, Guidance
 
-_BLOCK = 64  # Pictures that are drawn at once.
+_BLOCK = 64  # Pictures that are drawn before they are written.
 _LARGE = 64 << 20  # Bytes of a file above which its size and time stand for its content.
 _REPLIES, _PICTURES = "replies", "pictures"
 _EXAMPLES = 6  # Items shown behind the whole and each pillar.
@@ -171,6 +171,7 @@ def draw_pictures(
     *,
     facts: Mapping[str, str],
     label: str,
+    micro_batch: int = _BLOCK,
 ) -> None:
     """Draw the pictures of a bench that are not there yet.
 
@@ -182,6 +183,7 @@ def draw_pictures(
         drawing: guidance, steps and seed.
         facts: of `model_facts`.
         label: name of the model on the screen.
+        micro_batch: pictures at once.
 
     Raises:
         RunError: the folder has pictures of another model, or that were drawn otherwise.
@@ -209,6 +211,7 @@ def draw_pictures(
                     num_steps=drawing.num_steps,
                     guidance=drawing.guidance,
                     seeds=seeds,
+                    micro_batch=micro_batch,
                 )
             for (_, _, name), image in zip(block, drawn, strict=True):
                 path = folder / name

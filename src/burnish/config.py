@@ -354,8 +354,8 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     given, kind = details["input"], details["type"]
     name = path or "the settings"
     if kind == "missing":
-        meant = _meant(root, data, details["loc"]) or f"add `{path}: ...` or pass {path}=..."
-        return f"{name}: need a value, got none; {meant}"
+        meant = _meant(root, data, details["loc"])
+        return f"{name}: need a value, got none; {meant}add `{path}: ...` or pass {path}=..."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         selector = str(details.get("ctx", {})["discriminator"]).strip("'")
         literals = [_literal(member.model_fields.get(selector)) for member in _configs(annotation)]
@@ -385,7 +385,7 @@ def _meant(root: type[Config], data: Any, location: Sequence[str | int]) -> str:
         data = data.get(part) if isinstance(data, dict) else None
     is_named = isinstance(data, dict) and _member(annotation, data) is None
     near = nearest(name, [other for other in data if other != name]) if is_named else None
-    return f"did you mean `{'.'.join((*path[1:], near))}`?" if near else ""
+    return f"did you mean `{'.'.join((*path[1:], near))}`? Else " if near else ""
 
 
 def _wrong_choice(name: str, given: Any, choices: Sequence[Any]) -> str:

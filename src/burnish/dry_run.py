@@ -76,6 +76,7 @@ def measure(
         counts: how much at once.
         rt: precision, of a GPU or a CPU, wherever the policy is.
     """
+    policy.forget()
     own = list(weights(*policy.networks().values()))
     is_hollow = isinstance(own[0], Hollow)
     drawn = policy.noise([torch.Generator().manual_seed(0)])
@@ -128,9 +129,12 @@ def _trained(
             loss.backward()
     for parameter in trained:
         parameter.grad = None
+    # Blocks that are computed again have theirs made again: no weight has two at once.
+    most = sum(weight.numel() for weight in own) * rt.dtype.itemsize
+    copies = min(live.copies, most, live.peak)
     return {
-        "updating": live.peak - live.copies,
-        "copies": live.copies,
+        "updating": live.peak - copies,
+        "copies": copies,
         "saved": saved.num_bytes,
     }
 

@@ -54,6 +54,8 @@ class EvaluationConfig(Config):
     """Of the base, likewise."""
     seed: int = 10_000
     """Seeds of the pictures; far from those of training."""
+    micro_batch: int = Field(default=64, ge=1)
+    """Pictures at once, here and on benches; changes none but for rounding."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def measure(
                     num_steps=config.num_steps,
                     guidance=guidance,
                     seeds=noises,
+                    micro_batch=config.micro_batch,
                 )
             requests = [
                 ScoreRequest(prompt=p, image=image) for p, image in zip(block, drawn, strict=True)

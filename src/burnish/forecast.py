@@ -28,7 +28,7 @@ from burnish.rewards.base import RewardConfig
 from burnish.run_config import RunConfig
 from burnish.runtime import DTYPES, Runtime, choose_dtype
 from burnish.shelves import policy_class
-from burnish.stages import with_folders
+from burnish.stages import may_borrow, with_folders
 from burnish.training import StageConfig
 from burnish.types import Prompt, Task
 
@@ -36,6 +36,8 @@ _LOOKED_AT = 500
 """Prompts of a stage, evenly spread, among which the largest is looked for."""
 _LIKELIEST = 8
 """Of these, the prompts whose source images have the most bytes."""
+_OF_ONE = ("copy of the start", "pipeline that is read again", "pictures and states of a step")
+"""Parts in the memory of the machine that several processes share or one alone has."""
 _FIELDS = 5
 """Latents that a state carries, at most: itself, and what it is compared with."""
 
@@ -67,7 +69,7 @@ def _plan(
     footprint = stage.algorithm.footprint(
         stage.rollout,
         stage.optimizer.micro_batch,
-        may_borrow=stage.lora is not None and sharding.world_size == 1,
+        may_borrow=may_borrow(config, stage, located(".")) and sharding.world_size == 1,
     )
     kind, folder = policy_class(config.policy.family), located(config.policy.path)
     lora = None if stage.lora is None else stage.lora.model_dump_json()
@@ -88,6 +90,10 @@ def _plan(
         found.append(known[key])
     is_gpu = rt.device.type == "cuda"
     host = [part for part in _host_parts(config, stage, footprint, policy, found) if part.num_bytes]
+    if is_gpu:
+        # On one machine each process has its own of most.
+        count = max(config.runtime.processes, sharding.world_size)
+        host = [_for_all(part, count) for part in host]
     parts = [
         *_frozen_parts(policy, footprint, name, is_offloaded=config.policy.offload and is_gpu),
         *_trained_parts(policy, stage, name, is_gpu=is_gpu),
@@ -267,6 +273,15 @@ def _host_parts(
             judges[key] = max(size, judges.get(key, 0))
     for key, size in judges.items():
         yield Part(name=key, num_bytes=size)
+
+
+def _for_all(part: Part, count: int) -> Part:
+    """A part of one process, for all that have it."""
+    if count == 1 or part.name in _OF_ONE:
+        return part
+    return dataclasses.replace(
+        part, name=f"{part.name}, {count} times", num_bytes=count * part.num_bytes
+    )
 
 
 def _rewards(stage: StageConfig) -> list[RewardConfig]:

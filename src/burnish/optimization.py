@@ -61,8 +61,8 @@ class OptimizerConfig(Config):
             raise ValueError("need an average to draw with, got ema_decay=0; set it, e.g. to 0.9")
         return self
 
-    def check(self, *, is_sharded: bool) -> None:
-        """Look, before anything is loaded, whether there will be such an optimizer.
+    def check(self, stage: str, *, is_sharded: bool) -> None:
+        """Look, before anything is loaded, whether there will be such an optimizer of a stage.
 
         Raises:
             ConfigError: a package is missing, or weights are spread that must not be.
@@ -71,13 +71,13 @@ class OptimizerConfig(Config):
             return
         if importlib.util.find_spec("bitsandbytes") is None:
             raise ConfigError(
-                f"need bitsandbytes for optimizer.kind={self.kind}, got none; "
+                f"need bitsandbytes for {stage}.optimizer.kind={self.kind}, got none; "
                 "pip install 'burnish[eight-bit]'"
             )
         if is_sharded:
             raise ConfigError(
-                f"need runtime.sharding=none for optimizer.kind={self.kind}, got full; leave "
-                "optimizer.kind out: spread weights have spread moments"
+                f"need runtime.sharding=none for {stage}.optimizer.kind={self.kind}, got full; "
+                "leave the kind out: spread weights have spread moments"
             )
 
     def build(self, parameters: Sequence[Tensor]) -> torch.optim.Optimizer:

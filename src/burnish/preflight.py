@@ -30,7 +30,7 @@ from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_family
-from burnish.shelves import PolicyConfig, families, load_policy, policy_class
+from burnish.shelves import PolicyConfig, check_kernels, families, load_policy, policy_class
 from burnish.training import StageConfig
 from burnish.types import Guidance, Prompt
 
@@ -71,7 +71,7 @@ def check_inputs(config: RunConfig) -> None:
     for name, stage in config.stages.items():
         _check_prompts(name, stage, family)
         _check_adapters(stage)
-        stage.optimizer.check(is_sharded=config.runtime.sharding == "full")
+        stage.optimizer.check(f"stages.{name}", is_sharded=config.runtime.sharding == "full")
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
         _check_kin(key, located(path), located(config.policy.path))
@@ -141,6 +141,7 @@ def _check_family(config: RunConfig) -> None:
                 f"{key}: need a {family.pipeline_class.__name__} for policy.family="
                 f"{family.family}, got a {found} in {path}; {advice}"
             )
+    check_kernels(config.policy)
     if config.runtime.sharding != "none":
         check_family(family)
     scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}

@@ -67,6 +67,7 @@ def sample(
         )
     groups: dict[int, Group] = {}
     with _drawing(policy):
+        _read(policy, prompts, config)
         for rows in _blocks(prompts, max(1, config.micro_batch // config.group_size)):
             block = [prompts[row] for row in rows]
             members = [_members(policy, prompt, config, seed, step) for prompt in block]
@@ -124,6 +125,15 @@ def draw(
             paths = _trajectories(policy, block, samples, config)
             images |= {row: group[0].image for row, group in zip(rows, paths, strict=True)}
     return torch.stack([images[row] for row in range(len(prompts))])
+
+
+def _read(policy: Policy[Any, Any], prompts: Sequence[Prompt], config: RolloutConfig) -> None:
+    """Have all prompts read at once, as encoders may have to come to the device for it."""
+    for task in dict.fromkeys(prompt.task for prompt in prompts):
+        asked = [prompt for prompt in prompts if prompt.task == task]
+        policy.encode(asked)
+        if config.guidance_scale != 1:
+            policy.encode_null(asked, config.negative_prompt)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,11 @@ class RolloutConfig(Config):
         return Guidance(self.guidance_scale, self.negative_prompt)
 
     @property
+    def is_stochastic(self) -> bool:
+        """Whether any step injects noise."""
+        return self.window > 0 and self.noise_level > 0 and self.kernel != "ode"
+
+    @property
     def num_kept(self) -> int:
         """Steps of a sample that are kept."""
         if isinstance(self.keep, int):
@@ -110,9 +115,9 @@ class RolloutConfig(Config):
                 f"{self.num_steps} steps, got {start} to {end}; shorten the window, move the "
                 "range, or take more steps"
             )
-        if self.shared_noise and not self.window:
+        if self.shared_noise and self.group_size > 1 and not self.is_stochastic:
             raise ValueError(
-                "need a window of at least 1 for shared_noise, got 0, which makes all members of a "
+                "need a window with noise for shared_noise, got none, which makes all members of a "
                 "group one picture; set rollout.window=2 or leave rollout.shared_noise out"
             )
         if self.kernel in ("cps", "dance") and self.window and self.noise_level > 1:

@@ -15,9 +15,9 @@ from pydantic import Field
 from burnish import policies, runtime
 from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
-from burnish.config import Config, ConfigError, shelf
+from burnish.config import Config, ConfigError, located, shelf
 from burnish.policies.base import Policy
-from burnish.policies.parts.execution import Attention, set_attention
+from burnish.policies.parts.execution import Attention, check_attention, set_attention
 from burnish.rewards.base import RewardConfig
 from burnish.runtime import Runtime
 
@@ -88,8 +88,8 @@ class PolicyConfig(Config):
     """Have torch compile the repeated block: faster after minutes of compiling, and equal but for
     rounding."""
     attention: Attention = "native"
-    """Kernel of attention, by diffusers' name; the flash ones take no mask, and so only prompts of
-    equal length."""
+    """Kernel of attention, by diffusers' name; the flash ones take no mask, which most families
+    need for prompts of unequal length."""
 
 
 def families() -> tuple[str, ...]:
@@ -110,15 +110,26 @@ def policy_class(family: str) -> type[Policy[Any, Any]]:
     raise ConfigError(f"need a policy class in {module.__name__}, got none of family {family}")
 
 
+def check_kernels(config: PolicyConfig) -> None:
+    """Look, before weights are read, whether the kernel of attention can be had.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if config.attention != "native":
+        check_attention(config.attention, is_masked=policy_class(config.family).is_masked)
+
+
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
     """A policy of the run's family from a pipeline folder."""
+    check_kernels(config)
     kind, dtype = policy_class(config.family), runtime.DTYPES[config.dtype]
     policy = kind.load(
         folder,
         resolution=config.resolution,
         device=rt.device,
         dtype=dtype,
-        cache_folder=None if config.cache is None else Path(config.cache),
+        cache_folder=None if config.cache is None else located(config.cache),
         offload=config.offload,
     )
     transformer: Any = policy.transformer

@@ -15,7 +15,7 @@ leaves is in the run folder:
 from pathlib import Path
 from typing import Any
 
-from burnish.algorithms.distill import DistillConfig
+from burnish.algorithms.distill import DistillConfig, TeacherConfig
 from burnish.arena.battles import write_battles
 from burnish.arena.contest import gather
 from burnish.arena.raters import scores, vote
@@ -63,7 +63,7 @@ def with_folders(config: RunConfig, stage: StageConfig, folder: Path) -> StageCo
         return stage
     teachers = {
         label: config.deployed_teacher(teacher).model_copy(
-            update=_teacher_folders(config, stage, folder, teacher.path)
+            update=_teacher_folders(config, stage, folder, teacher)
         )
         for label, teacher in stage.algorithm.teachers.items()
     }
@@ -72,17 +72,33 @@ def with_folders(config: RunConfig, stage: StageConfig, folder: Path) -> StageCo
 
 
 def _teacher_folders(
-    config: RunConfig, stage: StageConfig, folder: Path, path: str
+    config: RunConfig, stage: StageConfig, folder: Path, teacher: TeacherConfig
 ) -> dict[str, str]:
     """Where a teacher is; one that is a LoRA on what a student's LoRA stands beside is named as
     that, so that it can borrow those weights."""
-    name = path.removeprefix(STAGE)
-    teacher = config.stages.get(name) if path.startswith(STAGE) else None
-    if teacher is None or teacher.start != stage.start or None in (teacher.lora, stage.lora):
-        return {"path": str(model_folder(folder, path))}
-    base = config.policy.path if stage.start == BASE else STAGE + stage.start
+    name = teacher.path.removeprefix(STAGE)
+    own = config.stages.get(name) if teacher.path.startswith(STAGE) else None
+    is_alike = own is not None and own.start == stage.start and None not in (own.lora, stage.lora)
+    if not is_alike or teacher.lora is not None:
+        return {"path": str(model_folder(folder, teacher.path))}
     lora = job_folder(folder, f"train/{name}") / "lora"
-    return {"path": str(model_folder(folder, base)), "lora": str(lora)}
+    return {"path": str(_start_folder(config, stage, folder)), "lora": str(lora)}
+
+
+def _start_folder(config: RunConfig, stage: StageConfig, folder: Path) -> Path:
+    """Of the model that a stage starts from."""
+    path = config.policy.path if stage.start == BASE else STAGE + stage.start
+    return model_folder(folder, path)
+
+
+def may_borrow(config: RunConfig, stage: StageConfig, folder: Path) -> bool:
+    """Whether frozen policies of a stage, given with its folders, need no transformer of their own:
+    it trains a LoRA, and its teachers are LoRAs on what that stands beside."""
+    if stage.lora is None or config.runtime.sharding != "none":
+        return False
+    teachers = stage.algorithm.teachers if isinstance(stage.algorithm, DistillConfig) else {}
+    start = str(_start_folder(config, stage, folder))
+    return all(teacher.lora and teacher.path == start for teacher in teachers.values())
 
 
 def model_folder(folder: Path, path: str) -> Path:
@@ -138,9 +154,7 @@ def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 
 def _start(config: RunConfig, folder: Path, name: str, rt: Runtime) -> Policy[Any, Any]:
     """The policy that a stage starts from."""
-    start = config.stages[name].start
-    path = config.policy.path if start == BASE else STAGE + start
-    return load_policy(config.policy, model_folder(folder, path), rt)
+    return load_policy(config.policy, _start_folder(config, config.stages[name], folder), rt)
 
 
 def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageConfig:
@@ -236,7 +250,16 @@ def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> No
         taken = Taken.of(settings)
         pictures, place = bench_places(folder, name, bench)
         label = f"{name} on {bench}"
-        draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=label)
+        draw_pictures(
+            taken,
+            policy,
+            rt,
+            pictures,
+            drawing,
+            facts=facts,
+            label=label,
+            micro_batch=plan.micro_batch,
+        )
         replies = place / taken.replies_folder
         judge_pictures(taken, pictures, replies, rt, label=label)
         _check_answered(taken, read_replies(taken, pictures, replies), f"benches.{bench}")

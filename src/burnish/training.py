@@ -95,7 +95,7 @@ class StageConfig(Config):
 
     def _check_rollout(self, name: str, learns_from: LearnsFrom) -> None:
         draws = self.rollout
-        is_stochastic = draws.window > 0 and draws.noise_level > 0 and draws.kernel != "ode"
+        is_stochastic = draws.is_stochastic
         if learns_from == "transitions" and not (is_stochastic and draws.keep == "window"):
             raise ValueError(
                 f"need a stochastic window that is kept for {name}, got window={draws.window}, "

@@ -19,7 +19,7 @@ from burnish.config import ConfigError
 from burnish.flow import shift_sigmas
 from burnish.policies.base import Policy
 from burnish.policies.parts import pipelines, reading
-from burnish.policies.parts.execution import set_attention, visiting
+from burnish.policies.parts.execution import check_attention, set_attention, visiting
 from burnish.policies.parts.reading import EncodedPrompt
 from burnish.types import MAX_SOURCES, Prompt
 
@@ -830,21 +830,37 @@ def test_frozen_networks_compute_only_where_the_transformer_is(policy, own, monk
     assert all(is_here for _, is_here in asked)
 
 
-class Traveller(torch.nn.Linear):
-    """Notes its moves."""
+class Traveller(torch.nn.BatchNorm1d):
+    """Notes its moves, and has other weights and buffers after each."""
 
     def to(self, device):
         self.moves = [*getattr(self, "moves", []), str(device)]
-        return self
+        return self._apply(torch.clone)
 
 
 def test_guests_go_home_whatever_happens():
-    guest, local = Traveller(1, 1), Traveller(1, 1, device="meta")
+    """To the very memory that they came from: what is frozen is not copied back."""
+    guest, local = Traveller(2), Traveller(2, device="meta")
+    home = {name: tensor.data_ptr() for name, tensor in guest.state_dict().items()}
+    versions = [parameter._version for parameter in guest.parameters()]
     with pytest.raises(KeyError), visiting([guest, local], torch.device("meta")):
         assert guest.moves == ["meta"]
+        assert all(tensor.data_ptr() != home[n] for n, tensor in guest.state_dict().items())
         raise KeyError
-    assert guest.moves == ["meta", "cpu"]
+    assert {name: tensor.data_ptr() for name, tensor in guest.state_dict().items()} == home
+    assert [parameter._version for parameter in guest.parameters()] == versions
     assert not hasattr(local, "moves")
+
+
+@pytest.mark.parametrize("name", ["flash", "_native_flash"])
+def test_a_kernel_that_cannot_be_had_is_refused_before_weights_are_read(policy, name):
+    """Where prompts of unequal length share a call it must take a mask; any must be installed."""
+    found = r"takes a mask" if policy.is_masked else r"is installed, got policy\.attention=flash"
+    if name == "flash" or policy.is_masked:
+        with pytest.raises(ConfigError, match=found):
+            check_attention(name, is_masked=policy.is_masked)
+    else:
+        check_attention(name, is_masked=policy.is_masked)
 
 
 def test_offloaded_encoders_stay_behind(policy, tmp_path):
@@ -888,6 +904,4 @@ def test_another_kernel_of_attention_gives_the_same_velocity(policy, own):
     set_attention(policy.transformer, "_native_math")
     prefix = policy.prefix(policy.encode(own[:1]))
     same(policy.velocity(start(policy, 1), levels(1), prefix), expected)
-    with pytest.raises(ConfigError, match=r"need an attention that is installed, got flash"):
-        set_attention(policy.transformer, "flash")
     policy.transformer.reset_attention_backend()

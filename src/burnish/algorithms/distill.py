@@ -135,10 +135,9 @@ class DistillConfig(AlgorithmConfig):
     def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         scale = max(teacher.guidance.scale for teacher in self.teachers.values())
         fixed = self.fixed_states
-        borrows = may_borrow and all(teacher.lora for teacher in self.teachers.values())
         return Footprint(
-            copies=() if borrows else ("teacher in use",),
-            copies_read_ahead=int(len(self.teachers) > 1 and not borrows),
+            copies=() if may_borrow else ("teacher in use",),
+            copies_read_ahead=int(len(self.teachers) > 1 and not may_borrow),
             states=rollout.num_kept,
             credit_scale=scale,
             draw_scale=scale if fixed or self.states == "teacher" else rollout.guidance_scale,

@@ -87,6 +87,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     """Whether a prefix is work of the transformer, with gradient, done once for all samples and
     steps of a prompt; else it only holds what the frozen parts have read."""
 
+    is_masked: ClassVar[bool] = True
+    """Whether prompts of unequal length share a call of the transformer, with a mask."""
+
     rescales_guidance: ClassVar[bool] = False
     """Whether the pipeline gives a guided velocity the length of the conditional one, token by
     token (`burnish.guidance.compose`)."""
@@ -188,6 +191,10 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     def encode(self, prompts: Sequence[Prompt]) -> ConditionT:
         """Run the frozen encoder: text, and source images of edits in order. All prompts share one
         task."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """Read prompts again that were read before."""
 
     @abstractmethod
     def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:

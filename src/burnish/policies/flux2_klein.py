@@ -113,6 +113,7 @@ class Flux2KleinPolicy(JointPolicy):
     # As its makers say of [klein]: https://docs.bfl.ai/guides/prompting_editing_overview
     max_sources: ClassVar[int] = 4
     patch: ClassVar[int] = _PATCH
+    is_masked: ClassVar[bool] = False
     block_classes: ClassVar[tuple[str, ...]] = (
         "Flux2TransformerBlock",
         "Flux2SingleTransformerBlock",

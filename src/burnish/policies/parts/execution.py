@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,22 +22,25 @@ Attention = Literal[
 ]
 """Kernels of attention by diffusers' names: those that have a backward pass and are installed, and
 not fetched from a hub when they are first asked for."""
+_WITHOUT_MASK = ("flash", "_flash_3", "_native_flash")
 
 
 @contextlib.contextmanager
 def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
     """Inside, networks are on a device; those that were elsewhere go back afterwards."""
-    homes = [next(network.parameters()).device for network in networks]
-    guests = [
-        (network, home) for network, home in zip(networks, homes, strict=True) if home != device
-    ]
+    guests = [own for own in networks if next(own.parameters()).device != device]
+    # What is frozen need not be copied back: it is still where it was.
+    weights = [(weight, weight.data) for guest in guests for weight in guest.parameters()]
+    buffers = [(part, dict(part._buffers)) for guest in guests for part in guest.modules()]
     try:
-        for network, _ in guests:
-            network.to(device)
+        for guest in guests:
+            guest.to(device)
         yield
     finally:
-        for network, home in guests:
-            network.to(home)
+        for weight, data in weights:
+            weight.data = data
+        for part, before in buffers:
+            part._buffers.update(before)
 
 
 def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str) -> None:
@@ -48,11 +51,40 @@ def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str)
             module.compile(backend=backend)
 
 
+def check_attention(name: Attention, *, is_masked: bool) -> None:
+    """Look, before weights are read, whether a kernel of attention can be had.
+
+    Args:
+        name: of the kernel.
+        is_masked: whether prompts of unequal length share a call.
+
+    Raises:
+        ConfigError: it is not installed, or takes no mask where there is one.
+    """
+    if is_masked and name in _WITHOUT_MASK:
+        raise ConfigError(
+            f"need an attention that takes a mask for this family, got policy.attention={name}; "
+            "set it to native or _native_cudnn"
+        )
+    # Of diffusers' own, which has no other name for it.
+    from diffusers.models import attention_dispatch
+
+    try:
+        backend = attention_dispatch.AttentionBackendName(name)
+        attention_dispatch._check_attention_backend_requirements(backend)
+    except (RuntimeError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ConfigError(
+            f"need an attention that is installed, got policy.attention={name} ({reason}); "
+            "install it, or leave it out"
+        ) from error
+
+
 def set_attention(transformer: Any, name: Attention) -> None:
     """Choose the kernel of a transformer's attention.
 
     Raises:
-        ConfigError: it is not installed, or the transformer leaves no choice.
+        ConfigError: the transformer leaves no choice.
     """
     processors = [getattr(module, "processor", None) for module in transformer.modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
@@ -60,12 +92,4 @@ def set_attention(transformer: Any, name: Attention) -> None:
             f"need policy.attention=native for a {type(transformer).__name__}, whose attention is "
             f"torch's own, got {name}; leave it out"
         )
-    try:
-        transformer.set_attention_backend(name)
-    except (RuntimeError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        others = ", ".join(get_args(Attention))
-        raise ConfigError(
-            f"need an attention that is installed, got {name} ({reason}); install it, or set "
-            f"policy.attention to one of {others}"
-        ) from error
+    transformer.set_attention_backend(name)

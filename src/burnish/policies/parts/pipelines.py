@@ -140,6 +140,9 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         found: Any = self._reader.encode(prompts)
         return found
 
+    def forget(self) -> None:
+        self._reader.forget()
+
     def encode_null(self, prompts: Sequence[Prompt], negative_prompt: str = "") -> ConditionT:
         text = negative_prompt or self.null_prompt
         return self.encode([dataclasses.replace(prompt, text=text) for prompt in prompts])

@@ -135,7 +135,8 @@ class PromptReader(ABC, Generic[RowT]):
         keys = [self.key(prompt) for prompt in prompts]
         found = {key: row for key in set(keys) if (row := self._recall(key)) is not None}
         missing = {key: p for key, p in zip(keys, prompts, strict=True) if key not in found}
-        with visiting([*self.encoders, self._pipeline.vae] if missing else [], self.device):
+        networks = [*self.encoders, *([self._pipeline.vae] if prompts[0].task == "edit" else [])]
+        with visiting(networks if missing else [], self.device):
             for key, prompt in missing.items():
                 with torch.no_grad():
                     (row,) = self.embed([prompt]).prompts
@@ -144,6 +145,11 @@ class PromptReader(ABC, Generic[RowT]):
                 if self._folder is not None:
                     _write(self._file(key), row)
         return Condition(tuple(found[key] for key in keys))
+
+    def forget(self) -> None:
+        """Read all prompts again that are not on disk."""
+        self._kept.clear()
+        self._kept_bytes = 0
 
     def key(self, prompt: Prompt) -> str:
         """What tells a prompt from others."""
@@ -180,14 +186,17 @@ class PromptReader(ABC, Generic[RowT]):
         frozen = (*self.encoders, self._pipeline.vae)
         writes = sum(p._version for module in frozen for p in module.parameters())
         if writes != self._weights:
-            self._kept.clear()
-            self._kept_bytes, self._weights, self._identity = 0, writes, ""
+            self.forget()
+            self._weights, self._identity = writes, ""
 
     def _file(self, key: str) -> Path:
         assert self._folder is not None
         # Hashing the weights takes long at full size and is needed for files only.
         self._identity = self._identity or hash_json(self.fingerprint())
-        return self._folder / f"{hash_json([self._identity, key])}.safetensors"
+        kind = self.device.type
+        # What encoders say in another precision is something else.
+        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+        return self._folder / f"{hash_json([self._identity, key, precision])}.safetensors"
 
 
 def require_one_task(prompts: Sequence[Prompt]) -> Task:
