@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from burnish.adapters import Adapter
 from burnish.policies.base import Policy
@@ -81,7 +79,9 @@ class Borrowed:
             module.is_lent = is_lent
 
 
-def _add(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Float[Tensor, "..."] | None:
+def _add(module: Any, inputs: Any, output: Any) -> Any:
+    """A hook of a linear module; of any type, because a compiler must be able to read it also where
+    types are checked at run time."""
     low, high = module.lent_low, module.lent_high
     if not module.is_lent or low is None:
         return None

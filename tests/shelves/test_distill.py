@@ -20,6 +20,7 @@ from burnish.adapters import (
 from burnish.algorithms.base import Setting
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, weights
 from burnish.batches import stack
+from burnish.borrowing import borrowed
 from burnish.config import ConfigError, located, parse
 from burnish.flow import KERNELS
 from burnish.objectives import velocity_matching
@@ -311,6 +312,28 @@ def test_teachers_that_are_loras_borrow_the_weights_of_a_student_that_is_one(
     ids = {id(parameter) for parameter in student.transformer.parameters()}
     assert {id(p) for p in own.activate("one").transformer.parameters()} == ids
     assert [name for name, _ in student.trainable()] == trained
+
+
+def test_compiled_blocks_stay_alike_when_their_weights_are_lent() -> None:
+    """The code of one serves all of them: no block is compiled for itself."""
+    tiny: Any = policy_class("flux2_klein").tiny()
+    sizes = {**tiny.pipeline.transformer.config, "num_single_layers": 12}
+    tiny.pipeline.transformer = type(tiny.pipeline.transformer).from_config(sizes).eval()
+    student: Any = type(tiny)(tiny.pipeline, resolution=64)
+    teacher = student.sibling()
+    _randomly_adapted(teacher, LoraConfig(rank=2), 0)
+    adapters = detach(teacher.transformer)
+    own: Any = borrowed(student, adapters)
+    _randomly_adapted(student, LoraConfig(rank=2), 1)
+    student.compile_blocks("eager")
+    own.transformer.put_in(adapters)
+    prefix = student.prefix(student.encode([Prompt(id="a", text="a cat")]))
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for policy in (student, own, student, own):
+            policy.velocity(student.noise([torch.Generator()]), torch.tensor([0.5]), prefix)
+    # Of two kinds of block, with adapters of the one and of the other.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4
 
 
 def _randomly_adapted(policy: Any, config: LoraConfig, seed: int) -> None:
