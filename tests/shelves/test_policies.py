@@ -904,4 +904,3 @@ def test_another_kernel_of_attention_gives_the_same_velocity(policy, own):
     set_attention(policy.transformer, "_native_math")
     prefix = policy.prefix(policy.encode(own[:1]))
     same(policy.velocity(start(policy, 1), levels(1), prefix), expected)
-    policy.transformer.reset_attention_backend()

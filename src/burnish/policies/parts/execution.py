@@ -81,15 +81,19 @@ def check_attention(name: Attention, *, is_masked: bool) -> None:
 
 
 def set_attention(transformer: Any, name: Attention) -> None:
-    """Choose the kernel of a transformer's attention.
+    """Choose the kernel of one transformer's attention; diffusers' own switch is for all of them.
 
     Raises:
         ConfigError: the transformer leaves no choice.
     """
-    processors = [getattr(module, "processor", None) for module in transformer.modules()]
-    if not any(hasattr(processor, "_attention_backend") for processor in processors):
+    found = [getattr(module, "processor", None) for module in transformer.modules()]
+    processors: list[Any] = [one for one in found if hasattr(one, "_attention_backend")]
+    if not processors:
         raise ConfigError(
             f"need policy.attention=native for a {type(transformer).__name__}, whose attention is "
             f"torch's own, got {name}; leave it out"
         )
-    transformer.set_attention_backend(name)
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    for processor in processors:
+        processor._attention_backend = AttentionBackendName(name)
