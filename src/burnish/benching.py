@@ -217,8 +217,7 @@ def draw_pictures(
                 path = folder / name
                 with writing(path):
                     path.parent.mkdir(parents=True, exist_ok=True)
-                    picture = images.to_pil(image)
-                    write_atomic(path, images.encode_png(picture))
+                    write_atomic(path, images.encode_png(images.to_pil(image)))
             ledger.add(
                 {"path": name, "item": taken.digest_of_item(item)} for item, _, name in block
             )

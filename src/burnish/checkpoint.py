@@ -14,7 +14,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ JSON = Any
 """What JSON holds: mappings with text keys, lists, text, numbers, booleans, None."""
 
 _MARKER = "COMPLETE"
+_TABLES = ("qmap", "absmax")
+"""How names of what moments in 8 bits are read by begin, which has other shapes than its weight."""
 _NAME = re.compile(r"step-(\d{6,})|\.step-(\d{6,})\.old")
 _GROUP = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -202,17 +204,15 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, sta
     }
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        entries.setdefault(int(index), {})[name] = value
-    for index, entry in entries.items():
-        shape = parameters[index].shape if index < len(parameters) else None
-        shapes = [value.shape for value in entry.values() if isinstance(value, Tensor)]
-        # Besides its moments a parameter may have scales and counts, of other shapes.
-        if shape is None or shape not in shapes:
+        shape = parameters[int(index)].shape if int(index) < len(parameters) else None
+        is_moment = value.ndim > 0 and not name.startswith(_TABLES)
+        if shape is None or (is_moment and value.shape != shape):
             raise CheckpointError(
                 f"need the optimizer of the checkpoint, parameter {index} has shape"
-                f" {shape and tuple(shape)} and what was saved of it {_shapes(shapes)};"
+                f" {shape and tuple(shape)} and its saved {name} {tuple(value.shape)};"
                 " resume with the settings it was saved with"
             )
+        entries.setdefault(int(index), {})[name] = value
     # JSON has no tuples, and Adam's betas are one.
     groups = [
         {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
@@ -225,10 +225,6 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, sta
             f"need the optimizer of the checkpoint, {' '.join(str(error).split())}; resume with the"
             " settings it was saved with"
         ) from None
-
-
-def _shapes(shapes: Iterable[Sequence[int]]) -> str:
-    return ", ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes)) or "nothing"
 
 
 def random_state(

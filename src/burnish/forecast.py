@@ -36,8 +36,6 @@ _LOOKED_AT = 500
 """Prompts of a stage, evenly spread, among which the largest is looked for."""
 _LIKELIEST = 8
 """Of these, the prompts whose source images have the most bytes."""
-_OF_ONE = ("copy of the start", "pipeline that is read again", "pictures and states of a step")
-"""Parts in the memory of the machine that several processes share or one alone has."""
 _FIELDS = 5
 """Latents that a state carries, at most: itself, and what it is compared with."""
 
@@ -257,14 +255,19 @@ def _host_parts(
     latents = max(measured.latents for measured in found)
     picture = 3 * 4 * policy.resolution**2
     states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
-    yield Part(name="pictures and states of a step", num_bytes=samples * (picture + states))
+    step = samples * (picture + states)
+    yield Part(name="pictures and states of a step", num_bytes=step, is_common=True)
     ahead = footprint.copies_read_ahead * _base_bytes(policy)
     yield Part(name="teacher that is read ahead", num_bytes=ahead)
     # Training compares the end with it, to tell whether anything was learnt.
-    yield Part(name="copy of the start", num_bytes=_base_bytes(policy))
-    frozen = num_bytes(weights(*_others(policy).values()))
-    whole = _base_bytes(policy) + frozen
-    yield Part(name="pipeline that is read again", num_bytes=whole, during=("last look",))
+    base, frozen = _base_bytes(policy), num_bytes(weights(*_others(policy).values()))
+    yield Part(name="copy of the start", num_bytes=base, is_common=True)
+    yield Part(
+        name="pipeline that is read again",
+        num_bytes=base + frozen,
+        during=("last look",),
+        is_common=True,
+    )
     if config.policy.offload:
         yield Part(name="encoders and VAE, while they are not used", num_bytes=frozen)
     judges: dict[str, int] = {}
@@ -277,7 +280,7 @@ def _host_parts(
 
 def _for_all(part: Part, count: int) -> Part:
     """A part of one process, for all that have it."""
-    if count == 1 or part.name in _OF_ONE:
+    if count == 1 or part.is_common:
         return part
     return dataclasses.replace(
         part, name=f"{part.name}, {count} times", num_bytes=count * part.num_bytes

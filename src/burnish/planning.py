@@ -51,6 +51,8 @@ class Part:
     during: tuple[Phase, ...] = PHASES
     is_sharded: bool = False
     """Whether each device holds only its share."""
+    is_common: bool = False
+    """Whether the processes of a machine have it once, and not each."""
     advice: str = ""
     """What to change where this is too large."""
 

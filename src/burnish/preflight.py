@@ -70,7 +70,7 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, stage in config.stages.items():
         _check_prompts(name, stage, family)
-        _check_adapters(stage)
+        _check_adapters(name, stage)
         stage.optimizer.check(f"stages.{name}", is_sharded=config.runtime.sharding == "full")
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
@@ -190,7 +190,7 @@ def _of_guard(key: str, guard: GuardConfig) -> Iterator[tuple[str, RewardConfig]
         yield f"{key}.retention.judge", guard.retention.judge
 
 
-def _check_adapters(stage: StageConfig) -> None:
+def _check_adapters(name: str, stage: StageConfig) -> None:
     """Read the LoRAs of the teachers, which are small, before anything large."""
     teachers: Mapping[str, Any] = getattr(stage.algorithm, "teachers", {})
     for label, teacher in teachers.items():
@@ -198,7 +198,8 @@ def _check_adapters(stage: StageConfig) -> None:
             if teacher.lora is not None:
                 read_adapter(Path(teacher.lora))
         except ConfigError as error:
-            raise ConfigError(f"algorithm.teachers.{label}.lora: {error}") from None
+            key = f"stages.{name}.algorithm.teachers.{label}.lora"
+            raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_targets(name: str, stage: StageConfig, base: Path) -> None:

@@ -119,6 +119,7 @@ def draw(
     )
     images: dict[int, Tensor] = {}
     with _drawing(policy):
+        _read(policy, prompts, config)
         for rows in _blocks(prompts, micro_batch):
             block = [prompts[row] for row in rows]
             samples = [[_sample_of(policy, seeds[row])] for row in rows]

@@ -66,7 +66,7 @@ def check_attention(name: Attention, *, is_masked: bool) -> None:
             f"need an attention that takes a mask for this family, got policy.attention={name}; "
             "set it to native or _native_cudnn"
         )
-    # Of diffusers' own, which has no other name for it.
+    # By a private name, as diffusers has no public one.
     from diffusers.models import attention_dispatch
 
     try:
