@@ -77,11 +77,12 @@ class FullPolicy(QwenImage21Policy):
         longest = max(prompts, key=lambda prompt: len(prompt.is_image))
         lengths = torch.tensor([len(prompt.is_image) for prompt in prompts])
         real = torch.arange(len(longest.is_image)) < lengths[:, None]
-        target = longest.is_image.new_ones(latents.shape[1] // SLOT_TOKENS)
+        tokens = latents.flatten(1, 2)
+        target = longest.is_image.new_ones(tokens.shape[1] // SLOT_TOKENS)
         sources = torch.stack([prompt.source for prompt in prompts])
-        shape = (1, self._side, self._side)
+        shape = (1, *latents.shape[1:3])
         (output,) = self.transformer(
-            hidden_states=torch.cat([sources.to(latents), latents], dim=1).to(
+            hidden_states=torch.cat([sources.to(latents), tokens], dim=1).to(
                 self.device, self.dtype
             ),
             timestep=sigmas.to(self.device),
@@ -93,7 +94,7 @@ class FullPolicy(QwenImage21Policy):
             img_mask=torch.cat([longest.is_image, target]).to(self.device).expand(len(prompts), -1),
             return_dict=False,
         )
-        return output[:, -latents.shape[1] :].float()
+        return output[:, -tokens.shape[1] :].float().view_as(latents)
 
     def guided(self, latents, sigmas, prefix, null_prefix, scale):
         both = self.join([prefix, null_prefix])

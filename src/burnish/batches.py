@@ -4,7 +4,7 @@ A signal is one sample's path; a batch is all states of some signals, each of wh
 by row, so that a prompt is read once however many states it has.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,7 @@ class Batch:
 
 
 def stack(signals: Sequence[Signal], device: torch.device | str = "cpu") -> Batch:
-    """One batch of all states of all signals, which must share a task."""
+    """One batch of all states of all signals, which must share task and size."""
     prompts = {signal.prompt.id: signal.prompt for signal in signals}
     row = {name: place for place, name in enumerate(prompts)}
     counts = [len(signal.sigmas) for signal in signals]
@@ -70,14 +70,27 @@ def stack(signals: Sequence[Signal], device: torch.device | str = "cpu") -> Batc
 
 
 def chunks(signals: Sequence[Signal], states: int) -> Iterator[Sequence[Signal]]:
-    """Consecutive signals of one task, about `states` states at once."""
+    """Consecutive signals of one task and size, about `states` states at once."""
     start = 0
     for end in range(1, len(signals) + 1):
         count = sum(len(signal.sigmas) for signal in signals[start:end])
-        is_last = end == len(signals) or signals[end].prompt.task != signals[start].prompt.task
+        is_last = end == len(signals) or _kind(signals[end]) != _kind(signals[start])
         if is_last or count >= states:
             yield signals[start:end]
             start = end
+
+
+def by_kind(signals: Sequence[Signal]) -> list[Signal]:
+    """The same signals with those of one task and size together, each in its order: then chunks are
+    as full as they can be."""
+    kinds: dict[Hashable, list[Signal]] = {}
+    for signal in signals:
+        kinds.setdefault(_kind(signal), []).append(signal)
+    return [signal for own in kinds.values() for signal in own]
+
+
+def _kind(signal: Signal) -> Hashable:
+    return signal.prompt.task, signal.latents.shape[1:]
 
 
 def _split(values: Tensor, signals: Sequence[Signal]) -> list[Tensor]:

@@ -79,7 +79,7 @@ def measure(
     policy.forget()
     own = list(weights(*policy.networks().values()))
     is_hollow = isinstance(own[0], Hollow)
-    drawn = policy.noise([torch.Generator().manual_seed(0)])
+    drawn = policy.noise([torch.Generator().manual_seed(0)], policy.buckets.largest)
     # A step makes its states of what came before, which is hollow if the weights are.
     one = like(drawn) if is_hollow else drawn
     with torch.no_grad(), _precision(rt), Live(ignored=own, is_hollow=is_hollow) as live:
@@ -88,7 +88,7 @@ def measure(
         found |= _drawn(policy, both, one, counts, live)
         live.peak = start = live.now
         prefixes = _branches(policy, both, counts.credited_prompts, counts.credit_scale)
-        _ask(policy, one.repeat(counts.credited, 1, 1), prefixes, counts.credit_scale)
+        _ask(policy, one.repeat(counts.credited, 1, 1, 1), prefixes, counts.credit_scale)
         found["crediting"] = live.peak - start
     return Measured(**found, **_trained(policy, both, one, counts, rt))
 
@@ -100,7 +100,7 @@ def _drawn(
     start = live.now
     prefixes = _branches(policy, both, counts.picture_prompts, counts.draw_scale)
     live.peak = held = live.now
-    latents = one.repeat(counts.pictures, 1, 1)
+    latents = one.repeat(counts.pictures, 1, 1, 1)
     _ask(policy, latents, prefixes, counts.draw_scale)
     drawing, live.peak = live.peak - held, live.now
     policy.decode(latents)
@@ -121,7 +121,7 @@ def _trained(
         is_again = bool(policy.transformer.is_gradient_checkpointing)
         with Saved(ignored=own) as saved, _precision(rt, is_again=is_again):
             prefixes = _branches(policy, both, counts.state_prompts, scale)
-            velocity = _ask(policy, one.repeat(counts.states, 1, 1), prefixes, scale)
+            velocity = _ask(policy, one.repeat(counts.states, 1, 1, 1), prefixes, scale)
             loss = velocity.square().mean()
         del prefixes, velocity
         # Blocks that are computed again are computed as they were.

@@ -124,7 +124,7 @@ def measure(
                 if pictures is not None and seed == 0:
                     save_picture(pictures / f"{request.prompt.id}.webp", request)
             if num_seeds > 1:
-                rows += _diversity(name, block[::num_seeds], drawn.unflatten(0, (-1, num_seeds)))
+                rows += _diversity(name, block[::num_seeds], traits.groups(drawn, num_seeds))
             bar.advance(len(block) // num_seeds)
     return rows
 
@@ -149,9 +149,9 @@ def _rows(
 
 
 def _diversity(
-    name: str, prompts: Sequence[Prompt], groups: Float[Tensor, "group member 3 height width"]
+    name: str, prompts: Sequence[Prompt], groups: Sequence[Float[Tensor, "1 member 3 _ _"]]
 ) -> list[Row]:
-    values = traits.diversity(groups).tolist()
+    values = [float(traits.diversity(group)) for group in groups]
     return [
         {**_cell(name, prompt, 0), "metric": "diversity", "value": round(value, 6)}
         for prompt, value in zip(prompts, values, strict=True)

@@ -6,6 +6,7 @@ model draws and not what the base does.
 
 import contextlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,6 +98,17 @@ class Deployment(Config):
     def guidance(self) -> Guidance:
         """Scale and negative prompt."""
         return Guidance(self.guidance_scale, self.negative_prompt)
+
+    def changed(self, *, policy: Mapping[str, Any], **own: Any) -> "Deployment":
+        """With other settings; None leaves one as it is.
+
+        Raises:
+            ConfigError: a value that is none.
+        """
+        plain = self.model_dump(mode="json")
+        plain |= {name: value for name, value in own.items() if value is not None}
+        plain["policy"] |= {name: value for name, value in policy.items() if value is not None}
+        return parse(Deployment, plain)
 
     @classmethod
     def of(cls, config: RunConfig, policy: str) -> "Deployment":

@@ -199,15 +199,18 @@ class FixedStates(Watch):
         self, policy: Policy[Any, Any], label: str, signals: Sequence[Signal]
     ) -> list[dict[str, Any]]:
         """One entry for each band of noise levels that has states."""
-        student = torch.cat(evaluate(policy, signals, self._micro_batch))
-        sigmas = torch.cat([signal.sigmas for signal in signals])
-        fields = [torch.cat([signal.fields[name] for signal in signals]) for name in _FIELDS]
+        student = evaluate(policy, signals, self._micro_batch)
+        fields = [[signal.fields[name] for signal in signals] for name in _FIELDS]
         parts = []
         for band, (low, high) in BANDS.items():
-            rows = (sigmas > low) & (sigmas <= high)
-            if rows.any():
-                start, guided, target = (values[rows] for values in fields)
-                found = folding(student[rows], start, guided, target)
+            rows = [(signal.sigmas > low) & (signal.sigmas <= high) for signal in signals]
+            if any(bool(own.any()) for own in rows):
+                # Flat, as states differ in size.
+                ours, start, guided, target = (
+                    torch.cat([one[own].flatten() for one, own in zip(values, rows, strict=True)])
+                    for values in (student, *fields)
+                )
+                found = folding(ours, start, guided, target)
                 parts.append({"label": label, "band": band, **asdict(found)})
         return parts
 
@@ -271,9 +274,9 @@ class FixedStates(Watch):
         found = []
         for prompt in self._pictures[label]:
             assert prompt.target is not None, "refused when the set was read"
-            side = (policy.resolution, policy.resolution)
+            size = policy.buckets.size(prompt)
             picture = images.decode(prompt.target, where=f"target of prompt {prompt.id!r}")
-            pixels = images.to_tensor(picture.convert("RGB").resize(side))
+            pixels = images.to_tensor(picture.convert("RGB").resize((size.width, size.height)))
             with torch.no_grad():
                 clean = policy.encode_images(pixels[None].to(policy.device)).float().cpu()
             clean = clean.expand(len(_LEVELS), *clean.shape[1:])

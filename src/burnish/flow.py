@@ -22,25 +22,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Latents = Float[Tensor, "batch *latent"]
-"""Anything shaped like the latents: the target's only, without padding or source-image tokens."""
-PerSample = Float[Tensor, " batch"]
-"""One number per sample."""
+from burnish.latents import Latents, PerSample, latent_mean, over, widened
 
 LARGEST_EULER_STD = 0.45
 """An Euler-type step of std s inflates the variance of near-unit noise by s^4 / 4: 1 % at 0.45."""
-
-
-def _float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _over(values: Tensor, latents: Tensor) -> Tensor:
-    return values.to(latents).reshape(-1, *[1] * (latents.ndim - 1))
-
-
-def _latent_mean(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).mean(dim=1)
 
 
 def _first(wrong: Tensor) -> int:
@@ -75,8 +60,8 @@ def add_noise(clean: Latents, noise: Latents, sigma: PerSample) -> Latents:
     >>> add_noise(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.25]))
     tensor([[0.2500, 0.2500]])
     """
-    clean = _float32(clean)
-    level = _over(sigma, clean)
+    clean = widened(clean)
+    level = over(sigma, clean)
     return (1 - level) * clean + level * noise
 
 
@@ -97,8 +82,8 @@ def path_from_velocity(latents: Latents, velocity: Latents, sigma: PerSample) ->
     >>> path_from_velocity(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0.25])).clean
     tensor([[0.7500]])
     """
-    latents, velocity = _float32(latents), _float32(velocity)
-    level = _over(sigma, latents)
+    latents, velocity = widened(latents), widened(velocity)
+    level = over(sigma, latents)
     return Path(latents - level * velocity, latents + (1 - level) * velocity, velocity)
 
 
@@ -116,8 +101,8 @@ def path_from_clean(latents: Latents, clean: Latents, sigma: PerSample) -> Path:
     if bool((sigma <= 0).any()):
         at = _first(sigma <= 0)
         raise ValueError(f"need sigma > 0, got 0 in sample {at}; leave out the end of the schedule")
-    latents, clean = _float32(latents), _float32(clean)
-    velocity = (latents - clean) / _over(sigma, latents)
+    latents, clean = widened(latents), widened(clean)
+    velocity = (latents - clean) / over(sigma, latents)
     return Path(clean, clean + velocity, velocity)
 
 
@@ -135,8 +120,8 @@ def path_from_noise(latents: Latents, noise: Latents, sigma: PerSample) -> Path:
     if bool((sigma >= 1).any()):
         at = _first(sigma >= 1)
         raise ValueError(f"need sigma < 1, got 1 in sample {at}; leave out the start, pure noise")
-    latents, noise = _float32(latents), _float32(noise)
-    velocity = (noise - latents) / (1 - _over(sigma, latents))
+    latents, noise = widened(latents), widened(noise)
+    velocity = (noise - latents) / (1 - over(sigma, latents))
     return Path(noise - velocity, noise, velocity)
 
 
@@ -152,12 +137,12 @@ class Transition:
 
     def advance(self, noise: Latents) -> Latents:
         """Next latents for this standard normal noise: mean + std * noise."""
-        return self.mean + _over(self.std, self.mean) * noise
+        return self.mean + over(self.std, self.mean) * noise
 
     def injected_noise(self, next_latents: Latents) -> Latents:
         """Noise that leads to `next_latents` as they were stored: (next - mean) / std; std > 0."""
         _require_density(self.std)
-        return (next_latents - self.mean) / _over(self.std, self.mean)
+        return (next_latents - self.mean) / over(self.std, self.mean)
 
 
 class Coefficients(NamedTuple):
@@ -190,7 +175,7 @@ class Kernel:
             )
         if not 0 <= noise_level < math.inf:
             raise ValueError(f"need a finite noise_level >= 0, got {noise_level}; 0 is the ODE")
-        sigma, sigma_next = _float32(sigma), _float32(sigma_next)
+        sigma, sigma_next = widened(sigma), widened(sigma_next)
         return (self.formula if noise_level > 0 else ode)(sigma, sigma_next, noise_level)
 
     def __call__(
@@ -213,8 +198,8 @@ class Kernel:
             ValueError: levels out of range, or a start at sigma = 1 that the kernel refuses.
         """
         keep, jacobian, std = self.coefficients(sigma, sigma_next, noise_level)
-        latents = _float32(latents)
-        mean = _over(keep, latents) * latents + _over(jacobian, latents) * velocity
+        latents = widened(latents)
+        mean = over(keep, latents) * latents + over(jacobian, latents) * velocity
         return Transition(mean, std.to(latents), jacobian.to(latents))
 
 
@@ -365,7 +350,7 @@ def log_prob(next_latents: Latents, transition: Transition) -> PerSample:
     """
     std = transition.std
     _require_density(std)
-    distance = _latent_mean((_float32(next_latents.detach()) - transition.mean) ** 2)
+    distance = latent_mean((widened(next_latents.detach()) - transition.mean) ** 2)
     return -distance / (2 * std**2) - std.log() - math.log(2 * math.pi) / 2
 
 
@@ -395,6 +380,6 @@ def log_ratio(
     tensor([0.5000])
     """
     _require_density(std)
-    shift = _float32(shift)
-    std, drift = std.to(shift), _latent_mean(_float32(noise.detach()) * shift)
-    return drift if normalise else drift / std - _latent_mean(shift**2) / (2 * std**2)
+    shift = widened(shift)
+    std, drift = std.to(shift), latent_mean(widened(noise.detach()) * shift)
+    return drift if normalise else drift / std - latent_mean(shift**2) / (2 * std**2)

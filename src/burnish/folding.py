@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Velocities = Float[Tensor, "state *latent"]
-"""Velocities at the same states."""
+Velocities = Float[Tensor, "*value"]
+"""Velocities at the same states, in any shape."""
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,7 @@ def _plan(
     if lora not in known:
         dtype = DTYPES[config.policy.dtype]
         hollow: Any = kind.hollow(folder, resolution=config.policy.resolution, dtype=dtype)
+        hollow.buckets = config.policy.buckets
         if config.policy.checkpointing:
             hollow.transformer.enable_gradient_checkpointing()
         known[lora] = ready(hollow, stage.lora)
@@ -253,7 +254,7 @@ def _host_parts(
     """What stays in the memory of the machine, which is the device where there is no GPU."""
     samples = stage.prompts_per_step * stage.rollout.group_size
     latents = max(measured.latents for measured in found)
-    picture = 3 * 4 * policy.resolution**2
+    picture = 3 * 4 * policy.buckets.largest.area
     states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
     step = samples * (picture + states)
     yield Part(name="pictures and states of a step", num_bytes=step, is_common=True)

@@ -13,7 +13,7 @@ and how much guidance the conditional branch has absorbed.
     guard/step-.../          the weights with the best score so far
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,12 +207,12 @@ class Guard(Watch):
             name: float(np.mean(list(self._scores(f"others.{name}", reward, pictures).values())))
             for name, reward in self._others.items()
         }
-        grouped = pictures.reshape(-1, seeds, *pictures.shape[1:])
+        each = [picture[None] for picture in pictures]
         found = {
-            "sharpness": float(traits.sharpness(pictures).mean()),
-            "saturation": float(traits.saturation(pictures).mean()),
-            "roughness": float(traits.roughness(pictures).mean()),
-            "diversity": float(traits.diversity(grouped).mean()),
+            "sharpness": _mean(traits.sharpness, each),
+            "saturation": _mean(traits.saturation, each),
+            "roughness": _mean(traits.roughness, each),
+            "diversity": _mean(traits.diversity, traits.groups(pictures, seeds)),
             "absorbed_guidance": absorbed,
         }
         held_out = float(np.mean(list(scores.values())))
@@ -251,10 +251,8 @@ class Guard(Watch):
 
     def _draw(
         self, policy: Policy[Any, Any], prompts: Sequence[Prompt], seeds: int
-    ) -> Float[Tensor, "picture 3 height width"]:
+    ) -> list[Tensor]:
         """Pictures of prompts, those of one prompt together; the same noise at every look."""
-        if not prompts:
-            return torch.empty(0, 3, 1, 1)
         each = [prompt for prompt in prompts for _ in range(seeds)]
         noises = [
             runtime.derived_seed(0, "guard", prompt.id, place % seeds)
@@ -269,9 +267,7 @@ class Guard(Watch):
             micro_batch=self._rollout.micro_batch,
         )
 
-    def _scores(
-        self, key: str, reward: Reward, pictures: Float[Tensor, "picture 3 height width"]
-    ) -> dict[str, float]:
+    def _scores(self, key: str, reward: Reward, pictures: Sequence[Tensor]) -> dict[str, float]:
         """Mean score of each prompt's pictures; prompts without any are missing."""
         asked = [prompt for prompt in self._prompts for _ in range(self._config.num_seeds)]
         found: dict[str, list[float]] = {}
@@ -284,18 +280,18 @@ class Guard(Watch):
             )
         return {name: float(np.mean(values)) for name, values in found.items()}
 
-    def _absorbed(
-        self, policy: Policy[Any, Any], pictures: Float[Tensor, "picture 3 height width"]
-    ) -> float:
+    def _absorbed(self, policy: Policy[Any, Any], pictures: Sequence[Tensor]) -> float:
         """Mean projection of the conditional branch's move onto the start's guidance; 0 without."""
         if self._rollout.guidance_scale == 1:
             return 0.0
-        first = self._prompts[0].task
-        count = min(_STATES, sum(prompt.task == first for prompt in self._prompts))
-        prompts = self._prompts[:count] * len(_LEVELS)
+        # One call has one task and one size.
+        kinds = [(prompt.task, policy.buckets.size(prompt)) for prompt in self._prompts]
+        rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]][:_STATES]
+        prompts = [self._prompts[row] for row in rows] * len(_LEVELS)
         path = self.looks.folder / "start.safetensors"
         if not self.looks.rows:
-            states = self._states(policy, pictures, count)
+            first = [pictures[row * self._config.num_seeds] for row in rows]
+            states = self._states(policy, torch.stack(first))
             guided, conditional = self._velocities(policy, prompts, states)
             self.looks.folder.mkdir(parents=True, exist_ok=True)
             with writing(path):
@@ -311,14 +307,12 @@ class Guard(Watch):
         self,
         policy: Policy[Any, Any],
         pictures: Float[Tensor, "picture 3 height width"],
-        count: int,
     ) -> dict[str, Tensor]:
-        """The first picture of some prompts, noised to each level."""
-        seeds = self._config.num_seeds
-        clean = policy.encode_images(pictures[: count * seeds : seeds].to(policy.device)).cpu()
-        clean = clean.float().repeat(len(_LEVELS), 1, 1)
+        """A picture each of some prompts, noised to each level."""
+        clean = policy.encode_images(pictures.to(policy.device)).cpu()
+        clean = clean.float().repeat(len(_LEVELS), 1, 1, 1)
         draws = runtime.generator(0, "guard", "states")
-        sigmas = torch.tensor(_LEVELS).repeat_interleave(count)
+        sigmas = torch.tensor(_LEVELS).repeat_interleave(len(pictures))
         noise = torch.randn(clean.shape, generator=draws)
         return {"latents": add_noise(clean, noise, sigmas).contiguous(), "sigmas": sigmas}
 
@@ -360,7 +354,7 @@ class _Retention:
         if config.judge is not None:
             self._judge = config.judge.build()
 
-    def kept(self, pictures: Float[Tensor, "picture 3 height width"]) -> dict[str, float]:
+    def kept(self, pictures: Sequence[Tensor]) -> dict[str, float]:
         """Mean of everything in the details of the scores, or of the scores where there are none;
         empty if nobody looks."""
         found: dict[str, list[float]] = {}
@@ -370,8 +364,12 @@ class _Retention:
         return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+def _mean(trait: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> float:
+    return float(np.mean([float(trait(one)) for one in pictures]))
+
+
 def _answers(
-    reward: Reward, prompts: Sequence[Prompt], pictures: Float[Tensor, "picture 3 height width"]
+    reward: Reward, prompts: Sequence[Prompt], pictures: Sequence[Tensor]
 ) -> Iterator[tuple[Prompt, Scored]]:
     """The scores that there are; without prompts nobody is asked."""
     if not prompts:

@@ -17,8 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-Velocity = Float[Tensor, "batch *latent"]
-"""A velocity, shaped like the latents of the target."""
+from burnish.latents import Velocity, widened
 
 GuidanceMode = Literal["residual", "detached", "conditional", "guided", "none"]
 """How the objective sees a guided rollout.
@@ -72,10 +71,6 @@ def unconditional_use(mode: GuidanceMode) -> UnconditionalUse:
     return UNCONDITIONAL_USE[mode]
 
 
-def _float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
 def compose(
     conditional: Velocity,
     unconditional: Velocity,
@@ -109,7 +104,7 @@ def compose(
     >>> compose(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2), 2.0, rescale=True)
     tensor([[3., 4.]])
     """
-    conditional, unconditional = _float32(conditional), _float32(unconditional)
+    conditional, unconditional = widened(conditional), widened(unconditional)
     guided = conditional + (scale - 1) * (conditional - unconditional)
     if not rescale:
         return guided
@@ -141,8 +136,8 @@ def residual(
     >>> residual(4 * one, conditional=2 * one, conditional_old=one, gain=1.0)
     tensor([[5., 5.]])
     """
-    change = _float32(conditional) - _float32(conditional_old.detach())
-    return _float32(guided.detach()) + gain * change
+    change = widened(conditional) - widened(conditional_old.detach())
+    return widened(guided.detach()) + gain * change
 
 
 @dataclass(frozen=True)
@@ -197,11 +192,14 @@ def velocity_pair(
     (tensor([[3.]]), tensor([[3.]]))
     """
     use = unconditional_use(mode)
-    conditional_old, guided_old = _float32(conditional_old.detach()), _float32(guided_old.detach())
+    conditional_old, guided_old = (
+        widened(conditional_old.detach()),
+        widened(guided_old.detach()),
+    )
     if mode == "residual":
         return VelocityPair(residual(guided_old, conditional, conditional_old, gain), guided_old)
     if not use.is_needed:
-        return VelocityPair(_float32(conditional), conditional_old)
+        return VelocityPair(widened(conditional), conditional_old)
     if unconditional is None:
         source = "the trained weights" if use.has_gradient else "the rollout"
         raise ValueError(
@@ -262,9 +260,9 @@ def absorption(
     """
     if scale == 1:
         raise ValueError("need a guidance scale other than 1, got 1; nothing can be absorbed")
-    reference = _float32(conditional_reference)
-    move = (_float32(conditional) - reference).flatten(1)
-    guidance = ((_float32(guided_reference) - reference) / (scale - 1)).flatten(1)
+    reference = widened(conditional_reference)
+    move = (widened(conditional) - reference).flatten(1)
+    guidance = ((widened(guided_reference) - reference) / (scale - 1)).flatten(1)
     tiny = torch.finfo(move.dtype).tiny
     along = (move * guidance).sum(dim=1)
     length = guidance.norm(dim=1)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 MAX_BYTES = 32 << 20
@@ -43,6 +43,8 @@ _DECODER_ERRORS = (
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
 )
+_LYING = (5, 6, 7, 8)
+"""Orientations of a picture that is stored on its side, by EXIF."""
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
@@ -64,6 +66,34 @@ def decode(
     Raises:
         ImageError: too large, truncated, animated, or not an image.
     """
+    image = _opened(data, where, max_bytes, max_pixels)
+    try:
+        return _as_rgb(ImageOps.exif_transpose(image))
+    except _DECODER_ERRORS as error:
+        raise _not_an_image(where, data, error) from None
+
+
+def size(data: bytes, *, where: str) -> tuple[int, int]:
+    """Width and height that `decode` would give, without decoding a pixel.
+
+    Args:
+        data: as for `decode`.
+        where: likewise.
+
+    Raises:
+        ImageError: too large, animated, or not an image.
+    """
+    image = _opened(data, where, MAX_BYTES, MAX_PIXELS)
+    try:
+        is_lying = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
+    except _DECODER_ERRORS as error:
+        raise _not_an_image(where, data, error) from None
+    width, height = image.size
+    return (height, width) if is_lying else (width, height)
+
+
+def _opened(data: bytes, where: str, max_bytes: int, max_pixels: int) -> Image.Image:
+    """One picture whose size is known and whose pixels are not decoded yet."""
     if len(data) > max_bytes:
         raise ImageError(
             f"{where}: need at most {max_bytes} bytes, got {len(data)}; shrink the image"
@@ -85,10 +115,7 @@ def decode(
     # A JPEG with further frames is a photo with a preview; the first frame is the photo.
     if frames > 1 and image.format in ("PNG", "WEBP"):
         raise ImageError(f"{where}: need one picture, got an animation of {frames}; save one frame")
-    try:
-        return _as_rgb(ImageOps.exif_transpose(image))
-    except _DECODER_ERRORS as error:
-        raise _not_an_image(where, data, error) from None
+    return image
 
 
 def read(

@@ -10,24 +10,13 @@ reference velocities are constants here, whatever they came with.
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
-Velocity = Float[Tensor, "batch *latent"]
-"""A velocity, noise - clean, shaped like the latents of the target."""
-PerSample = Float[Tensor, " batch"]
-"""One number per sample."""
+from burnish.latents import PerSample, Velocity, latent_mean, widened
 
 SMALLEST_CLEAN_ERROR = 1e-5
 """Floor of the self-normalising denominator, in units of the latents."""
-
-
-def _float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _latent_mean(values: Tensor) -> Tensor:
-    return values.reshape(len(values), -1).mean(dim=1)
 
 
 def _weighted(losses: Tensor, weight: Tensor | None) -> Tensor:
@@ -68,7 +57,7 @@ def clipped_policy_loss(
     tensor([-0.6065])
     """
     _check_clip_range(clip_range)
-    rho, advantage = _float32(log_ratio).exp(), advantage.detach()
+    rho, advantage = widened(log_ratio).exp(), advantage.detach()
     losses = torch.maximum(-advantage * rho, -advantage * rho.clamp(1 - clip_range, 1 + clip_range))
     return _weighted(losses, weight)
 
@@ -94,7 +83,7 @@ def is_clipped(
     tensor([ True, False])
     """
     _check_clip_range(clip_range)
-    rho = _float32(log_ratio).exp()
+    rho = widened(log_ratio).exp()
     rises = (advantage > 0) & (rho > 1 + clip_range)
     return rises | ((advantage < 0) & (rho < 1 - clip_range))
 
@@ -123,7 +112,7 @@ def optimality(advantage: PerSample, max_advantage: float) -> PerSample:
     """
     if not max_advantage > 0:
         raise ValueError(f"need max_advantage > 0, got {max_advantage}; 5 is the usual choice")
-    clipped = _float32(advantage.detach()).clamp(-max_advantage, max_advantage)
+    clipped = widened(advantage.detach()).clamp(-max_advantage, max_advantage)
     return clipped / (2 * max_advantage) + 0.5
 
 
@@ -169,14 +158,14 @@ def forward_process_loss(
     """
     if not beta > 0:
         raise ValueError(f"need beta > 0, got {beta}; without it the loss has no gradient")
-    velocity, old = _float32(velocity), _float32(velocity_old.detach())
-    target, change = _float32(target.detach()), beta * (velocity - old)
+    velocity, old = widened(velocity), widened(velocity_old.detach())
+    target, change = widened(target.detach()), beta * (velocity - old)
 
     def error(implied: Tensor) -> Tensor:
         if clean_sigma is None:
-            return _latent_mean((implied - target) ** 2)
+            return latent_mean((implied - target) ** 2)
         clean = clean_sigma.to(implied).reshape(-1, *[1] * (implied.ndim - 1)) * (implied - target)
-        return _latent_mean(clean**2) / _latent_mean(clean.detach().abs()).clamp_min(
+        return latent_mean(clean**2) / latent_mean(clean.detach().abs()).clamp_min(
             SMALLEST_CLEAN_ERROR
         )
 
@@ -226,5 +215,5 @@ def velocity_matching(
     >>> velocity_matching(torch.full((1, 2), 3.0), torch.ones(1, 2), weight=torch.tensor([0.5]))
     tensor([2.])
     """
-    difference = _float32(velocity) - _float32(target.detach())
-    return _weighted(_latent_mean(difference**2), weight)
+    difference = widened(velocity) - widened(target.detach())
+    return _weighted(latent_mean(difference**2), weight)

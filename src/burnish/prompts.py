@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field, field_validator
 
 from burnish import images, runtime
+from burnish.buckets import aspect_ratio
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.prompt_sets import Entry, PromptSet
 from burnish.records import object_of, shown
@@ -32,7 +33,7 @@ from burnish.types import MAX_SOURCES, Labelled, Prompt, Task
 EntryT = TypeVar("EntryT")
 
 _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,120}")
-_KEYS = ("id", "text", "task", "category", "source", "target", "tags", "facts")
+_KEYS = ("id", "text", "task", "category", "source", "aspect", "target", "tags", "facts")
 _PICTURES = ("source", "target")
 
 
@@ -227,17 +228,27 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
     if bool(sources) != (task == "edit"):
         given = "a source image" if sources else "no source image"
         raise ConfigError(f"{where}: need a source image for an edit only, got {given} for {task}")
-    target = row.get("target")
+    target, aspect = row.get("target"), row.get("aspect")
+    if aspect is not None:
+        _check_aspect(aspect, where)
     return Prompt(
         id=name,
         text=row["text"],
         task=task,
         category=str(row.get("category", "general")),
         sources=sources,
+        aspect=aspect,
         target=None if target is None else _picture(target, where, folder),
         tags=tuple(map(str, tags)),
         facts=facts,
     )
+
+
+def _check_aspect(aspect: Any, where: str) -> None:
+    try:
+        aspect_ratio(str(aspect))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _sources(given: Any, where: str, folder: Path) -> tuple[bytes, ...]:
@@ -296,6 +307,8 @@ def _row(prompt: Prompt) -> dict[str, Any]:
     if prompt.sources:
         urls = [images.data_url(picture) for picture in prompt.sources]
         row["source"] = urls if len(urls) > 1 else urls[0]
+    if prompt.aspect is not None:
+        row["aspect"] = prompt.aspect
     if prompt.target is not None:
         row["target"] = images.data_url(prompt.target)
     if prompt.tags:

@@ -16,10 +16,11 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from burnish import runtime
+from burnish.buckets import Size
 from burnish.flow import KERNELS
 from burnish.policies.base import Guided, Policy, Prefix
 from burnish.rollout_config import RolloutConfig
-from burnish.types import Group, Guidance, Prompt, Trajectory
+from burnish.types import Group, Guidance, Prompt, Task, Trajectory
 
 
 @dataclass
@@ -28,8 +29,10 @@ class _Sample:
 
     seed: int
     generator: Generator
-    start: Float[Tensor, "1 token channel"]
+    start: Float[Tensor, "1 y x channel"]
     """Initial noise."""
+    size: Size
+    """Of the image; one for all samples of a batch."""
     window: Sequence[int] = ()
     """Stochastic steps."""
     wanted: frozenset[int] = frozenset()
@@ -68,7 +71,7 @@ def sample(
     groups: dict[int, Group] = {}
     with _drawing(policy):
         _read(policy, prompts, config)
-        for rows in _blocks(prompts, max(1, config.micro_batch // config.group_size)):
+        for rows in _blocks(policy, prompts, max(1, config.micro_batch // config.group_size)):
             block = [prompts[row] for row in rows]
             members = [_members(policy, prompt, config, seed, step) for prompt in block]
             paths = _trajectories(policy, block, members, config)
@@ -90,8 +93,8 @@ def draw(
     guidance: Guidance,
     seeds: Sequence[int],
     micro_batch: int = 64,
-) -> Float[Tensor, "prompt 3 height width"]:
-    """One image for each prompt, without injected noise.
+) -> list[Float[Tensor, "3 _ _"]]:
+    """One image for each prompt, of the size of its bucket, without injected noise.
 
     Args:
         policy: whose images these are.
@@ -120,12 +123,12 @@ def draw(
     images: dict[int, Tensor] = {}
     with _drawing(policy):
         _read(policy, prompts, config)
-        for rows in _blocks(prompts, micro_batch):
+        for rows in _blocks(policy, prompts, micro_batch):
             block = [prompts[row] for row in rows]
-            samples = [[_sample_of(policy, seeds[row])] for row in rows]
+            samples = [[_sample_of(policy, prompts[row], seeds[row])] for row in rows]
             paths = _trajectories(policy, block, samples, config)
             images |= {row: group[0].image for row, group in zip(rows, paths, strict=True)}
-    return torch.stack([images[row] for row in range(len(prompts))])
+    return [images[row] for row in range(len(prompts))]
 
 
 def _read(policy: Policy[Any, Any], prompts: Sequence[Prompt], config: RolloutConfig) -> None:
@@ -149,16 +152,18 @@ def _drawing(policy: Policy[Any, Any]) -> Iterator[None]:
         policy.transformer.train(was_training)
 
 
-def _blocks(prompts: Sequence[Prompt], size: int) -> Iterator[list[int]]:
-    """Rows of at most `size` prompts of one task each."""
-    for task in dict.fromkeys(prompt.task for prompt in prompts):
-        rows = [row for row, prompt in enumerate(prompts) if prompt.task == task]
-        yield from (rows[first : first + size] for first in range(0, len(rows), size))
+def _blocks(policy: Policy[Any, Any], prompts: Sequence[Prompt], count: int) -> Iterator[list[int]]:
+    """Rows of at most `count` prompts of one task and one size each."""
+    kinds: dict[tuple[Task, Size], list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        kinds.setdefault((prompt.task, policy.buckets.size(prompt)), []).append(row)
+    for rows in kinds.values():
+        yield from (rows[first : first + count] for first in range(0, len(rows), count))
 
 
-def _sample_of(policy: Policy[Any, Any], seed: int) -> _Sample:
-    generator = torch.Generator().manual_seed(seed)
-    return _Sample(seed, generator, policy.noise([generator]))
+def _sample_of(policy: Policy[Any, Any], prompt: Prompt, seed: int) -> _Sample:
+    generator, size = torch.Generator().manual_seed(seed), policy.buckets.size(prompt)
+    return _Sample(seed, generator, policy.noise([generator], size), size)
 
 
 def _members(
@@ -169,11 +174,12 @@ def _members(
     window = config.window_at(step, choice)
     wanted = config.kept_steps(window, choice)
     samples = [
-        _sample_of(policy, runtime.derived_seed(seed, "sample", step, prompt.id, member))
+        _sample_of(policy, prompt, runtime.derived_seed(seed, "sample", step, prompt.id, member))
         for member in range(config.group_size)
     ]
     if config.shared_noise:
-        shared = policy.noise([runtime.generator(seed, "shared noise", step, prompt.id)])
+        draws = runtime.generator(seed, "shared noise", step, prompt.id)
+        shared = policy.noise([draws], samples[0].size)
         for member in samples:
             member.start = shared
     for member in samples:
@@ -187,7 +193,7 @@ def _trajectories(
     groups: Sequence[Sequence[_Sample]],
     config: RolloutConfig,
 ) -> list[list[Trajectory]]:
-    """Paths of all samples, for prompts of one task."""
+    """Paths of all samples, for prompts of one task and one size."""
     is_guided = config.guidance_scale != 1
     away = policy.encode_null(prompts, config.negative_prompt) if is_guided else None
     prefix, null = branches(policy, policy.encode(prompts), away)
@@ -220,9 +226,10 @@ def _denoise(
     prefix: Prefix,
     null: Prefix | None,
     config: RolloutConfig,
-) -> Float[Tensor, "batch token channel"]:
+) -> Float[Tensor, "batch y x channel"]:
     """Clean latents; the wanted steps are left in the samples."""
-    schedule = policy.schedule(config.num_steps)
+    size = samples[0].size
+    schedule = policy.schedule(config.num_steps, size)
     latents = torch.cat([sample.start for sample in samples]).float()
     for step in range(config.num_steps):
         sigma, sigma_next = (level.expand(len(samples)) for level in schedule[step : step + 2])
@@ -235,7 +242,8 @@ def _denoise(
         # Windows differ between prompts, so one batch may hold both kinds of step.
         rows = [row for row, sample in enumerate(samples) if step in sample.window]
         if rows:
-            noise[rows] = policy.noise([samples[row].generator for row in rows]).to(noise)
+            drawn = policy.noise([samples[row].generator for row in rows], size)
+            noise[rows] = drawn.to(noise)
             next_latents[rows] = KERNELS[config.kernel](
                 latents[rows],
                 guided[rows],
@@ -261,7 +269,7 @@ def _ask(
     policy: Policy[Any, Any],
     step: int,
     samples: Sequence[_Sample],
-    latents: Float[Tensor, "batch token channel"],
+    latents: Float[Tensor, "batch y x channel"],
     sigma: Float[Tensor, " batch"],
     prefix: Prefix,
     null: Prefix | None,
@@ -308,7 +316,7 @@ def _keep(step: int, samples: Sequence[_Sample], **states: Tensor) -> None:
 
 
 def _trajectory(
-    sample: _Sample, clean: Float[Tensor, "token channel"], image: Float[Tensor, "3 height width"]
+    sample: _Sample, clean: Float[Tensor, "y x channel"], image: Float[Tensor, "3 height width"]
 ) -> Trajectory:
     """The record of a finished path."""
     steps: dict[str, Tensor] = {

@@ -10,11 +10,12 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from burnish import policies, runtime
 from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
+from burnish.buckets import MULTIPLE, SQUARE, Buckets, aspect_ratio
 from burnish.config import Config, ConfigError, located, shelf
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import Attention, check_attention, set_attention
@@ -71,7 +72,12 @@ class PolicyConfig(Config):
 
     family: Family = "qwen_image21"
     path: str = "embedded:weights/base"
-    resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=32)
+    resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=MULTIPLE)
+    """Side in pixels of a square picture."""
+    aspects: tuple[str, ...] = Field(default=(SQUARE,), min_length=1)
+    """Width to height of the pictures, 1:1, 16:9, each of about the area of the square; a prompt is
+    drawn in the nearest, by its own aspect or that of an edit's first source. The first of these
+    serves the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which weights are kept on the device; what is trained is always kept in float32, so that
     bfloat16 is for training a LoRA."""
@@ -90,6 +96,18 @@ class PolicyConfig(Config):
     attention: Attention = "native"
     """Kernel of attention, by diffusers' name; the flash ones take no mask, which most families
     need for prompts of unequal length."""
+
+    @property
+    def buckets(self) -> Buckets:
+        """Sizes in which pictures are drawn."""
+        return Buckets(self.resolution, self.aspects)
+
+    @field_validator("aspects")
+    @classmethod
+    def _are_aspects(cls, aspects: tuple[str, ...]) -> tuple[str, ...]:
+        for aspect in aspects:
+            aspect_ratio(aspect)
+        return aspects
 
 
 def families() -> tuple[str, ...]:
@@ -132,6 +150,7 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
         cache_folder=None if config.cache is None else located(config.cache),
         offload=config.offload,
     )
+    policy.buckets = config.buckets
     transformer: Any = policy.transformer
     if config.checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -4,6 +4,8 @@ None of them is a reward. A policy that sharpens, saturates or roughens everythi
 picture for every seed, has found what its judge can be talked into.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -57,3 +59,9 @@ def diversity(groups: Float[Tensor, "group member 3 height width"]) -> Float[Ten
     # The mean over ordered pairs of two members, from the spread around their mean.
     spread = groups.var(dim=1, correction=0).mean(dim=(1, 2, 3))
     return (2 * spread * count / max(count - 1, 1)).sqrt()
+
+
+def groups(pictures: Sequence[Tensor], count: int) -> list[Float[Tensor, "1 member 3 _ _"]]:
+    """Each `count` pictures that follow one another, and have one size, as a group."""
+    starts = range(0, len(pictures), count)
+    return [torch.stack(list(pictures[start : start + count]))[None] for start in starts]

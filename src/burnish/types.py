@@ -72,6 +72,8 @@ class Prompt:
     """Encoded source images of an edit (PNG, JPEG or WebP), 1 to `MAX_SOURCES`, in the order in
     which models and judges read them; none for `t2i`. Decoded only by `burnish.images`. Whoever
     compares with one source takes the first: it is what is changed, the others are references."""
+    aspect: str | None = None
+    """Wanted width to height of the picture, such as 16:9; None leaves it to `burnish.buckets`."""
     target: bytes | None = None
     """An encoded picture that answers the prompt, where one is known; nothing is drawn from it."""
     tags: tuple[str, ...] = ()

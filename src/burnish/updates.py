@@ -13,7 +13,7 @@ from torch import nn
 
 from burnish import runtime
 from burnish.algorithms.base import Algorithm, SelfCheckError
-from burnish.batches import chunks, stack
+from burnish.batches import by_kind, chunks, stack
 from burnish.optimization import OptimizerConfig, State, moved, set_rate
 from burnish.policies.base import Policy
 from burnish.runtime import Runtime
@@ -91,7 +91,7 @@ def _accumulate(
 ) -> None:
     """Add the gradient of the signals of one update, of as many states on all processes."""
     is_first = state.step == 0 and "loss" not in logged
-    for chunk in _together(state.policy, list(chunks(part, plan.micro_batch)), rt):
+    for chunk in _together(state.policy, list(chunks(by_kind(part), plan.micro_batch)), rt):
         if chunk is None:
             _idle(state.policy, prompts[0], rt)
             continue
@@ -127,7 +127,7 @@ def _together(
 def _idle(policy: Policy[Any, Any], prompt: Prompt, rt: Runtime) -> None:
     """Take part in a pass through the transformer with nothing to add."""
     with rt.autocast():
-        noise = policy.noise([runtime.generator(0, "idle")])
+        noise = policy.noise([runtime.generator(0, "idle")], policy.buckets.size(prompt))
         level = torch.full((1,), 0.5, device=policy.device)
         velocity = policy.velocity(noise, level, policy.prefix(policy.encode([prompt])))
     with rt.attention():

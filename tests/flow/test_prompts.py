@@ -34,13 +34,14 @@ def test_a_written_set_reads_back(tmp_path: Path) -> None:
         *some(2, "edit"),
         Prompt(id="both", text="put them together", task="edit", sources=(SOURCE, OTHER, SOURCE)),
         Prompt(id="full", text="line\u2028end", category="portrait", tags=("a",), facts={"k": [1]}),
+        Prompt(id="wide", text="a lake", aspect="16:9"),
     ]
     write_prompts(tmp_path / "set.jsonl", prompts)
     assert list(read_prompts(tmp_path / "set.jsonl")) == prompts
     lines = [json.loads(line) for line in (tmp_path / "set.jsonl").read_text().splitlines()]
     # One source is written as it always was.
     kinds = [type(line.get("source")) for line in lines]
-    assert kinds == [type(None), type(None), str, str, list, type(None)]
+    assert kinds == [type(None), type(None), str, str, list, type(None), type(None)]
 
 
 def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
@@ -68,6 +69,8 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
         ({"text": "a", "source": [None, "red.png"]}, "need a readable image file"),
         ({"text": "a", "source": ["gone.png"] * 9}, "need at most 8 source images, got 9"),
         ({"text": "a", "id": "../up"}, "need an id of letters"),
+        ({"text": "a", "aspect": "wide"}, "need an aspect of width to height .*, got 'wide'"),
+        ({"text": "a", "aspect": 1.5}, "need an aspect of width to height .*, got '1.5'"),
         ({"text": "a", "tags": "abc"}, "need a list of tags"),
         ({"text": "a", "id": "one"}, "need distinct ids"),
     ],

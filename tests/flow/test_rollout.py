@@ -1,25 +1,27 @@
 """Groups as training receives them: right paths, right steps kept, and no memory of the batch."""
 
 import io
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from PIL import Image
 
+from burnish.batches import by_kind, chunks, evaluate
+from burnish.buckets import Buckets, Size
 from burnish.config import ConfigError, parse
 from burnish.flow import KERNELS
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.rollout import draw, sample
 from burnish.rollout_config import RolloutConfig
-from burnish.types import Group, Guidance, Prompt, Trajectory
+from burnish.types import Group, Guidance, Prompt, Signal, Trajectory
 
 torch.set_num_threads(1)
 
 
-def png(colour: tuple[int, int, int]) -> bytes:
+def png(colour: tuple[int, int, int], size: tuple[int, int] = (64, 64)) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), colour).save(buffer, "PNG")
+    Image.new("RGB", size, colour).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -78,6 +80,53 @@ def test_a_sample_does_not_depend_on_its_batch(policy):
     assert_same(
         wanted[:1], [Group(prompt=PROMPTS[0], trajectories=more[0].trajectories[:2])], atol=1e-4
     )
+
+
+SHAPES = ("1:1", "2:1", "1:2", None)
+SIZES = [Size(64, 64), Size(32, 96), Size(96, 32), Size(32, 96)]
+
+
+@pytest.fixture
+def shaped(policy, monkeypatch) -> list[Prompt]:
+    """Prompts of several shapes, the last of which says none and has a wide source."""
+    monkeypatch.setattr(policy, "buckets", Buckets(64, ("1:1", "2:1", "1:2")))
+    asked = [replace(prompt, aspect=aspect) for prompt, aspect in zip(PROMPTS, SHAPES, strict=True)]
+    return [*asked[:3], replace(asked[3], sources=(png((20, 30, 200), (128, 64)),))]
+
+
+def test_pictures_of_many_shapes_are_drawn_as_each_alone(policy, shaped):
+    found = sample(policy, shaped, config(keep="all"), seed=3, step=1)
+    for group, size in zip(found, SIZES, strict=True):
+        assert {path.image.shape[1:] for path in group.trajectories} == {size}
+        alone = sample(policy, [group.prompt], config(keep="all"), seed=3, step=1)
+        assert_same([group], alone, atol=1e-4)
+    seeds = [group.trajectories[0].seed for group in found]
+    plain = {"num_steps": 3, "guidance": Guidance(2.0)}
+    drawn = draw(policy, shaped, seeds=seeds, **plain)
+    assert [image.shape[1:] for image in drawn] == SIZES
+    for prompt, seed, image, size in zip(shaped, seeds, drawn, SIZES, strict=True):
+        noise = policy.noise([torch.Generator().manual_seed(seed)], size)
+        clean = policy.pipeline_latents(prompt, noise, num_steps=3, guidance_scale=2.0)
+        with torch.no_grad():
+            torch.testing.assert_close(image, policy.decode(clean)[0], rtol=0, atol=1e-4)
+
+
+def test_states_of_many_shapes_are_asked_for_as_each_alone(policy, shaped):
+    groups = sample(policy, shaped, config(), seed=3, step=1)
+    paths = [(group.prompt, path) for group in groups for path in group.trajectories]
+    # Members of all groups in turn, so that neighbours differ in shape.
+    mixed = [
+        Signal(prompt=prompt, latents=path.latents, sigmas=path.sigmas)
+        for turn in range(2)
+        for prompt, path in paths[turn::2]
+    ]
+    ordered = by_kind(mixed)
+    assert sorted(map(id, ordered)) == sorted(map(id, mixed))
+    assert len(list(chunks(ordered, 64))) == 3 < len(list(chunks(mixed, 64)))
+    for signals in (mixed, ordered):
+        for signal, found in zip(signals, evaluate(policy, signals, 64), strict=True):
+            (alone,) = evaluate(policy, [signal], 64)
+            torch.testing.assert_close(found, alone, rtol=0, atol=1e-5)
 
 
 def test_seed_step_prompt_and_member_each_change_the_sample(policy):

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from burnish import checkpoint, runtime
+from burnish import checkpoint, images, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
+from burnish.evaluation import read_scores
 from burnish.galleries import galleries
 from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs
@@ -203,6 +205,78 @@ def test_prompts_of_two_sources_are_drawn_scored_trained_on_and_shown(
     gallery, *_ = galleries(config, tmp_path / "run", all_scores(config, tmp_path / "run"), 1)
     ((_, rows), *_) = gallery["groups"]
     assert len(rows[0]["sources"]) == 2 and all(shot["picture"] for shot in rows[0]["shots"])
+
+
+@pytest.mark.usefixtures("small_sources")
+@pytest.mark.parametrize("family", families())
+def test_prompts_of_several_shapes_are_drawn_scored_trained_on_and_measured(
+    family: str, small_judge: Path, tmp_path: Path
+) -> None:
+    model, task = tmp_path / "model", policy_class(family).tasks[0]
+    policy_class(family).tiny().save(model)
+    # An edit's shape is that of its source, unless it says another.
+    wide = images.encode_png(Image.new("RGB", (128, 64), (200, 30, 30)))
+    shapes = ("1:1", "2:1", "1:2", None) * 2
+    sources = (wide,) if task == "edit" else ()
+    for name, text in (("train", "a cat"), ("held-out", "a dog")):
+        prompts = [
+            Prompt(id=f"{name}{row}", text=text, task=task, aspect=aspect, sources=sources)
+            for row, aspect in enumerate(shapes)
+        ]
+        write_prompts(tmp_path / f"{name}.jsonl", prompts)
+    config = recipe_of_shapes(family, model, tmp_path, small_judge)
+    check_inputs(config)
+    rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    run = tmp_path / "run"
+    for job in ("train/grpo_teacher", "train/student", "measure/student"):
+        run_job(config, run, job, rt)
+    teacher, student = (
+        [json.loads(row) for row in (run / f"stages/{name}/metrics.jsonl").open()]
+        for name in config.stages
+    )
+    assert all(math.isfinite(row["loss"]) for row in (*teacher, *student))
+    # Training finds the log-probabilities of the rollout again, whatever the mixture of shapes.
+    assert teacher[0]["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+    drawn = run / "evaluation/student/pictures"
+    last = (96, 32) if task == "edit" else (64, 64)
+    for prompt, size in zip(prompts, [(64, 64), (96, 32), (32, 96), last] * 2, strict=True):
+        assert images.read(drawn / f"{prompt.id}.webp").size == size
+    rows = read_scores(run / "evaluation/student/scores.jsonl")
+    assert {row["prompt"] for row in rows} == {prompt.id for prompt in prompts}
+    assert sum(row["metric"] == "diversity" for row in rows) == len(prompts)
+
+
+def recipe_of_shapes(family: str, model: Path, folder: Path, judge: Path) -> RunConfig:
+    """A guarded teacher and a student of the first task, on prompts of several shapes."""
+    reward = {"kind": "vlm", "path": str(judge), "dimension": "alignment"}
+    data = recipe(family, model).model_dump()
+    stages = {name: data["stages"][name] for name in ("grpo_teacher", "student")}
+    task, held_out = policy_class(family).tasks[0], str(folder / "held-out.jsonl")
+    for stage in stages.values():
+        stage["prompts"] |= {"path": str(folder / "train.jsonl"), "tasks": [task]}
+        stage["prompts_per_step"] = 4
+    stages["grpo_teacher"] |= {
+        "rewards": {"judge": reward},
+        "guard": {
+            "judge": reward,
+            "every": 1,
+            "prompts": held_out,
+            "num_prompts": 8,
+            "action": "warn",
+        },
+        "optimizer": {"num_updates": 1},
+    }
+    stages["student"]["algorithm"]["teachers"] = {task: {"path": "stage:grpo_teacher"}}
+    return parse(
+        RunConfig,
+        data
+        | {
+            "policy": data["policy"] | {"aspects": ["1:1", "2:1", "1:2"]},
+            "stages": stages,
+            "judge": reward,
+            "evaluation": data["evaluation"] | {"prompts": held_out, "num_prompts": 8},
+        },
+    )
 
 
 def test_more_sources_than_a_family_reads_are_told_before_it_is_read(tmp_path: Path) -> None:

@@ -135,8 +135,10 @@ def test_spread_weights_are_trained_as_whole_ones(
 def test_spread_weights_are_trained_on_sources_of_many_sizes(
     models: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Which need calls of their own, and not as many of them on every process."""
-    model, policy = models["flux2_klein"], {"family": "flux2_klein"}
+    """Which need calls of their own, and not as many of them on every process; what is drawn has
+    two sizes, too."""
+    model = models["flux2_klein"]
+    policy = {"family": "flux2_klein", "aspects": ["1:1", "2:1"]}
     rng = np.random.default_rng(0)
     rows = []
     for row in range(5):

@@ -362,7 +362,7 @@ class TestGuidanceModes:
         ]
         wanted = torch.cat(
             [
-                (t.next_latents - step.mean) / step.std.reshape(-1, 1, 1)
+                (t.next_latents - step.mean) / step.std.reshape(-1, 1, 1, 1)
                 for t, step in zip(paths, steps, strict=True)
             ]
         )
@@ -431,7 +431,7 @@ class TestNft:
         signals, _ = build("nft", policy, folder).credit(drawn, 0)
         clean = [t.clean for group in drawn for t in group.trajectories]
         for signal, end in zip(signals, clean, strict=True):
-            back = signal.latents - signal.sigmas[:, None, None] * signal.fields["target"]
+            back = signal.latents - signal.sigmas[:, None, None, None] * signal.fields["target"]
             torch.testing.assert_close(back, end.expand_as(back), atol=1e-5, rtol=1e-5)
 
     def test_the_guided_anchor_and_the_plain_one_push_with_the_same_sign(

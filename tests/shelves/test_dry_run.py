@@ -12,6 +12,7 @@ from torch import nn
 from burnish import images
 from burnish.activations import GpuPrecision, Hollow, Live, Saved, hollow, num_bytes, weights
 from burnish.adapters import LoraConfig, attach
+from burnish.buckets import Buckets
 from burnish.dry_run import Counts, Measured, measure, ready
 from burnish.optimization import Kind, OptimizerConfig, State, state_bytes
 from burnish.runtime import Runtime
@@ -159,6 +160,18 @@ def test_activations_are_linear_in_the_micro_batch(pair: tuple[Any, Any, Path]) 
 
 
 # --- The counting itself ---------------------------------------------------------------------
+
+
+def test_the_largest_bucket_is_counted(pair: tuple[Any, Any, Path]) -> None:
+    _, empty, folder = pair
+    large = type(empty).hollow(folder, resolution=64)
+    large.buckets = Buckets(64, ("1:1", "16:9", "2:1"))
+    prompt = asked(empty.tasks[0])
+    square, most = (
+        measure(ready(policy, None), prompt, "fog", COUNTS, FLOAT) for policy in (empty, large)
+    )
+    assert most.latents == 1.5 * square.latents
+    assert most.decoding > 1.3 * square.decoding and most.reading == square.reading
 
 
 def test_live_counts_each_storage_once_while_it_lives() -> None:

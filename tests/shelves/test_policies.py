@@ -15,6 +15,7 @@ from PIL import Image
 
 import burnish.policies
 from burnish import images, shelves
+from burnish.buckets import Size
 from burnish.config import ConfigError
 from burnish.flow import shift_sigmas
 from burnish.policies.base import Policy
@@ -108,8 +109,11 @@ def references(policy) -> list[Prompt]:
     return found if len(found) > 1 else pytest.skip(f"{policy.family} reads {len(found)}")
 
 
-def start(policy: Policy, count: int, seed: int = 0) -> torch.Tensor:
-    return policy.noise([torch.Generator().manual_seed(seed + row) for row in range(count)])
+TALL = Size(height=96, width=32)
+
+
+def start(policy: Policy, count: int, seed: int = 0, size: Size | None = None) -> torch.Tensor:
+    return policy.noise([torch.Generator().manual_seed(seed + row) for row in range(count)], size)
 
 
 def levels(count: int) -> torch.Tensor:
@@ -153,14 +157,14 @@ def test_every_family_is_found_and_can_be_named_in_a_recipe():
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize("seed", [0, 100])
+@pytest.mark.parametrize("size", [None, TALL], ids=["square", "tall"])
 @torch.no_grad()
-def test_one_batch_draws_what_single_pipeline_calls_draw(policy, prompts, scale, seed):
+def test_one_batch_draws_what_single_pipeline_calls_draw(policy, prompts, scale, size):
     # Lengths and sources differ within the batch; a pipeline call knows only its own prompt.
-    noise = latents = start(policy, len(prompts), seed)
+    noise = latents = start(policy, len(prompts), size=size)
     prefix = policy.prefix(policy.encode(prompts))
     null = policy.prefix(policy.encode_null(prompts))
-    schedule = policy.schedule(STEPS)
+    schedule = policy.schedule(STEPS, size)
     for sigma, sigma_next in itertools.pairwise(schedule):
         found = policy.guided(latents, sigma.expand(len(prompts)), prefix, null, scale)
         latents = latents + (sigma_next - sigma) * found.guided
@@ -394,14 +398,15 @@ def test_the_null_prompt_keeps_the_source(policy):
     if "edit" not in policy.tasks:
         pytest.skip("no sources")
     same_words = [replace(prompt, text="no hat") for prompt in EDIT]
-    latents, sigmas = start(policy, 1).repeat(3, 1, 1), torch.full((3,), 0.5)
+    latents, sigmas = start(policy, 1).repeat(3, 1, 1, 1), torch.full((3,), 0.5)
     null = policy.velocity(latents, sigmas, policy.prefix(policy.encode_null(EDIT)))
     again = policy.velocity(latents, sigmas, policy.prefix(policy.encode_null(same_words)))
     assert torch.equal(null, again)
     assert (null[0] - null[1]).abs().max() > 1e-4
 
 
-def test_noise_and_schedule_are_the_pipelines(policy, own):
+@pytest.mark.parametrize("size", [Size(64, 64), TALL], ids=["square", "tall"])
+def test_noise_and_schedule_are_the_pipelines(policy, own, size):
     seeds, prompts = [3, 4], own[:2]
     # The pipeline's own preparation, watched at its first step.
     seen = []
@@ -417,23 +422,22 @@ def test_noise_and_schedule_are_the_pipelines(policy, own):
             **given(prompt),
             generator=torch.Generator().manual_seed(seed),
             num_inference_steps=STEPS,
-            height=policy.resolution,
-            width=policy.resolution,
+            **size._asdict(),
             output_type="latent",
             callback_on_step_end=watch,
             **{policy.guidance_argument: 1.0},
         )
-    schedule = policy.schedule(STEPS)
+    schedule = policy.schedule(STEPS, size)
     torch.testing.assert_close(schedule, policy.pipeline.scheduler.sigmas)
     assert schedule[0] == 1 and schedule[-1] == 0 and len(schedule) == STEPS + 1
-    noise = policy.noise([torch.Generator().manual_seed(seed) for seed in seeds])
+    noise = policy.noise([torch.Generator().manual_seed(seed) for seed in seeds], size)
     with torch.no_grad():
         velocity = policy.velocity(
             noise, schedule[:1].expand(2), policy.prefix(policy.encode(prompts))
         )
     wanted = noise + (schedule[1] - schedule[0]) * velocity
-    # Some pipelines tell tokens, some the grid.
-    wanted = wanted if seen[0].shape[1:] == wanted.shape[1:] else policy.pipeline_noise(wanted)
+    # Some pipelines begin with tokens, some with a grid, and all but one tell tokens.
+    wanted = policy.pipeline_noise(wanted) if seen[0].ndim == 4 else wanted.flatten(1, 2)
     torch.testing.assert_close(torch.cat(seen), wanted, rtol=0, atol=1e-5)
 
 
@@ -455,10 +459,11 @@ def test_the_schedule_follows_the_schedulers_settings(policy):
     assert changed[1] != plain[1]
 
 
-def test_images_round_trip_in_shape_and_statistics(policy):
-    pictures = torch.rand(2, 3, policy.resolution, policy.resolution)
+@pytest.mark.parametrize("size", [Size(64, 64), TALL], ids=["square", "tall"])
+def test_images_round_trip_in_shape_and_statistics(policy, size):
+    pictures = torch.rand(2, 3, *size)
     latents = policy.encode_images(pictures)
-    assert latents.shape == start(policy, 2).shape
+    assert latents.shape == start(policy, 2, size=size).shape
     decoded = policy.decode(latents)
     assert decoded.shape == pictures.shape
     assert decoded.min() >= 0 and decoded.max() <= 1
@@ -467,7 +472,7 @@ def test_images_round_trip_in_shape_and_statistics(policy):
 
 
 def test_the_image_of_the_pipeline_is_the_image_of_decode(policy, own):
-    latents = start(policy, 1)
+    latents = start(policy, 1, size=TALL)
     with torch.no_grad():
         clean = policy.pipeline_latents(own[0], latents, num_steps=STEPS, guidance_scale=1.0)
         image = policy.decode(clean)
@@ -476,8 +481,7 @@ def test_the_image_of_the_pipeline_is_the_image_of_decode(policy, own):
         **given(own[0]),
         latents=policy.pipeline_noise(latents),
         num_inference_steps=STEPS,
-        height=policy.resolution,
-        width=policy.resolution,
+        **TALL._asdict(),
         output_type="pt",
         **{policy.guidance_argument: 1.0},
     ).images[:, :3]
@@ -652,17 +656,19 @@ def test_qwen_gradient_is_that_of_full_calls_without_cache(prompts):
     losses = []
     for place, row in enumerate(rows):
         prompt = condition.prompts[row]
-        target = prompt.is_image.new_ones(latents.shape[1] // 4)
+        tokens = latents[place].flatten(0, 1)
+        target = prompt.is_image.new_ones(len(tokens) // 4)
         (output,) = policy.transformer(
-            hidden_states=torch.cat([prompt.source, latents[place]])[None],
+            hidden_states=torch.cat([prompt.source, tokens])[None],
             timestep=sigmas[place : place + 1],
             encoder_hidden_states=prompt.embedding[None],
             img_shapes=[[*prompt.shapes, (1, 4, 4)]],
             img_mask=torch.cat([prompt.is_image, target])[None],
             return_dict=False,
         )
-        losses.append(output[:, -latents.shape[1] :].square().sum())
-        torch.testing.assert_close(output[0, -latents.shape[1] :], shared[place], rtol=0, atol=1e-5)
+        found = output[0, -len(tokens) :]
+        losses.append(found.square().sum())
+        torch.testing.assert_close(found, shared[place].flatten(0, 1), rtol=0, atol=1e-5)
     apart = gradient(policy, torch.stack(losses).sum())
     assert (together - apart).norm() <= 1e-5 * apart.norm()
 
@@ -696,7 +702,7 @@ def test_qwen_source_alpha_is_not_lost_in_translation():
     std = torch.tensor(config.latents_std).view(1, -1, 1, 1, 1)
     wanted = (policy.vae.encode(opaque).latent_dist.mode() - mean) / std
     latents = policy.encode_images(pictures)
-    torch.testing.assert_close(latents, wanted[:, :, 0].flatten(2).transpose(1, 2))
+    torch.testing.assert_close(latents, wanted[:, :, 0].permute(0, 2, 3, 1))
 
 
 # --- What only the families of Qwen-Image promise ---------------------------------------------

@@ -40,6 +40,7 @@ from burnish.guidance import (
     unconditional_use,
     velocity_pair,
 )
+from burnish.latents import over
 from burnish.objectives import clipped_policy_loss, is_clipped
 from burnish.policies.base import Policy
 from burnish.rollout_config import RolloutConfig
@@ -154,7 +155,7 @@ class Grpo(Algorithm):
         step = KERNELS[self._setting.kernel].coefficients(
             batch.sigmas, batch.fields["sigmas_next"], self._setting.noise_level
         )
-        jacobian, std = step.jacobian[:, None, None], step.std[:, None, None]
+        jacobian, std = (over(value, batch.latents) for value in (step.jacobian, step.std))
         # The sample was drawn around the guided mean; what is scored may have another.
         noise = batch.fields["noise"] + jacobian * (batch.fields["guided"] - pair.old) / std
         normalise = self._config.normalise_ratio

@@ -1,12 +1,16 @@
 """`burnish sample`: draw with a model, or edit a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from burnish.cli.program import app
 from burnish.config import ConfigError
+
+if TYPE_CHECKING:
+    from burnish.types import Prompt
 
 
 @app.command(epilog="Example: burnish sample 'a large red circle' --model runs/miniature/student")
@@ -26,7 +30,15 @@ def sample(
         str | None, typer.Option(help="What guidance leads away from; a stage's own if left out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
-    resolution: Annotated[int | None, typer.Option(min=32, help="Side in pixels.")] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=32, help="Side of a square, pixels.")
+    ] = None,
+    aspect: Annotated[
+        str | None,
+        typer.Option(
+            help="Width to height; that of the prompt's bucket if left out.", metavar="16:9"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of a prompt's first picture.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
     out: Annotated[Path, typer.Option(help="PNG to write.", metavar="FILE")] = Path("sample.png"),
@@ -40,31 +52,24 @@ def sample(
     from burnish import images, rollout, runtime, tracking
     from burnish.exporting import deployed_model
     from burnish.shelves import load_policy, policy_class
-    from burnish.types import Guidance, Prompt
 
-    sources = tuple(images.encode_png(images.read(path)) for path in source or ())
     model_folder, defaults = deployed_model(model)
-    policy = defaults.policy.model_copy(
-        update={"resolution": resolution or defaults.policy.resolution}
+    plan = defaults.changed(
+        num_steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        policy={"resolution": resolution, "aspects": [aspect] if aspect else None},
     )
-    guidance = Guidance(
-        defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        defaults.negative_prompt if negative_prompt is None else negative_prompt,
-    )
-    asked = [
-        Prompt(id=str(row), text=text, task="edit" if sources else "t2i", sources=sources)
-        for row, text in enumerate(prompts)
-        for _ in range(count)
-    ]
-    policy_class(policy.family).check_sources(asked)
+    asked = [prompt for prompt in _asked(prompts, source or ()) for _ in range(count)]
+    policy_class(plan.policy.family).check_sources(asked)
     rt = runtime.start()
-    drawer = load_policy(policy, model_folder, rt)
+    drawer = load_policy(plan.policy, model_folder, rt)
     with rt.autocast():
         drawn = rollout.draw(
             drawer,
             asked,
-            num_steps=steps or defaults.num_steps,
-            guidance=guidance,
+            num_steps=plan.num_steps,
+            guidance=plan.guidance,
             seeds=[seed + place for _ in prompts for place in range(count)],
         )
     sheet = images.grid([images.to_pil(image) for image in drawn], count)
@@ -72,3 +77,14 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         tracking.write_atomic(out, images.encode_png(sheet))
     print(out)
+
+
+def _asked(texts: Sequence[str], paths: Sequence[Path]) -> "list[Prompt]":
+    from burnish import images
+    from burnish.types import Prompt
+
+    sources = tuple(images.encode_png(images.read(path)) for path in paths)
+    task = "edit" if sources else "t2i"
+    return [
+        Prompt(id=str(row), text=text, task=task, sources=sources) for row, text in enumerate(texts)
+    ]

@@ -216,9 +216,8 @@ def _sampled(
     return [list(pictures) for pictures in zip(*rounds, strict=True)]
 
 
-def _bytes_of(batch: torch.Tensor) -> list[np.ndarray]:
-    pixels = batch.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    return [to_bytes(picture) for picture in pixels]
+def _bytes_of(drawn: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    return [to_bytes(one.float().clamp(0, 1).permute(1, 2, 0).numpy()) for one in drawn]
 
 
 def _grouped(pictures: Sequence[np.ndarray], size: int) -> list[list[np.ndarray]]:

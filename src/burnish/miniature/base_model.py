@@ -98,15 +98,17 @@ def flow_matching_loss(
         replace(pool.examples[row].prompt, text=" ") if drop else pool.examples[row].prompt
         for row, drop in zip(rows, dropped, strict=True)
     ]
-    sources = None if pool.source_latents is None else list(pool.source_latents[list(rows)])
+    sources = (
+        None if pool.source_latents is None else list(pool.source_latents[list(rows)].flatten(1, 2))
+    )
     prefix = policy.prefix(policy.embed(prompts, sources=sources))
-    clean = pool.latents[list(rows)].repeat(levels, 1, 1)
+    clean = pool.latents[list(rows)].repeat(levels, 1, 1, 1)
     # Stratified over the batch: every step sees the whole range of noise levels.
     count = len(clean)
     uniform = (torch.randperm(count) + torch.rand(count)) / count
     sigmas = uniform.clamp(1e-3, 1 - 1e-3)
     noise = torch.randn_like(clean)
-    noisy = torch.lerp(clean, noise, sigmas[:, None, None])
+    noisy = torch.lerp(clean, noise, sigmas[:, None, None, None])
     velocity = policy.velocity(noisy, sigmas, prefix.take([*range(len(rows))] * levels))
     return ((velocity - (noise - clean)) ** 2).mean()
 

@@ -2,9 +2,9 @@
 
 A policy is single-device code around one diffusers pipeline. It converts at its border: inside
 Burnish a velocity is always `noise - clean` at noise level `sigma`, 1 being pure noise, and latents
-are packed as `batch token channel`. Whatever does not depend on the noisy latents is computed once
-per prompt (`prefix`) and shared by all samples and all steps of that prompt, in sampling and, with
-gradient, in training.
+are `batch y x channel`, each place of the grid a token. Whatever does not depend on the noisy
+latents is computed once per prompt (`prefix`) and shared by all samples and all steps of that
+prompt, in sampling and, with gradient, in training.
 """
 
 from abc import ABC, abstractmethod
@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from burnish.buckets import Buckets, Size
 from burnish.config import ConfigError
 from burnish.types import Labelled, Prompt, Task
 
@@ -39,10 +40,10 @@ class Prefix(ABC):
 class Guided(NamedTuple):
     """What one batched call of both branches gives."""
 
-    guided: Float[Tensor, "batch token channel"]
+    guided: Float[Tensor, "batch y x channel"]
     """Composed by `burnish.guidance.compose` as the family's pipeline does."""
-    conditional: Float[Tensor, "batch token channel"]
-    unconditional: Float[Tensor, "batch token channel"]
+    conditional: Float[Tensor, "batch y x channel"]
+    unconditional: Float[Tensor, "batch y x channel"]
     """Not run, and equal to the conditional one, where the scale is 1."""
 
 
@@ -78,7 +79,10 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     """The only part that is trained."""
 
     resolution: int
-    """Side of the drawn images in pixels."""
+    """Side in pixels of a square image."""
+
+    buckets: Buckets
+    """Sizes in which images are drawn; one square, unless others are set."""
 
     work: Work
     """Told of every velocity."""
@@ -127,7 +131,7 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
             folder: as `save_pretrained` of the pipeline writes it.
             device: where all modules go.
             dtype: of all weights; a trainer that wants float32 masters casts the transformer.
-            resolution: side of the drawn images in pixels.
+            resolution: side of a square image in pixels.
             cache_folder: where encoded prompts outlive the process; None keeps them in memory.
             offload: leave encoders and VAE in the memory of the machine, from where they come to
                 the device whenever they are used.
@@ -149,7 +153,7 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         Args:
             folder: of a diffusers pipeline; of its networks only the settings are read.
             dtype: of all weights.
-            resolution: side of the drawn images in pixels.
+            resolution: side of a square image in pixels.
 
         Raises:
             burnish.config.ConfigError: the folder is no pipeline of this family.
@@ -216,16 +220,16 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     @abstractmethod
     def velocity(
         self,
-        latents: Float[Tensor, "batch token channel"],
+        latents: Float[Tensor, "batch y x channel"],
         sigmas: Float[Tensor, " batch"],
         prefix: PrefixT,
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         """Conditional velocity `noise - clean`, float32; row i belongs to row i of the prefix."""
 
     @abstractmethod
     def guided(
         self,
-        latents: Float[Tensor, "batch token channel"],
+        latents: Float[Tensor, "batch y x channel"],
         sigmas: Float[Tensor, " batch"],
         prefix: PrefixT,
         null_prefix: PrefixT,
@@ -234,36 +238,46 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """Both branches from one batched call, and their composition."""
 
     @abstractmethod
-    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
-        """Standard normal latents, one generator per sample: a sample does not know its batch."""
+    def noise(
+        self, generators: Sequence[Generator], size: Size | None = None
+    ) -> Float[Tensor, "batch y x channel"]:
+        """Standard normal latents, one generator per sample: a sample does not know its batch.
+
+        Args:
+            generators: of the samples.
+            size: of the images; None is that of a prompt that says nothing.
+        """
 
     @abstractmethod
-    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        """Noise levels from 1 to 0 as the pipeline's own scheduler would set them."""
+    def schedule(
+        self, num_steps: int, size: Size | None = None
+    ) -> Float[Tensor, " steps_plus_one"]:
+        """Noise levels from 1 to 0 as the pipeline's own scheduler would set them for a size."""
 
     @abstractmethod
     def decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """Images in [0, 1]."""
 
     @abstractmethod
     def encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         """Normalised clean latents (the mode of the VAE's posterior)."""
 
     @abstractmethod
     def pipeline_latents(
         self,
         prompt: Prompt,
-        noise: Float[Tensor, "1 token channel"],
+        noise: Float[Tensor, "1 y x channel"],
         *,
         num_steps: int,
         guidance_scale: float,
         negative_prompt: str = "",
-    ) -> Float[Tensor, "1 token channel"]:
-        """Clean latents by the pipeline's own call: the truth that a rollout is checked against."""
+    ) -> Float[Tensor, "1 y x channel"]:
+        """Clean latents by the pipeline's own call, of an image of the noise's size: the truth that
+        a rollout is checked against."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, str]:
@@ -279,7 +293,7 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     def layout(self, prompt: Prompt) -> Hashable:
         """Prompts of one layout share a call of the transformer."""
-        return ""
+        return self.buckets.size(prompt)
 
     @property
     @abstractmethod

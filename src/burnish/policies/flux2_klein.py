@@ -1,12 +1,14 @@
 """The family of FLUX.2 [klein]: text, target and source images in one joint attention.
 
 Decided here: every edit has its own source images, and prompts whose sources differ in number or
-size run in calls of their own, as one call has one set of positions; the target is always a square
-of `resolution` pixels; noise is drawn in float32. Guidance is that of the undistilled base models,
-away from the empty prompt or a negative one; a step-distilled model has none and is refused it.
+size run in calls of their own, as one call has one set of positions; a picture's size does not
+follow its source's unless `buckets` say so; noise is drawn in float32. Guidance is that of the
+undistilled base models, away from the empty prompt or a negative one; a step-distilled model has
+none and is refused it.
 """
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from burnish import runtime, vision_build
+from burnish.buckets import Size
 from burnish.config import ConfigError
-from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
+from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack, unpack
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.reading import (
     Condition,
@@ -72,7 +75,7 @@ class FluxReader(PromptReader[EncodedPrompt]):
         rows = []
         for row, prompt in enumerate(prompts):
             grids = [encode_grid(pipeline.vae, self._pixels(one)) for one in pictures[row]]
-            tokens = [pack(grid)[0] for grid in grids]
+            tokens = [pack(grid)[0].flatten(0, 1) for grid in grids]
             rows.append(
                 EncodedPrompt(
                     key=self.key(prompt),
@@ -192,13 +195,14 @@ class Flux2KleinPolicy(JointPolicy):
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
         like = latents.new_zeros(0, device=self.device, dtype=self.dtype)
         texts, sources = prefix.stacked("embedding", like), prefix.stacked("source", like)
-        places = [_grid_positions(0, (1, self._side, self._side))]
+        rows, columns = latents.shape[1:3]
+        places = [_grid_positions(0, (1, rows, columns))]
         for number, shape in enumerate(prefix.prompts[0].shapes, start=1):
             places.append(_grid_positions(number * _SOURCE_TIME, shape))
         slots = torch.zeros(texts.shape[1], 4, dtype=torch.long)
         slots[:, 3] = torch.arange(texts.shape[1])
         (velocity,) = self.transformer(
-            hidden_states=torch.cat([latents.to(like), sources], dim=1),
+            hidden_states=torch.cat([latents.flatten(1, 2).to(like), sources], dim=1),
             timestep=sigmas.to(self.device),
             guidance=None,
             encoder_hidden_states=texts,
@@ -206,15 +210,23 @@ class Flux2KleinPolicy(JointPolicy):
             img_ids=torch.cat(places).to(self.device),
             return_dict=False,
         )
-        return velocity[:, : latents.shape[1]].float()
+        return velocity[:, : rows * columns].unflatten(1, (rows, columns)).float()
 
-    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
-        shift = compute_empirical_mu(image_seq_len=self._side**2, num_steps=num_steps)
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch y x channel"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        return unpack(latents)
+
+    def schedule(
+        self, num_steps: int, size: Size | None = None
+    ) -> Float[Tensor, " steps_plus_one"]:
+        tokens = math.prod(self._grid(size))
+        shift = compute_empirical_mu(image_seq_len=tokens, num_steps=num_steps)
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         return self._levels(sigmas=sigmas, mu=shift)
 
     def _decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         mean, std = latent_statistics(self.vae)
         grid = self.pipeline_noise(latents).to(self.vae.device, self.vae.dtype) * std + mean
@@ -223,18 +235,18 @@ class Flux2KleinPolicy(JointPolicy):
 
     def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         return pack(encode_grid(self.vae, 2 * images - 1)).float()
 
     def pipeline_latents(
         self,
         prompt: Prompt,
-        noise: Float[Tensor, "1 token channel"],
+        noise: Float[Tensor, "1 y x channel"],
         *,
         num_steps: int,
         guidance_scale: float,
         negative_prompt: str = "",
-    ) -> Float[Tensor, "1 token channel"]:
+    ) -> Float[Tensor, "1 y x channel"]:
         pictures = None
         if prompt.task == "edit":
             pictures = [picture.convert("RGB") for picture in source_images(prompt)]
@@ -246,8 +258,7 @@ class Flux2KleinPolicy(JointPolicy):
             guidance_scale=guidance_scale,
             num_inference_steps=num_steps,
             latents=self.pipeline_noise(noise),
-            height=self.resolution,
-            width=self.resolution,
+            **self._size(noise)._asdict(),
             output_type="latent",
         ).images
         return pack(_normalised(self.vae, clean))

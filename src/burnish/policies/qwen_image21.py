@@ -1,10 +1,11 @@
 """The family of Qwen-Image 2.1: text and source images in one causal sequence before the target.
 
 Decided here: prompts of one batch may differ in length and edits in their source images, although
-one call of the pipeline shares one set of images; the target is always a square of `resolution`
-pixels, also where a source is not; noise is drawn in float32; a drawn image's alpha is dropped.
+one call of the pipeline shares one set of images; a picture's size does not follow its source's
+unless `buckets` say so; noise is drawn in float32; a drawn image's alpha is dropped.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from burnish import runtime, vision_build
+from burnish.buckets import Size
 from burnish.config import ConfigError
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.qwen_assembly import assemble
@@ -70,7 +72,6 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
             )
         super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
         self.processor: Any = pipeline.processor
-        self._side = resolution // pipeline.vae_scale_factor
         self._channels = pipeline.transformer.config.in_channels
 
     def _make_reader(self, cache_folder: Path | None) -> QwenReader:
@@ -169,73 +170,76 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
 
     def velocity(
         self,
-        latents: Float[Tensor, "batch token channel"],
+        latents: Float[Tensor, "batch y x channel"],
         sigmas: Float[Tensor, " batch"],
         prefix: QwenPrefix,
-    ) -> Float[Tensor, "batch token channel"]:
-        batch, num_tokens, _ = latents.shape
+    ) -> Float[Tensor, "batch y x channel"]:
+        batch, rows, columns, _ = latents.shape
         check_rows(batch, prefix)
         self.work.count(batch)
         # The text itself is in the cache. What is passed here only stands for its length: it puts
         # the target where the cached keys expect it and gives the padding mask its columns.
         width, context = prefix.store.width, self.transformer.config.context_in_dim
         blank = torch.zeros(1, 1, context, device=self.device, dtype=self.dtype)
-        is_image = torch.arange(width + num_tokens // SLOT_TOKENS, device=self.device) >= width
+        is_image = torch.arange(width + rows * columns // SLOT_TOKENS, device=self.device) >= width
         (velocity,) = self.transformer(
-            hidden_states=latents.to(self.device, self.dtype),
+            hidden_states=latents.flatten(1, 2).to(self.device, self.dtype),
             timestep=sigmas.to(self.device),
             encoder_hidden_states=blank.expand(batch, width, context),
             encoder_hidden_states_mask=prefix.valid(),
-            img_shapes=[[(1, self._side, self._side)]] * batch,
+            img_shapes=[[(1, rows, columns)]] * batch,
             img_mask=is_image.expand(batch, -1),
             kv_cache=prefix.cache(),
             kv_cache_mode="cached",
             return_dict=False,
         )
-        return velocity.float()
+        return velocity.unflatten(1, (rows, columns)).float()
 
     # --- Latents and images ------------------------------------------------------------------
 
-    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
-        shape = (1, self._channels, self._side * self._side)
+    def noise(
+        self, generators: Sequence[Generator], size: Size | None = None
+    ) -> Float[Tensor, "batch y x channel"]:
+        shape = (1, self._channels, *self._grid(size))
         drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
-        return torch.cat(drawn).to(self.device).transpose(1, 2).contiguous()
+        return torch.cat(drawn).to(self.device).permute(0, 2, 3, 1).contiguous()
 
-    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
+    def schedule(
+        self, num_steps: int, size: Size | None = None
+    ) -> Float[Tensor, " steps_plus_one"]:
         sigmas = self.pipeline.config.sample_sigmas
         if sigmas is None or len(sigmas) != num_steps:
             sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        return self._levels(sigmas=sigmas, mu=self._shift(self._side**2))
+        return self._levels(sigmas=sigmas, mu=self._shift(math.prod(self._grid(size))))
 
     def _decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        grid = latents.transpose(1, 2).unflatten(-1, (self._side, self._side))
-        return decode_grid(self.vae, grid)[:, :3]
+        return decode_grid(self.vae, latents.permute(0, 3, 1, 2))[:, :3]
 
     def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         return encode_pixels(self.vae, 2 * images - 1)
 
     def pipeline_latents(
         self,
         prompt: Prompt,
-        noise: Float[Tensor, "1 token channel"],
+        noise: Float[Tensor, "1 y x channel"],
         *,
         num_steps: int,
         guidance_scale: float,
         negative_prompt: str = "",
-    ) -> Float[Tensor, "1 token channel"]:
-        return self.pipeline(
+    ) -> Float[Tensor, "1 y x channel"]:
+        clean: Tensor = self.pipeline(
             prompt.text,
             image=source_images(prompt) if prompt.task == "edit" else None,
             negative_prompt=None if guidance_scale == 1 else negative_prompt,
             true_cfg_scale=guidance_scale,
             num_inference_steps=num_steps,
-            latents=noise,
-            height=self.resolution,
-            width=self.resolution,
+            latents=self.pipeline_noise(noise),
+            **self._size(noise)._asdict(),
             output_resolution=self.resolution,
             output_type="latent",
         ).images
+        return clean.view_as(noise)

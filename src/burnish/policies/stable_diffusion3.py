@@ -5,6 +5,7 @@ itself; noise is drawn in float32. Guidance is true guidance away from the empty
 negative one, read by all three encoders.
 """
 
+import math
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from burnish import runtime, vision_build
-from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
+from burnish.buckets import Size
+from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack, unpack
 from burnish.policies.parts.reading import (
     Condition,
     EncodedPrompt,
@@ -173,14 +175,21 @@ class StableDiffusion3Policy(JointPolicy):
         )
         return pack(velocity).float()
 
-    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch y x channel"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        return unpack(latents)
+
+    def schedule(
+        self, num_steps: int, size: Size | None = None
+    ) -> Float[Tensor, " steps_plus_one"]:
         if not self.pipeline.scheduler.config.use_dynamic_shifting:
             return self._levels(num_steps)
-        tokens = (self._side // self.transformer.config.patch_size) ** 2
+        tokens = math.prod(self._grid(size)) // self.transformer.config.patch_size**2
         return self._levels(num_steps, mu=self._shift(tokens))
 
     def _decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         config = self.vae.config
         grid = self.pipeline_noise(latents).to(self.vae.device, self.vae.dtype)
@@ -191,7 +200,7 @@ class StableDiffusion3Policy(JointPolicy):
 
     def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         config = self.vae.config
         pixels = (2 * images - 1).to(self.vae.device, self.vae.dtype)
         grid = self.vae.encode(pixels).latent_dist.mode()
@@ -200,20 +209,19 @@ class StableDiffusion3Policy(JointPolicy):
     def pipeline_latents(
         self,
         prompt: Prompt,
-        noise: Float[Tensor, "1 token channel"],
+        noise: Float[Tensor, "1 y x channel"],
         *,
         num_steps: int,
         guidance_scale: float,
         negative_prompt: str = "",
-    ) -> Float[Tensor, "1 token channel"]:
+    ) -> Float[Tensor, "1 y x channel"]:
         clean = self.pipeline(
             prompt=prompt.text,
             negative_prompt=negative_prompt,
             guidance_scale=guidance_scale,
             num_inference_steps=num_steps,
             latents=self.pipeline_noise(noise),
-            height=self.resolution,
-            width=self.resolution,
+            **self._size(noise)._asdict(),
             output_type="latent",
         ).images
         return pack(clean)

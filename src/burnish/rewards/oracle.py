@@ -17,6 +17,7 @@ from burnish.rewards.base import Reward, RewardConfig
 from burnish.types import Failed, NotApplicable, Prompt, Score, Scored, ScoreRequest
 from burnish.world.edits import Edit
 from burnish.world.oracle import Measures, measure_edit, measure_scene
+from burnish.world.render import SIZE
 from burnish.world.scenes import Scene
 
 Dimension = Literal[
@@ -57,6 +58,9 @@ class Oracle(Reward):
         pixels = request.image.permute(1, 2, 0).contiguous().numpy()
         if not np.isfinite(pixels).all():
             return Failed(reason="the image is not finite")
+        if pixels.shape[:2] != (SIZE, SIZE):
+            height, width, _ = pixels.shape
+            return Failed(reason=f"need the world's {SIZE} x {SIZE} pixels, got {width} x {height}")
         found = measures(request.prompt, pixels)
         if self.dimension not in found:
             return NotApplicable(reason=f"{self.dimension} means nothing for this prompt")
@@ -72,9 +76,7 @@ def measures(prompt: Prompt, pixels: np.ndarray) -> Measures:
 @lru_cache(maxsize=256)
 def _measured(facts: str, pixels: bytes) -> Measures:
     known = json.loads(facts)
-    picture = np.frombuffer(pixels, dtype=np.float32)
-    side = round((picture.size / 3) ** 0.5)
-    picture = picture.reshape(side, side, 3)
+    picture = np.frombuffer(pixels, dtype=np.float32).reshape(SIZE, SIZE, 3)
     if "changes" in known:
         return measure_edit(picture, Edit.from_json(known))
     return measure_scene(picture, Scene.from_json(known))

@@ -6,7 +6,6 @@ gradient. One call of such a transformer has one layout: source images of equal 
 takes a mask of the text, prompts of equal length.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Generator, Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from burnish.buckets import Size
 from burnish.policies.base import Prefix
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.reading import Condition, EncodedPrompt
@@ -73,24 +73,23 @@ class JointPrefix(Prefix):
 
 
 def pack(
-    grid: Float[Tensor, "batch plane y x"], patch: int = 1
-) -> Float[Tensor, "batch token channel"]:
-    """Tokens row by row, each a square of `patch` by `patch` places."""
-    return torch.pixel_unshuffle(grid, patch).flatten(2).transpose(1, 2).contiguous()
+    grid: Float[Tensor, "batch plane row column"], patch: int = 1
+) -> Float[Tensor, "batch y x channel"]:
+    """Tokens, each a square of `patch` by `patch` places."""
+    return torch.pixel_unshuffle(grid, patch).permute(0, 2, 3, 1).contiguous()
 
 
 def unpack(
-    latents: Float[Tensor, "batch token channel"], patch: int = 1
-) -> Float[Tensor, "batch plane y x"]:
-    """Undo `pack` of a square."""
-    side = math.isqrt(latents.shape[1])
-    return torch.pixel_shuffle(latents.transpose(1, 2).unflatten(-1, (side, side)), patch)
+    latents: Float[Tensor, "batch y x channel"], patch: int = 1
+) -> Float[Tensor, "batch plane row column"]:
+    """Undo `pack`."""
+    return torch.pixel_shuffle(latents.permute(0, 3, 1, 2), patch)
 
 
 class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
     """A policy of such a family; it adds its pipeline, its reader and one call of its transformer.
 
-    Latents are square, a token is a square of `patch` latents, and noise is drawn in float32.
+    A token is a square of `patch` latents, and noise is drawn in float32.
     """
 
     has_shared_prefix: ClassVar[bool] = False
@@ -103,15 +102,18 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
         self, pipeline: Any, *, resolution: int = 1024, cache_folder: Path | None = None
     ) -> None:
         super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
-        self._side = resolution // (pipeline.vae_scale_factor * self.patch)
         self._channels = pipeline.transformer.config.in_channels
 
     @abstractmethod
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
         """Velocity of samples of one layout."""
 
+    @property
+    def _stride(self) -> int:
+        return self.pipeline.vae_scale_factor * self.patch
+
     def layout(self, prompt: Prompt) -> Hashable:
-        return self.encode([prompt]).prompts[0].layout
+        return super().layout(prompt), self.encode([prompt]).prompts[0].layout
 
     def prefix(self, condition: Condition[Any]) -> JointPrefix:
         return JointPrefix(condition.prompts)
@@ -121,10 +123,10 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
 
     def velocity(
         self,
-        latents: Float[Tensor, "batch token channel"],
+        latents: Float[Tensor, "batch y x channel"],
         sigmas: Float[Tensor, " batch"],
         prefix: JointPrefix,
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         check_rows(len(latents), prefix)
         self.work.count(len(latents))
         layouts = prefix.layouts()
@@ -134,13 +136,10 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
         order = torch.tensor([row for rows in layouts for row in rows], device=self.device)
         return torch.cat(parts).index_select(0, order.argsort())
 
-    def noise(self, generators: Sequence[Generator]) -> Float[Tensor, "batch token channel"]:
-        side = self._side * self.noise_patch
-        shape = (1, self._channels // self.noise_patch**2, side, side)
+    def noise(
+        self, generators: Sequence[Generator], size: Size | None = None
+    ) -> Float[Tensor, "batch y x channel"]:
+        sides = [side * self.noise_patch for side in self._grid(size)]
+        shape = (1, self._channels // self.noise_patch**2, *sides)
         drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         return pack(torch.cat(drawn).to(self.device), self.noise_patch)
-
-    def pipeline_noise(
-        self, latents: Float[Tensor, "batch token channel"]
-    ) -> Float[Tensor, "batch channel y x"]:
-        return unpack(latents)

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from burnish import activations
+from burnish.buckets import MULTIPLE, Buckets, Size
 from burnish.config import ConfigError
 from burnish.guidance import compose
 from burnish.policies.base import Guided, Policy, Prefix, Work
@@ -41,22 +42,24 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
 
         Args:
             pipeline: of the family's class.
-            resolution: side of the drawn images in pixels, a multiple of 32.
+            resolution: side of a square image in pixels, a multiple of `buckets.MULTIPLE`.
             cache_folder: where encoded prompts outlive the process; None keeps them in memory only.
 
         Raises:
             ConfigError: another resolution, or a pipeline that the family cannot use.
         """
-        if resolution < 32 or resolution % 32:
-            nearest = max(32, round(resolution / 32) * 32)
+        if resolution < MULTIPLE or resolution % MULTIPLE:
+            nearest = max(1, round(resolution / MULTIPLE)) * MULTIPLE
             raise ConfigError(
-                f"need a resolution that is a multiple of 32, got {resolution}; take {nearest}"
+                f"need a resolution that is a multiple of {MULTIPLE}, got {resolution}; take "
+                f"{nearest}"
             )
         self.pipeline = pipeline
         self.transformer: Any = pipeline.transformer
         self.vae: Any = pipeline.vae
         self.text_encoder: Any = pipeline.text_encoder
         self.resolution = resolution
+        self.buckets = Buckets(resolution)
         self.work = Work()
         self._compiler = ""
         self._reader: Any = self._make_reader(cache_folder)
@@ -148,32 +151,32 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         return self.encode([dataclasses.replace(prompt, text=text) for prompt in prompts])
 
     def decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         with visiting([self.vae], self.device):
             return self._decode(latents)
 
     @abstractmethod
     def _decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         """`decode`, with the VAE where the transformer is."""
 
     def encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         with visiting([self.vae], self.device):
             return self._encode_images(images)
 
     @abstractmethod
     def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         """`encode_images`, with the VAE where the transformer is."""
 
     def guided(
         self,
-        latents: Float[Tensor, "batch token channel"],
+        latents: Float[Tensor, "batch y x channel"],
         sigmas: Float[Tensor, " batch"],
         prefix: PrefixT,
         null_prefix: PrefixT,
@@ -187,6 +190,21 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         conditional, unconditional = velocities.chunk(2)
         guided = compose(conditional, unconditional, scale, self.rescales_guidance)
         return Guided(guided, conditional, unconditional)
+
+    @property
+    def _stride(self) -> int:
+        """Side in pixels of what is one token."""
+        return self.pipeline.vae_scale_factor
+
+    def _grid(self, size: Size | None) -> tuple[int, int]:
+        """Rows and columns of tokens."""
+        height, width = size or self.buckets.default
+        return height // self._stride, width // self._stride
+
+    def _size(self, latents: Float[Tensor, "batch y x channel"]) -> Size:
+        """Of the images that latents are."""
+        _, rows, columns, _ = latents.shape
+        return Size(rows * self._stride, columns * self._stride)
 
     def _levels(self, *arguments: Any, **settings: Any) -> Float[Tensor, " level"]:
         """Noise levels that the pipeline's scheduler sets for some arguments."""
@@ -202,9 +220,9 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         slope = (config.max_shift - config.base_shift) / (high - low)
         return num_tokens * slope + (config.base_shift - slope * low)
 
-    def pipeline_noise(self, latents: Float[Tensor, "batch token channel"]) -> Tensor:
+    def pipeline_noise(self, latents: Float[Tensor, "batch y x channel"]) -> Tensor:
         """The same noise as the pipeline's own call takes it."""
-        return latents
+        return latents.flatten(1, 2)
 
     def fingerprint(self) -> dict[str, str]:
         config = self.pipeline.scheduler.config

@@ -177,7 +177,7 @@ class QwenReader(PromptReader[QwenPrompt]):
             prepare = self._pipeline.image_processor.preprocess
             pixels = [prepare(every[row].picture, width=width, height=height) for row in rows]
             latents |= zip(rows, encode_pixels(self._pipeline.vae, torch.cat(pixels)), strict=True)
-        parts = iter([latents[row] for row in range(len(every))])
+        parts = iter([latents[row].flatten(0, 1) for row in range(len(every))])
         return [torch.cat([next(parts) for _ in own]) for own in sets if own]
 
     def template(self) -> Any:
@@ -195,13 +195,13 @@ class QwenReader(PromptReader[QwenPrompt]):
 
 def encode_pixels(
     vae: Any, pixels: Float[Tensor, "batch colour height width"]
-) -> Float[Tensor, "batch token channel"]:
+) -> Float[Tensor, "batch y x channel"]:
     """Packed latents of pixels in [-1, 1]; opaque where the VAE wants an alpha not given."""
     channels = vae.config.in_channels // (vae.config.patch_size or 1) ** 2
     if missing := channels - pixels.shape[1]:
         opaque = pixels.new_ones(len(pixels), missing, *pixels.shape[2:])
         pixels = torch.cat([pixels, opaque], dim=1)
-    return encode_grid(vae, pixels).flatten(2).transpose(1, 2).float()
+    return encode_grid(vae, pixels).permute(0, 2, 3, 1).contiguous().float()
 
 
 def _over_white(image: Image.Image) -> Image.Image:

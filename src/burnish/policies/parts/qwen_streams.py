@@ -1,13 +1,15 @@
 """What Qwen-Image's families share: a transformer with a stream each for text and images.
 
 Decided here: prompts of one call may differ in length, as the transformer takes a mask of the text,
-and only source images of other sizes need calls of their own; the target is always a square of
-`resolution` pixels; noise is drawn in float32. Guidance is true guidance, and a guided velocity has
-the length of the conditional one in every token. Without a negative prompt it leads away from a
-blank, as the model's authors do; the pipeline itself draws without guidance where it is given none.
+and only source images of other sizes need calls of their own; a picture's size does not follow its
+source's unless `buckets` say so; noise is drawn in float32. Guidance is true guidance, and a guided
+velocity has the length of the conditional one in every token. Without a negative prompt it leads
+away from a blank, as the model's authors do; the pipeline itself draws without guidance where it is
+given none.
 """
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from burnish import runtime, vision_build
+from burnish.buckets import Size
 from burnish.config import ConfigError
 from burnish.policies.parts.joint import (
     ATTENTION_TARGETS,
@@ -97,7 +100,9 @@ class StreamsReader(PromptReader[StreamsPrompt]):
         return StreamsPrompt(
             key=self.key(prompt),
             embedding=states[0],
-            source=torch.cat([none, *(pack(grid, PATCH)[0].to(none) for grid in grids)]),
+            source=torch.cat(
+                [none, *(pack(grid, PATCH)[0].flatten(0, 1).to(none) for grid in grids)]
+            ),
             shapes=tuple((1, grid.shape[-2] // PATCH, grid.shape[-1] // PATCH) for grid in grids),
         )
 
@@ -160,57 +165,55 @@ class StreamsPolicy(JointPolicy):
         texts, is_text = prefix.padded("embedding", like)
         sources = prefix.stacked("source", like)
         # The shapes tell the transformer which tokens are sources, whose time may stand still.
-        shapes = [(1, self._side, self._side), *prefix.prompts[0].shapes]
+        rows, columns = latents.shape[1:3]
+        shapes = [(1, rows, columns), *prefix.prompts[0].shapes]
         (velocity,) = self.transformer(
-            hidden_states=torch.cat([latents.to(like), sources], dim=1),
+            hidden_states=torch.cat([latents.flatten(1, 2).to(like), sources], dim=1),
             timestep=sigmas.to(self.device),
             encoder_hidden_states=texts,
             encoder_hidden_states_mask=is_text,
             img_shapes=[shapes] * len(latents),
             return_dict=False,
         )
-        return velocity[:, : latents.shape[1]].float()
+        return velocity[:, : rows * columns].unflatten(1, (rows, columns)).float()
 
-    def schedule(self, num_steps: int) -> Float[Tensor, " steps_plus_one"]:
+    def schedule(
+        self, num_steps: int, size: Size | None = None
+    ) -> Float[Tensor, " steps_plus_one"]:
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        return self._levels(sigmas=sigmas, mu=self._shift(self._side**2))
-
-    def pipeline_noise(
-        self, latents: Float[Tensor, "batch token channel"]
-    ) -> Float[Tensor, "batch token channel"]:
-        return latents
+        return self._levels(sigmas=sigmas, mu=self._shift(math.prod(self._grid(size))))
 
     def _decode(
-        self, latents: Float[Tensor, "batch token channel"]
+        self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
         return decode_grid(self.vae, unpack(latents, PATCH))
 
     def _encode_images(
         self, images: Float[Tensor, "batch 3 height width"]
-    ) -> Float[Tensor, "batch token channel"]:
+    ) -> Float[Tensor, "batch y x channel"]:
         return pack(encode_grid(self.vae, 2 * images - 1), PATCH).float()
 
     def pipeline_latents(
         self,
         prompt: Prompt,
-        noise: Float[Tensor, "1 token channel"],
+        noise: Float[Tensor, "1 y x channel"],
         *,
         num_steps: int,
         guidance_scale: float,
         negative_prompt: str = "",
-    ) -> Float[Tensor, "1 token channel"]:
+    ) -> Float[Tensor, "1 y x channel"]:
         is_guided = guidance_scale != 1
-        return self.pipeline(
+        clean: Tensor = self.pipeline(
             prompt=prompt.text,
             negative_prompt=(negative_prompt or self.null_prompt) if is_guided else None,
             true_cfg_scale=guidance_scale,
             num_inference_steps=num_steps,
-            latents=noise,
-            height=self.resolution,
-            width=self.resolution,
+            latents=self.pipeline_noise(noise),
             output_type="latent",
+            **self._size(noise)._asdict(),
             **self._given(prompt),
         ).images
+        return clean.view_as(noise)
 
     def _given(self, prompt: Prompt) -> dict[str, Any]:
         """What the pipeline's call is given besides text."""
