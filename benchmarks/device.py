@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from grpo_step import make_prompts, shrink_sources
-from step import FullPolicy
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.activations import hollow, like
@@ -239,7 +238,8 @@ def _trainable(policy: Any, lora: LoraConfig | None) -> Any:
 def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Edits of `qwen_image21`, whose prefix holds the references, or is none."""
     shared = make_policy("qwen_image21", plan, plan.rt.dtype)
-    full = FullPolicy(shared.pipeline, resolution=plan.resolution)
+    full = type(shared)(shared.pipeline, resolution=plan.resolution)
+    full.share_prefix = False
     twin = make_policy("qwen_image21", plan, plan.rt.dtype, is_hollow=True)
     for references in (1, 4):
         asked = conditions(twin, "edit", plan, references)

@@ -4,7 +4,7 @@
 
 Two ways of doing the same work are compared. *shared*: keys and values of text and source image are
 computed once per prompt and used by the whole group and all its steps, as Burnish does. *full*:
-each call runs every sample's whole sequence, as the pipeline does without its cache. Repetitions of
+each call runs every sample's whole sequence (`policy.share_prefix=false`). Repetitions of
 the two alternate, medians are shown, and a ratio is the median over pairs of neighbours, so that
 other work on the machine slows both. Encoding the prompts is not part of a step: it is cached.
 
@@ -32,13 +32,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from burnish.guidance import compose
-from burnish.policies.base import Guided, Prefix
 from burnish.policies.parts.qwen_assembly import assemble
-from burnish.policies.parts.qwen_encoding import SLOT_TOKENS, QwenCondition, QwenPrompt
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.rollout import sample
@@ -47,60 +42,6 @@ from burnish.types import Prompt, Task, Trajectory
 
 # A token per byte: about as many tokens as a long prompt of the miniature has.
 TEXTS = ("two red cats", "a house at night", "the word SUN", "a smiling woman", "three stars")
-
-
-@dataclass(frozen=True)
-class FullPrefix(Prefix):
-    """No prefix at all: the prompts, to be run again in every call."""
-
-    prompts: tuple[QwenPrompt, ...]
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.prompts)
-
-    def take(self, rows: Sequence[int]) -> "FullPrefix":
-        return FullPrefix(tuple(self.prompts[row] for row in rows))
-
-
-class FullPolicy(QwenImage21Policy):
-    """The same policy without a cache; prompts of a batch must have one layout."""
-
-    def prefix(self, condition: QwenCondition) -> FullPrefix:
-        return FullPrefix(condition.prompts)
-
-    def join(self, prefixes: Sequence[FullPrefix]) -> FullPrefix:
-        return FullPrefix(tuple(prompt for prefix in prefixes for prompt in prefix.prompts))
-
-    def velocity(self, latents: Tensor, sigmas: Tensor, prefix: FullPrefix) -> Tensor:
-        prompts = prefix.prompts
-        longest = max(prompts, key=lambda prompt: len(prompt.is_image))
-        lengths = torch.tensor([len(prompt.is_image) for prompt in prompts])
-        real = torch.arange(len(longest.is_image)) < lengths[:, None]
-        tokens = latents.flatten(1, 2)
-        target = longest.is_image.new_ones(tokens.shape[1] // SLOT_TOKENS)
-        sources = torch.stack([prompt.source for prompt in prompts])
-        shape = (1, *latents.shape[1:3])
-        (output,) = self.transformer(
-            hidden_states=torch.cat([sources.to(latents), tokens], dim=1).to(
-                self.device, self.dtype
-            ),
-            timestep=sigmas.to(self.device),
-            encoder_hidden_states=pad_sequence(
-                [prompt.embedding for prompt in prompts], batch_first=True
-            ).to(self.device, self.dtype),
-            encoder_hidden_states_mask=None if bool(real.all()) else real.to(self.device),
-            img_shapes=[[*longest.shapes, shape]] * len(prompts),
-            img_mask=torch.cat([longest.is_image, target]).to(self.device).expand(len(prompts), -1),
-            return_dict=False,
-        )
-        return output[:, -tokens.shape[1] :].float().view_as(latents)
-
-    def guided(self, latents, sigmas, prefix, null_prefix, scale):
-        both = self.join([prefix, null_prefix])
-        velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
-        conditional, unconditional = velocities.chunk(2)
-        return Guided(compose(conditional, unconditional, scale), conditional, unconditional)
 
 
 @dataclass
@@ -220,9 +161,10 @@ def make_stages(arguments: argparse.Namespace, task: Task) -> dict[str, dict[str
         module.register_forward_pre_hook(watch.enter)
         module.register_forward_hook(watch.leave)
     ways = {
-        "shared": QwenImage21Policy(pipeline, resolution=arguments.resolution),
-        "full": FullPolicy(pipeline, resolution=arguments.resolution),
+        way: QwenImage21Policy(pipeline, resolution=arguments.resolution)
+        for way in ("shared", "full")
     }
+    ways["full"].share_prefix = False
     prompts = make_prompts(task, arguments.prompts)
     settings = RolloutConfig(
         num_steps=arguments.steps,

@@ -75,6 +75,7 @@ def _plan(
         dtype = DTYPES[config.policy.dtype]
         hollow: Any = kind.hollow(folder, resolution=config.policy.resolution, dtype=dtype)
         hollow.buckets = config.policy.buckets
+        hollow.share_prefix = config.policy.share_prefix
         if config.policy.checkpointing:
             hollow.transformer.enable_gradient_checkpointing()
         known[lora] = ready(hollow, stage.lora)

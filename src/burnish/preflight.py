@@ -29,7 +29,7 @@ from burnish.progress import track
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
-from burnish.sharding import check_family
+from burnish.sharding import check_prefix
 from burnish.shelves import PolicyConfig, check_kernels, families, load_policy, policy_class
 from burnish.training import StageConfig
 from burnish.types import Guidance, Prompt
@@ -143,7 +143,7 @@ def _check_family(config: RunConfig) -> None:
             )
     check_kernels(config.policy)
     if config.runtime.sharding != "none":
-        check_family(family)
+        check_prefix(family, share=config.policy.share_prefix)
     scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}
     for name, stage in config.stages.items():
         if strange := [task for task in stage.prompts.tasks if task not in family.tasks]:

@@ -32,13 +32,13 @@ class Shards:
             rt: processes.
 
         Raises:
-            ConfigError: a family whose prompts are read by the transformer, once for all steps:
-                those keys and values leave a block behind its back.
+            ConfigError: prompts are read by the transformer once for all steps: those keys and
+                values leave a block behind its back.
         """
         self._policy, self._modules = policy, list[FSDPModule]()
         if not rt.is_sharded:
             return
-        check_family(type(policy))
+        check_prefix(type(policy), share=policy.share_prefix)
         # On no device: only who writes the result at the end fills it.
         self._plain = copy.deepcopy(policy.transformer).to("meta")
         mesh = torch.distributed.init_device_mesh(rt.device.type, (rt.world_size,))
@@ -80,12 +80,18 @@ class Shards:
         self._modules = []
 
 
-def check_family(family: type[Policy[Any, Any]]) -> None:
-    """Raise unless transformers of the family can be spread."""
-    if family.has_shared_prefix:
+def check_prefix(family: type[Policy[Any, Any]], *, share: bool) -> None:
+    """Raise unless transformers of the family can be spread.
+
+    Args:
+        family: of the policy.
+        share: whether it shares prefixes if it can.
+    """
+    if family.has_shared_prefix and share:
         raise ConfigError(
-            f"need runtime.sharding=none for policy.family={family.family}, whose prompts are read "
-            "once for all steps, got full; train a LoRA with policy.dtype=bfloat16 instead"
+            f"need policy.share_prefix=false for runtime.sharding=full with {family.family}, whose "
+            "prompts are otherwise read once for all steps; set it, or train a LoRA with "
+            "policy.dtype=bfloat16 and runtime.sharding=none"
         )
 
 

@@ -90,6 +90,10 @@ class PolicyConfig(Config):
     offload: bool = False
     """Keep encoders and VAE in the memory of the machine, and bring them to the device only while
     they are used."""
+    share_prefix: bool = True
+    """Compute what a prompt is to the transformer once for all its samples and steps, where a
+    family can. False reads it again in every call, which is slower, most of all for edits, and lets
+    the weights be spread over processes."""
     compile: bool = False
     """Have torch compile the repeated block: faster after minutes of compiling, and equal but for
     rounding."""
@@ -150,7 +154,7 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
         cache_folder=None if config.cache is None else located(config.cache),
         offload=config.offload,
     )
-    policy.buckets = config.buckets
+    policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
     transformer: Any = policy.transformer
     if config.checkpointing:
         transformer.enable_gradient_checkpointing()

@@ -113,11 +113,13 @@ def test_several_processes_train_what_one_trains(
             assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-3), name
 
 
-@pytest.mark.parametrize("kind", ["grpo", "nft"])
+@pytest.mark.parametrize(
+    ("kind", "family"), [("grpo", "stable_diffusion3"), ("nft", "qwen_image21")]
+)
 def test_spread_weights_are_trained_as_whole_ones(
-    kind: str, models: dict[str, Path], tmp_path: Path
+    kind: str, family: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    model, policy = models["stable_diffusion3"], {"family": "stable_diffusion3"}
+    model, policy = models[family], {"family": family, "share_prefix": False}
     alone = finish(recipe(kind, model, 1, policy=policy), tmp_path / "alone")
     spread = recipe(kind, model, 2, policy=policy, sharding="full")
     together = finish(spread, tmp_path / "spread")
@@ -158,9 +160,10 @@ def test_spread_weights_are_trained_on_sources_of_many_sizes(
     assert distance(*found) < TOLERANCE < distance(found[0], model)
 
 
-def test_a_family_that_shares_prefixes_is_not_spread(model: Path) -> None:
-    with pytest.raises(ConfigError, match=r"need runtime\.sharding=none .*family=qwen_image21"):
+def test_what_shares_prefixes_is_not_spread(model: Path) -> None:
+    with pytest.raises(ConfigError, match=r"need policy\.share_prefix=false .* qwen_image21"):
         check_inputs(recipe("nft", model, 2, sharding="full"))
+    check_inputs(recipe("nft", model, 2, policy={"share_prefix": False}, sharding="full"))
 
 
 def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(

@@ -273,6 +273,29 @@ def test_gradient_through_a_shared_prefix_is_that_of_separate_ones(policy, promp
     assert share > 1e-3 if policy.has_shared_prefix else share <= 1e-5
 
 
+def test_a_prefix_need_not_be_shared(policy, prompts, references, monkeypatch):
+    """Where a family shares none, the setting changes nothing."""
+    asked = [*prompts, *references[:1]] if prompts[0].task == "edit" else prompts
+    rows = [0, 1, 0, 2, len(asked) - 1]
+    latents, sigmas = start(policy, 5, size=TALL), levels(5)
+
+    def found() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        prefix = policy.prefix(policy.encode(asked))
+        null = policy.prefix(policy.encode_null(asked))
+        velocity = policy.velocity(latents, sigmas, prefix.take(rows))
+        guided = policy.guided(latents, sigmas, prefix.take(rows), null.take(rows), 3.0).guided
+        return velocity, guided, gradient(policy, velocity.square().sum())
+
+    shared, before = found(), policy.layout(asked[0])
+    monkeypatch.setattr(policy, "share_prefix", False)
+    for mine, theirs in zip(shared, found(), strict=True):
+        assert (mine - theirs).norm() <= 1e-5 * mine.norm()
+    assert (policy.layout(asked[0]) == before) != policy.has_shared_prefix
+    calls = rows_per_call(policy)
+    policy.velocity(latents, sigmas, policy.prefix(policy.encode(asked)).take(rows))
+    assert len(calls) == len({policy.layout(asked[row]) for row in rows})
+
+
 def test_checkpointing_changes_no_gradient_and_keeps_less(policy, prompts):
     latents, sigmas, kept = start(policy, 6), levels(6), []
 

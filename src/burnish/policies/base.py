@@ -91,6 +91,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     """Whether a prefix is work of the transformer, with gradient, done once for all samples and
     steps of a prompt; else it only holds what the frozen parts have read."""
 
+    share_prefix: bool = True
+    """Whether that is done where it can be; else every call reads its prompts again."""
+
     is_masked: ClassVar[bool] = True
     """Whether prompts of unequal length share a call of the transformer, with a mask."""
 

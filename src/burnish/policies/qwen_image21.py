@@ -6,7 +6,8 @@ unless `buckets` say so; noise is drawn in float32; a drawn image's alpha is dro
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +32,7 @@ from burnish.policies.parts.qwen_encoding import (
 from burnish.policies.parts.qwen_prefix import KeyValueStore, QwenPrefix
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.qwen_vae import decode_grid
+from burnish.policies.parts.qwen_whole import WholePrefix, whole_velocity
 from burnish.policies.parts.reading import source_images
 from burnish.types import MAX_SOURCES, Prompt, Task
 
@@ -41,7 +43,7 @@ from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVC
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipeline  # noqa: E402
 
 
-class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
+class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix]):
     """A `diffusers.QwenImage21Pipeline` as a policy."""
 
     family: ClassVar[str] = "qwen_image21"
@@ -114,7 +116,15 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
 
     # --- Velocity ----------------------------------------------------------------------------
 
-    def prefix(self, condition: QwenCondition) -> QwenPrefix:
+    def layout(self, prompt: Prompt) -> Hashable:
+        if self.share_prefix:
+            return super().layout(prompt)
+        (row,) = self.encode([prompt]).prompts
+        return super().layout(prompt), WholePrefix.layout(row)
+
+    def prefix(self, condition: QwenCondition) -> QwenPrefix | WholePrefix:
+        if not self.share_prefix:
+            return WholePrefix(condition.prompts)
         layouts: dict[Any, dict[str, QwenPrompt]] = {}
         for prompt in condition.prompts:
             # By key, so that equal prompts are read once, e.g. all null prompts of text-to-image.
@@ -126,8 +136,9 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
             KeyValueStore.stack(stores), tuple(rows[prompt.key] for prompt in condition.prompts)
         )
 
-    def join(self, prefixes: Sequence[QwenPrefix]) -> QwenPrefix:
-        return QwenPrefix.join(prefixes)
+    def join(self, prefixes: Sequence[QwenPrefix | WholePrefix]) -> QwenPrefix | WholePrefix:
+        kind: Any = type(prefixes[0])
+        return kind.join(prefixes)
 
     def _extract(self, prompts: Sequence[QwenPrompt]) -> KeyValueStore:
         """One pass over prompts of one layout, padded on the right."""
@@ -172,11 +183,13 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix]):
         self,
         latents: Float[Tensor, "batch y x channel"],
         sigmas: Float[Tensor, " batch"],
-        prefix: QwenPrefix,
+        prefix: QwenPrefix | WholePrefix,
     ) -> Float[Tensor, "batch y x channel"]:
         batch, rows, columns, _ = latents.shape
         check_rows(batch, prefix)
         self.work.count(batch)
+        if isinstance(prefix, WholePrefix):
+            return prefix.in_calls(partial(whole_velocity, self.transformer), latents, sigmas)
         # The text itself is in the cache. What is passed here only stands for its length: it puts
         # the target where the cached keys expect it and gives the padding mask its columns.
         width, context = prefix.store.width, self.transformer.config.context_in_dim

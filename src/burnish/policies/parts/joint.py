@@ -7,10 +7,10 @@ takes a mask of the text, prompts of equal length.
 """
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,9 @@ ATTENTION_TARGETS = (
 """Projections of image and of text in an attention with weights for each, by diffusers' names."""
 
 
+PrefixT = TypeVar("PrefixT", bound="JointPrefix")
+
+
 @dataclass(frozen=True, eq=False)
 class JointPrefix(Prefix):
     """Samples that refer to what was read of their prompts."""
@@ -46,15 +49,29 @@ class JointPrefix(Prefix):
     def num_rows(self) -> int:
         return len(self.prompts)
 
-    def take(self, rows: Sequence[int]) -> "JointPrefix":
-        return JointPrefix(tuple(self.prompts[row] for row in rows))
+    def take(self: PrefixT, rows: Sequence[int]) -> PrefixT:
+        return type(self)(tuple(self.prompts[row] for row in rows))
 
-    def layouts(self) -> list[list[int]]:
-        """Rows that can share a call of the transformer."""
-        found: dict[object, list[int]] = {}
+    @staticmethod
+    def layout(prompt: Any) -> Hashable:
+        """What prompts that can share a call of the transformer have in common."""
+        return prompt.layout
+
+    def in_calls(
+        self: PrefixT,
+        call: Callable[[Tensor, Tensor, PrefixT], Tensor],
+        latents: Float[Tensor, "batch y x channel"],
+        sigmas: Float[Tensor, " batch"],
+    ) -> Float[Tensor, "batch y x channel"]:
+        """The velocities that some calls give, one for each layout, in the order of the rows."""
+        layouts: dict[Hashable, list[int]] = {}
         for row, prompt in enumerate(self.prompts):
-            found.setdefault(prompt.layout, []).append(row)
-        return list(found.values())
+            layouts.setdefault(self.layout(prompt), []).append(row)
+        parts = [call(latents[rows], sigmas[rows], self.take(rows)) for rows in layouts.values()]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([row for rows in layouts.values() for row in rows])
+        return torch.cat(parts).index_select(0, order.argsort().to(parts[0].device))
 
     def stacked(self, field: str, like: Tensor) -> Tensor:
         """A tensor of all rows, which have one layout, on the device of another."""
@@ -113,7 +130,8 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
         return self.pipeline.vae_scale_factor * self.patch
 
     def layout(self, prompt: Prompt) -> Hashable:
-        return super().layout(prompt), self.encode([prompt]).prompts[0].layout
+        (row,) = self.encode([prompt]).prompts
+        return super().layout(prompt), JointPrefix.layout(row)
 
     def prefix(self, condition: Condition[Any]) -> JointPrefix:
         return JointPrefix(condition.prompts)
@@ -129,12 +147,7 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
     ) -> Float[Tensor, "batch y x channel"]:
         check_rows(len(latents), prefix)
         self.work.count(len(latents))
-        layouts = prefix.layouts()
-        parts = [self._call(latents[rows], sigmas[rows], prefix.take(rows)) for rows in layouts]
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([row for rows in layouts for row in rows], device=self.device)
-        return torch.cat(parts).index_select(0, order.argsort())
+        return prefix.in_calls(self._call, latents, sigmas)
 
     def noise(
         self, generators: Sequence[Generator], size: Size | None = None
