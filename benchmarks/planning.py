@@ -3,8 +3,9 @@
     python benchmarks/planning.py [--recipe miniature] [--steps 2] [KEY=VALUE ...] [--json]
 
 Each stage of a recipe is trained for a few steps in a process of its own, from the base; where it
-has teachers, the base stands for them. `held` is the peak of the process's resident memory,
-`planned` what `burnish doctor --recipe` says that it needs, allowance included.
+has teachers, the base stands for them. The evaluation draws one micro-batch of each set and task.
+`held` is the peak of the process's resident memory, `planned` what `burnish doctor --recipe` says
+that it needs, allowance included.
 """
 
 import argparse
@@ -20,8 +21,12 @@ from burnish import runtime
 from burnish.algorithms.distill import DistillConfig
 from burnish.cli.recipes import recipe_path
 from burnish.config import load, located
+from burnish.evaluation import measure
 from burnish.forecast import forecast
-from burnish.run_config import RunConfig
+from burnish.policies.base import Policy
+from burnish.prompts import read_prompts
+from burnish.run_config import BASE, RunConfig
+from burnish.runtime import Runtime
 from burnish.shelves import load_policy
 from burnish.stages import with_folders
 from burnish.tracking import Run
@@ -47,11 +52,32 @@ def held(config: RunConfig, name: str, steps: int) -> int:
     """Peak of the resident memory of this process, in bytes, after it has trained."""
     rt = config.runtime.build()
     policy = load_policy(config.policy, located(config.policy.path), rt)
+    if name == "evaluation":
+        draw_once(config, policy, rt)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     stage = shortened(config, name, steps)
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / name, stage, environment=rt.describe())
         train(stage, policy, run, rt, seed=config.seed, label=name)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def draw_once(config: RunConfig, policy: Policy[Any, Any], rt: Runtime) -> None:
+    """Measure a policy on as many prompts of each task as are drawn together."""
+    plan = config.evaluation
+    for path in (plan.prompts, plan.knowledge):
+        for task in config.tasks(BASE) if path else ():
+            asked = read_prompts(located(path or "")).select(lambda p, task=task: p.task == task)
+            measure(
+                policy,
+                asked[: plan.micro_batch],
+                config.judge.build(),
+                rt,
+                name="base",
+                config=plan,
+                guidance=config.deployed(BASE),
+                num_seeds=1,
+            )
 
 
 def main() -> None:

@@ -187,7 +187,7 @@ def plans(name: str, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
         model, prompts = Path(folder) / "model", Path(folder) / "prompts.jsonl"
         write_pipeline(plain.policy.family, model)
         write_prompts(prompts)
-        given = [f"policy.path={model}", *overrides]
+        given = [f"policy.path={model}", f"evaluation.prompts={prompts}", *overrides]
         given += [f"stages.{stage}.prompts.path={prompts}" for stage in plain.stages]
         for plan in forecast(load(RunConfig, recipe_path(name), given), "cuda"):
             yield {

@@ -22,27 +22,34 @@ from burnish.types import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """How much a stage has on a device at once."""
+class Drawing:
+    """How much is drawn on a device at once."""
 
     pictures: int
     """Drawn together."""
     picture_prompts: int
     """Different prompts of these."""
+    draw_scale: float
+    """Of guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Drawing):
+    """How much a stage has on a device at once."""
+
     credited: int
     """States that are asked for velocities without gradient."""
     credited_prompts: int
     states: int
     """With gradient."""
     state_prompts: int
-    draw_scale: float
     credit_scale: float
     trains_null: bool
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """Bytes that a policy's own calls would hold, beside its weights."""
+class Drawn:
+    """Bytes that a policy's own calls would hold, beside its weights, where it draws."""
 
     reading: int
     """While one prompt is read."""
@@ -52,6 +59,14 @@ class Measured:
     """Of the prompts that are drawn together: keys and values, or what the encoders said."""
     drawing: int
     decoding: int
+    latents: int
+    """Of one picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured(Drawn):
+    """Likewise where it is trained."""
+
     crediting: int
     """Prefix included, as in `updating`."""
     updating: int
@@ -60,8 +75,6 @@ class Measured:
     """Weights in the type of the matrix products, from the forward to the backward pass."""
     saved: int
     """Of `updating` and `copies`, what waits for the backward pass."""
-    latents: int
-    """Of one picture."""
 
 
 def measure(
@@ -76,16 +89,9 @@ def measure(
         counts: how much at once.
         rt: precision, of a GPU or a CPU, wherever the policy is.
     """
-    policy.forget()
-    own = list(weights(*policy.networks().values()))
-    is_hollow = isinstance(own[0], Hollow)
-    drawn = policy.noise([torch.Generator().manual_seed(0)], policy.buckets.largest)
-    # A step makes its states of what came before, which is hollow if the weights are.
-    one = like(drawn) if is_hollow else drawn
-    with torch.no_grad(), _precision(rt), Live(ignored=own, is_hollow=is_hollow) as live:
+    with _asked(policy, rt) as (one, live):
         both = policy.encode([prompt]), policy.encode_null([prompt], negative_prompt)
-        found = {"reading": live.peak, "row": both[0].num_bytes, "latents": one.nbytes}
-        found |= _drawn(policy, both, one, counts, live)
+        found = _drawn(policy, both, one, counts, live)
         live.peak = start = live.now
         prefixes = _branches(policy, both, counts.credited_prompts, counts.credit_scale)
         _ask(policy, one.repeat(counts.credited, 1, 1, 1), prefixes, counts.credit_scale)
@@ -93,10 +99,33 @@ def measure(
     return Measured(**found, **_trained(policy, both, one, counts, rt))
 
 
+def measure_drawing(
+    policy: Policy[Any, Any], prompt: Prompt, negative_prompt: str, counts: Drawing, rt: Runtime
+) -> Drawn:
+    """Likewise of a policy that only draws."""
+    with _asked(policy, rt) as (one, live):
+        both = policy.encode([prompt]), policy.encode_null([prompt], negative_prompt)
+        return Drawn(**_drawn(policy, both, one, counts, live))
+
+
+@contextlib.contextmanager
+def _asked(policy: Policy[Any, Any], rt: Runtime) -> Iterator[tuple[Tensor, Live]]:
+    """Latents of one picture, and what counts, for calls of a policy without gradient."""
+    policy.forget()
+    own = list(weights(*policy.networks().values()))
+    is_hollow = isinstance(own[0], Hollow)
+    drawn = policy.noise([torch.Generator().manual_seed(0)], policy.buckets.largest)
+    # A step makes its states of what came before, which is hollow if the weights are.
+    one = like(drawn) if is_hollow else drawn
+    with torch.no_grad(), _precision(rt), Live(ignored=own, is_hollow=is_hollow) as live:
+        yield one, live
+
+
 def _drawn(
-    policy: Policy[Any, Any], both: tuple[Any, Any], one: Tensor, counts: Counts, live: Live
+    policy: Policy[Any, Any], both: tuple[Any, Any], one: Tensor, counts: Drawing, live: Live
 ) -> dict[str, int]:
-    """One step of a micro-batch of pictures, and their decoding."""
+    """Of prompts that were just read: one step of a micro-batch of pictures, and their decoding."""
+    found = {"reading": live.peak, "row": both[0].num_bytes, "latents": one.nbytes}
     start = live.now
     prefixes = _branches(policy, both, counts.picture_prompts, counts.draw_scale)
     live.peak = held = live.now
@@ -104,7 +133,7 @@ def _drawn(
     _ask(policy, latents, prefixes, counts.draw_scale)
     drawing, live.peak = live.peak - held, live.now
     policy.decode(latents)
-    return {"prefix": held - start, "drawing": drawing, "decoding": live.peak - held}
+    return found | {"prefix": held - start, "drawing": drawing, "decoding": live.peak - held}
 
 
 def _trained(

@@ -1,4 +1,5 @@
-"""What every stage of a run will need of a device, found before anything large is loaded.
+"""What every stage of a run, and its evaluation, will need of a device, found before anything large
+is loaded.
 
 The model is built with hollow weights, made ready as training makes it ready, and asked as training
 asks it (`burnish.dry_run`). Each task is measured with its longest text and its largest source
@@ -7,7 +8,7 @@ image, as if all prompts of a batch were like that.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,20 +18,20 @@ from burnish import images
 from burnish.activations import num_bytes, weights
 from burnish.algorithms.base import Footprint
 from burnish.config import located
-from burnish.dry_run import Counts, Measured, measure, ready
+from burnish.dry_run import Counts, Drawing, Drawn, Measured, measure, measure_drawing, ready
 from burnish.optimization import CHECKPOINTS, state_bytes
 from burnish.planning import PHASES, Part, Phase, Plan, Sharding
 from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
 from burnish.prompt_sets import PromptSet
-from burnish.prompts import spaced
+from burnish.prompts import read_prompts, spaced
 from burnish.rewards.base import RewardConfig
-from burnish.run_config import RunConfig
+from burnish.run_config import BASE, RunConfig
 from burnish.runtime import DTYPES, Runtime, choose_dtype
-from burnish.shelves import policy_class
+from burnish.shelves import PolicyConfig, policy_class
 from burnish.stages import may_borrow, with_folders
 from burnish.training import StageConfig
-from burnish.types import Prompt, Task
+from burnish.types import Prompt
 
 _LOOKED_AT = 500
 """Prompts of a stage, evenly spread, among which the largest is looked for."""
@@ -41,7 +42,7 @@ _FIELDS = 5
 
 
 def forecast(config: RunConfig, device: str, sharding: Sharding | None = None) -> list[Plan]:
-    """The plan of every stage.
+    """The plan of every stage, and of the evaluation.
 
     Args:
         config: of the run; its model must be there, its stages need not.
@@ -56,7 +57,8 @@ def forecast(config: RunConfig, device: str, sharding: Sharding | None = None) -
     known: dict[Any, Any] = {}
     own = config.runtime
     spread = sharding or Sharding(own.processes if own.sharding == "full" else 1)
-    return [_plan(config, name, rt, spread, known) for name in config.stages]
+    plans = [_plan(config, name, rt, spread, known) for name in config.stages]
+    return [*plans, _evaluation_plan(config, rt)]
 
 
 def _plan(
@@ -69,16 +71,9 @@ def _plan(
         stage.optimizer.micro_batch,
         may_borrow=may_borrow(config, stage, located(".")) and sharding.world_size == 1,
     )
-    kind, folder = policy_class(config.policy.family), located(config.policy.path)
     lora = None if stage.lora is None else stage.lora.model_dump_json()
     if lora not in known:
-        dtype = DTYPES[config.policy.dtype]
-        hollow: Any = kind.hollow(folder, resolution=config.policy.resolution, dtype=dtype)
-        hollow.buckets = config.policy.buckets
-        hollow.share_prefix = config.policy.share_prefix
-        if config.policy.checkpointing:
-            hollow.transformer.enable_gradient_checkpointing()
-        known[lora] = ready(hollow, stage.lora)
+        known[lora] = ready(_hollow(config.policy), stage.lora)
     policy: Policy[Any, Any] = known[lora]
     prompts, asked, away = stage.prompts.read(), counts(stage, footprint), stage.rollout
     found: list[Measured] = []
@@ -95,13 +90,16 @@ def _plan(
         count = max(config.runtime.processes, sharding.world_size)
         host = [_for_all(part, count) for part in host]
     parts = [
-        *_frozen_parts(policy, footprint, name, is_offloaded=config.policy.offload and is_gpu),
+        *_frozen_parts(policy, is_offloaded=config.policy.offload and is_gpu),
+        *_copied_parts(policy, footprint, name),
         *_trained_parts(policy, stage, name, is_gpu=is_gpu),
-        *_activation_parts(policy, found, len(prompts), name, sharding),
+        *_drawing_parts(found, len(prompts), f"stages.{name}.rollout"),
+        *_training_parts(policy, found, name, sharding),
         *([] if is_gpu else host),
     ]
     return Plan(
         stage=name,
+        key=f"stages.{name}",
         device=rt.device.type,
         parts=[part for part in parts if part.num_bytes],
         host=host if is_gpu else [],
@@ -110,7 +108,57 @@ def _plan(
     )
 
 
-def _of_task(prompts: PromptSet, task: Task) -> PromptSet:
+def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
+    """Of the jobs that measure: a policy draws, and a judge scores."""
+    plan, policy = config.evaluation, _hollow(config.policy)
+    policy.transformer.requires_grad_(False)
+    deployed = [config.deployed(name) for name in (BASE, *config.policies())]
+    guidance = max(deployed, key=lambda own: own.scale)
+    # The knowledge set has a picture for each prompt.
+    seeds = plan.num_seeds if plan.knowledge is None else 1
+    drawn = Drawing(
+        pictures=plan.micro_batch,
+        picture_prompts=min(plan.micro_batch, math.ceil(plan.micro_batch / seeds) + 1),
+        draw_scale=guidance.scale,
+    )
+    sets = [read_prompts(located(path)) for path in (plan.prompts, plan.knowledge) if path]
+    found = []
+    for task in config.tasks(BASE):
+        asked = [p for own in sets for p in spaced(_of_task(own, task), _LOOKED_AT)]
+        if asked:
+            worst = largest(asked)
+            found.append(measure_drawing(policy, worst, guidance.negative_prompt, drawn, rt))
+    is_gpu = rt.device.type == "cuda"
+    host = [*_offloaded_parts(config, policy), *_judge_parts(policy, [config.judge])]
+    parts = [
+        *_frozen_parts(policy, is_offloaded=config.policy.offload and is_gpu),
+        *_drawing_parts(found, plan.num_prompts, "evaluation"),
+        *([] if is_gpu else host),
+    ]
+    return Plan(
+        stage="evaluation",
+        key="evaluation",
+        device=rt.device.type,
+        parts=[part for part in parts if part.num_bytes],
+        host=host if is_gpu else [],
+    )
+
+
+def _hollow(config: PolicyConfig) -> Policy[Any, Any]:
+    """A policy as `burnish.shelves.load_policy` makes it, without memory."""
+    policy: Any = policy_class(config.family).hollow(
+        located(config.path),
+        resolution=config.resolution,
+        dtype=DTYPES[config.dtype],
+        frozen_dtype=DTYPES[config.frozen_dtype or config.dtype],
+    )
+    policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
+    if config.checkpointing:
+        policy.transformer.enable_gradient_checkpointing()
+    return policy
+
+
+def _of_task(prompts: PromptSet, task: str) -> PromptSet:
     return prompts.select(lambda prompt: prompt.task == task)
 
 
@@ -155,10 +203,8 @@ def largest(prompts: Sequence[Prompt]) -> Prompt:
     return dataclasses.replace(longest, sources=max(likeliest, key=area))
 
 
-def _frozen_parts(
-    policy: Policy[Any, Any], footprint: Footprint, name: str, *, is_offloaded: bool
-) -> Iterator[Part]:
-    """All that has weights: the policy itself, and further copies of its transformer."""
+def _frozen_parts(policy: Policy[Any, Any], *, is_offloaded: bool) -> Iterator[Part]:
+    """All of a policy that has weights."""
     kinds: dict[str, list[Tensor]] = {}
     for parameter in policy.transformer.parameters():
         kind = "trained" if parameter.requires_grad else "frozen"
@@ -173,7 +219,11 @@ def _frozen_parts(
         size = num_bytes(weights(network))
         kind = _type(next(network.parameters()))
         yield Part(name=f"{key} ({kind})", num_bytes=size, during=during)
-    base = _base_bytes(policy)
+
+
+def _copied_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> Iterator[Part]:
+    """Further copies of its transformer."""
+    base = _base_bytes(policy) * policy.frozen_dtype.itemsize // policy.dtype.itemsize
     for copy in footprint.copies:
         advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
         yield Part(name=copy, num_bytes=base, advice=advice)
@@ -208,36 +258,40 @@ def _trained_parts(
         yield part("optimizer's own working memory", size, "optimizer step")
 
 
-def _activation_parts(
-    policy: Policy[Any, Any],
-    found: Sequence[Measured],
-    num_prompts: int,
-    name: str,
-    sharding: Sharding,
-) -> Iterator[Part]:
-    """What calls of the policy hold; the task that needs most counts."""
+def _most(found: Sequence[Drawn], field: str) -> int:
+    """Of the task that needs most."""
+    return max((getattr(drawn, field) for drawn in found), default=0)
 
-    def most(field: str) -> int:
-        return max(getattr(measured, field) for measured in found)
 
-    drawn = f"lower stages.{name}.rollout.micro_batch"
-    trained = f"lower stages.{name}.optimizer.micro_batch"
-    fewer = f"train a LoRA, stages.{name}.lora={{rank: 32}}, with policy.dtype=bfloat16"
+def _drawing_parts(found: Sequence[Drawn], num_prompts: int, key: str) -> Iterator[Part]:
+    """What calls of the policy hold that draw a micro-batch, set at a key of the recipe."""
+    advice = f"lower {key}.micro_batch"
     # For an edit, what guidance leads away from has the source image, too.
-    kept = min(MEMORY_BYTES, 2 * num_prompts * most("row"))
+    kept = min(MEMORY_BYTES, 2 * num_prompts * _most(found, "row"))
     yield Part(name="prompts that were read", num_bytes=kept)
-    yield Part(name="reading a prompt", num_bytes=most("reading"), during=("reading",))
-    during = ("drawing", "decoding")
-    yield Part(name="prefix", num_bytes=most("prefix"), during=during, advice=drawn)
-    rows: tuple[tuple[str, str, Phase, str], ...] = (
-        ("drawing a micro-batch", "drawing", "drawing", drawn),
-        ("decoding its pictures", "decoding", "decoding", drawn),
-        ("velocities without gradient", "crediting", "credit", trained),
-        ("copies of weights in another type", "copies", "update", ""),
-        ("activations, forward and backward", "updating", "update", trained),
+    yield Part(name="reading a prompt", num_bytes=_most(found, "reading"), during=("reading",))
+    rows: tuple[tuple[str, str, tuple[Phase, ...]], ...] = (
+        ("prefix", "prefix", ("drawing", "decoding")),
+        ("drawing a micro-batch", "drawing", ("drawing",)),
+        ("decoding its pictures", "decoding", ("decoding",)),
     )
-    for what, field, phase, advice in rows:
-        yield Part(name=what, num_bytes=most(field), during=(phase,), advice=advice)
+    for what, field, during in rows:
+        yield Part(name=what, num_bytes=_most(found, field), during=during, advice=advice)
+
+
+def _training_parts(
+    policy: Policy[Any, Any], found: Sequence[Measured], name: str, sharding: Sharding
+) -> Iterator[Part]:
+    """What calls of the policy hold that train it."""
+    advice = f"lower stages.{name}.optimizer.micro_batch"
+    fewer = f"train a LoRA, stages.{name}.lora={{rank: 32}}, with policy.dtype=bfloat16"
+    rows: tuple[tuple[str, str, Phase, str], ...] = (
+        ("velocities without gradient", "crediting", "credit", advice),
+        ("copies of weights in another type", "copies", "update", ""),
+        ("activations, forward and backward", "updating", "update", advice),
+    )
+    for what, field, phase, lower in rows:
+        yield Part(name=what, num_bytes=_most(found, field), during=(phase,), advice=lower)
     if sharding.world_size > 1:
         whole = num_bytes(policy.transformer.parameters())
         during = ("reading", "drawing", "decoding", "credit")
@@ -254,7 +308,7 @@ def _host_parts(
 ) -> Iterator[Part]:
     """What stays in the memory of the machine, which is the device where there is no GPU."""
     samples = stage.prompts_per_step * stage.rollout.group_size
-    latents = max(measured.latents for measured in found)
+    latents = _most(found, "latents")
     picture = 3 * 4 * policy.buckets.largest.area
     states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
     step = samples * (picture + states)
@@ -270,10 +324,20 @@ def _host_parts(
         during=("last look",),
         is_common=True,
     )
+    yield from _offloaded_parts(config, policy)
+    yield from _judge_parts(policy, _rewards(stage))
+
+
+def _offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:
     if config.policy.offload:
-        yield Part(name="encoders and VAE, while they are not used", num_bytes=frozen)
+        size = num_bytes(weights(*_others(policy).values()))
+        yield Part(name="encoders and VAE, while they are not used", num_bytes=size)
+
+
+def _judge_parts(policy: Policy[Any, Any], rewards: Iterable[RewardConfig]) -> Iterator[Part]:
+    """What answers on the CPU; rewards with one judge share it."""
     judges: dict[str, int] = {}
-    for reward in _rewards(stage):
+    for reward in rewards:
         for key, size in reward.footprint(policy.resolution).items():
             judges[key] = max(size, judges.get(key, 0))
     for key, size in judges.items():

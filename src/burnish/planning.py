@@ -64,9 +64,11 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What one stage needs on each device."""
+    """What one stage, or the evaluation, needs on each device."""
 
     stage: str
+    key: str
+    """Of its settings in a recipe."""
     device: str
     """`cuda` or `cpu`."""
     parts: Sequence[Part]
@@ -103,7 +105,7 @@ class Plan:
         worst = self.largest
         advice = worst.advice or "take a device with more memory, or more devices"
         return (
-            f"stages.{self.stage}: need {shown(self.needed)} on the device, got "
+            f"{self.key}: need {shown(self.needed)} on the device, got "
             f"{shown(available)}; most of it is {worst.name} "
             f"({shown(self.sharding.share(worst))}): {advice}"
         )

@@ -141,7 +141,14 @@ def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:
         ConfigError: it does not share them.
     """
     expected = policy.fingerprint()
-    model = type(policy).load(source.folder, resolution=policy.resolution, dtype=policy.dtype)
+    # Its transformer may be as large as all else together, and is not read twice.
+    model = type(policy).load(
+        source.folder,
+        resolution=policy.resolution,
+        dtype=policy.dtype,
+        frozen_dtype=policy.frozen_dtype,
+        is_hollow=True,
+    )
     for part, digest in model.fingerprint().items():
         if digest != expected[part]:
             raise ConfigError(

@@ -79,8 +79,11 @@ class PolicyConfig(Config):
     drawn in the nearest, by its own aspect or that of an edit's first source. The first of these
     serves the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """In which weights are kept on the device; what is trained is always kept in float32, so that
-    bfloat16 is for training a LoRA."""
+    """In which the transformer's weights are kept on the device; what is trained is always kept in
+    float32, so that bfloat16 is for training a LoRA."""
+    frozen_dtype: Literal["float32", "bfloat16"] | None = None
+    """Likewise, of all that is never trained: encoders, VAE, teachers, the start that `kl_weight`
+    compares with; None is as `dtype`."""
     checkpointing: bool = False
     """Compute a block again in the backward pass instead of keeping what it computed: far less
     memory, a third more work in an update."""
@@ -145,12 +148,12 @@ def check_kernels(config: PolicyConfig) -> None:
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
     """A policy of the run's family from a pipeline folder."""
     check_kernels(config)
-    kind, dtype = policy_class(config.family), runtime.DTYPES[config.dtype]
-    policy = kind.load(
+    policy = policy_class(config.family).load(
         folder,
         resolution=config.resolution,
         device=rt.device,
-        dtype=dtype,
+        dtype=runtime.DTYPES[config.dtype],
+        frozen_dtype=runtime.DTYPES[config.frozen_dtype or config.dtype],
         cache_folder=None if config.cache is None else located(config.cache),
         offload=config.offload,
     )

@@ -314,7 +314,12 @@ def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) ->
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.replace(folder)
     # On the CPU: a device need not have room for a second one.
-    fresh = type(policy).load(folder, resolution=policy.resolution, dtype=policy.dtype)
+    fresh = type(policy).load(
+        folder,
+        resolution=policy.resolution,
+        dtype=policy.dtype,
+        frozen_dtype=policy.frozen_dtype,
+    )
     for name, parameter in fresh.transformer.named_parameters():
         if not torch.equal(parameter, ours[name].cpu()):
             raise SelfCheckError(

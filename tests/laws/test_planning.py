@@ -21,6 +21,7 @@ from burnish.planning import (
 
 PLAN = Plan(
     stage="teacher",
+    key="stages.teacher",
     device="cpu",
     parts=[
         Part(name="weights", num_bytes=8 * GIBIBYTE, is_sharded=True),

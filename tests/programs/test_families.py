@@ -20,7 +20,7 @@ from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs
 from burnish.prompts import read_prompts, write_prompts
 from burnish.run_config import RunConfig
-from burnish.shelves import families, policy_class
+from burnish.shelves import families, load_policy, policy_class
 from burnish.stages import all_scores, run_job
 from burnish.types import Prompt
 
@@ -145,6 +145,31 @@ def test_a_lora_is_trained_beside_rounded_weights(
         written = load_file(stage / "model/transformer/diffusion_pytorch_model.safetensors")
         assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     assert list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.usefixtures("small_sources")
+@pytest.mark.parametrize("family", families())
+def test_whole_weights_are_trained_beside_rounded_parts(family: str, tmp_path: Path) -> None:
+    """Encoders, VAE, the start and the teacher are rounded, and nothing that is trained."""
+    model, task = tmp_path / "model", policy_class(family).tasks[0]
+    policy_class(family).tiny().save(model)
+    data = recipe(family, model).model_dump()
+    stages = {name: data["stages"][name] for name in ("grpo_teacher", "student")}
+    stages["grpo_teacher"]["algorithm"]["kl_weight"] = 0.1
+    stages["student"]["algorithm"]["teachers"] = {task: {"path": "stage:grpo_teacher"}}
+    stages["student"]["prompts"]["tasks"] = [task]
+    del stages["student"]["lora"]
+    policy = data["policy"] | {"frozen_dtype": "bfloat16"}
+    config = parse(RunConfig, data | {"policy": policy, "stages": stages})
+    rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.bfloat16)
+    for job in ("train/grpo_teacher", "train/student"):
+        run_job(config, tmp_path / "run", job, rt)
+    for name in config.stages:
+        folder = tmp_path / "run" / "stages" / name / "model"
+        for part, dtype in (("transformer", torch.float32), ("vae", torch.bfloat16)):
+            written = load_file(folder / part / "diffusion_pytorch_model.safetensors")
+            assert {t.dtype for t in written.values() if t.is_floating_point()} == {dtype}
+    assert load_policy(config.policy, model, rt).sibling().dtype == torch.bfloat16
 
 
 def test_rounded_weights_are_not_trained_whole(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from burnish import images
 from burnish.activations import GpuPrecision, Hollow, Live, Saved, hollow, num_bytes, weights
 from burnish.adapters import LoraConfig, attach
 from burnish.buckets import Buckets
-from burnish.dry_run import Counts, Measured, measure, ready
+from burnish.dry_run import Counts, Measured, measure, measure_drawing, ready
 from burnish.optimization import Kind, OptimizerConfig, State, state_bytes
 from burnish.runtime import Runtime
 from burnish.shelves import families, policy_class
@@ -68,6 +68,12 @@ def test_a_hollow_policy_counts_what_a_real_one_holds(
         for policy in (real, empty)
     )
     assert told == held
+    drawn, hollow_drawn = (
+        asdict(measure_drawing(policy, asked(task), "fog", COUNTS, FLOAT))
+        for policy in (real, empty)
+    )
+    # Again: what a network keeps of its first call is there.
+    assert drawn == hollow_drawn and 0 < drawn["drawing"] <= held["drawing"]
     assert held["copies"] == 0
     assert min(held[name] for name in ("reading", "drawing", "decoding", "crediting", "saved")) > 0
     assert bool(held["prefix"]) == real.has_shared_prefix

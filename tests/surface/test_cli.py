@@ -576,8 +576,11 @@ def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
     assert cli.main(["doctor", "--recipe", str(recipe), "--json"]) == 0
     out = capsys.readouterr().out
     assert "student (cpu)" in out and "optimizer state" in out and "teacher in use" in out
-    (plan,) = json.loads(out.splitlines()[-1])["plans"]
+    plan, evaluation = json.loads(out.splitlines()[-1])["plans"]
     assert plan["needed"] < plan["available"]
+    assert "evaluation (cpu)" in out and evaluation["key"] == "evaluation"
+    assert {"drawing a micro-batch"} <= {p["name"] for p in evaluation["parts"]}
+    assert not {"gradients", "optimizer state"} & {p["name"] for p in evaluation["parts"]}
     assert {"gradients", "activations, forward and backward"} <= {p["name"] for p in plan["parts"]}
     given = ["doctor", "--recipe", str(recipe), "runtime.device=cuda", "--memory", "0.5"]
     assert cli.main([*given, "--devices", "2"]) == 2

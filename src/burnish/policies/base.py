@@ -124,20 +124,25 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
         resolution: int = 1024,
         cache_folder: Path | None = None,
         offload: bool = False,
+        is_hollow: bool = False,
     ) -> "Policy[ConditionT, PrefixT]":
         """Read a diffusers pipeline folder.
 
         Args:
             folder: as `save_pretrained` of the pipeline writes it.
             device: where all modules go.
-            dtype: of all weights; a trainer that wants float32 masters casts the transformer.
+            dtype: of the transformer's weights.
+            frozen_dtype: of encoders and VAE; None is `dtype`.
             resolution: side of a square image in pixels.
             cache_folder: where encoded prompts outlive the process; None keeps them in memory.
             offload: leave encoders and VAE in the memory of the machine, from where they come to
                 the device whenever they are used.
+            is_hollow: read all but the transformer, whose weights have shape and type, and no
+                memory.
 
         Raises:
             burnish.config.ConfigError: the folder is no pipeline of this family.
@@ -146,7 +151,12 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     @classmethod
     @abstractmethod
     def hollow(
-        cls, folder: Path, *, dtype: torch.dtype = torch.float32, resolution: int = 1024
+        cls,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
+        resolution: int = 1024,
     ) -> "Policy[ConditionT, PrefixT]":
         """What `load` would read, with weights that have shape and type, and no memory.
 
@@ -155,7 +165,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
         Args:
             folder: of a diffusers pipeline; of its networks only the settings are read.
-            dtype: of all weights.
+            dtype: of the transformer's weights.
+            frozen_dtype: of encoders and VAE; None is `dtype`.
             resolution: side of a square image in pixels.
 
         Raises:
@@ -288,7 +299,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     @abstractmethod
     def sibling(self) -> "Policy[ConditionT, PrefixT]":
-        """Same encoder and VAE around a frozen copy of the transformer: a teacher or reference."""
+        """Same encoder and VAE around a copy of the transformer in `frozen_dtype`: a teacher or
+        reference."""
 
     @abstractmethod
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -307,6 +319,11 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """In which the transformer's own weights are kept."""
+
+    @property
+    @abstractmethod
+    def frozen_dtype(self) -> torch.dtype:
+        """In which all is kept that is never trained: encoders, VAE, siblings."""
 
     @abstractmethod
     def networks(self) -> dict[str, nn.Module]:

@@ -78,12 +78,18 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
         resolution: int = 1024,
         cache_folder: Path | None = None,
         offload: bool = False,
+        is_hollow: bool = False,
     ) -> PolicyT:
-        _checked_index(cls.pipeline_class, folder)
-        pipeline = _read(cls.pipeline_class, folder, dtype=dtype)
+        index, given = _checked_index(cls.pipeline_class, folder), {}
+        if is_hollow:
+            library, kind = index["transformer"]
+            given["transformer"] = _hollow_network(folder / "transformer", library, kind, dtype)
+        types = {"transformer": dtype, "default": frozen_dtype or dtype}
+        pipeline = _read(cls.pipeline_class, folder, dtype=types, **given)
         (pipeline.transformer if offload else pipeline).to(device)
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=resolution, cache_folder=cache_folder)
@@ -94,11 +100,15 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         folder: Path,
         *,
         dtype: torch.dtype = torch.float32,
+        frozen_dtype: torch.dtype | None = None,
         resolution: int = 1024,
     ) -> PolicyT:
         index = _checked_index(cls.pipeline_class, folder)
+        types = {"transformer": dtype}
         networks = {
-            name: _hollow_network(folder / name, entry[0], entry[1], dtype)
+            name: _hollow_network(
+                folder / name, entry[0], entry[1], types.get(name, frozen_dtype or dtype)
+            )
             for name, entry in index.items()
             if _is_network(entry)
         }
@@ -117,7 +127,8 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
 
     def sibling(self: PolicyT) -> PolicyT:
         other = copy.copy(self)
-        other.transformer = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+        own = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+        other.transformer = own.to(self.frozen_dtype)
         # With a pipeline of its own, or it would draw and save with our transformer.
         parts = {**self.pipeline.components, "transformer": other.transformer}
         asked = inspect.signature(self.pipeline_class.__init__).parameters
@@ -241,6 +252,10 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        return next(self.vae.parameters()).dtype
 
 
 def _checked_index(pipeline_class: type, folder: Path) -> dict[str, Any]:
