@@ -354,15 +354,15 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     given, kind = details["input"], details["type"]
     name = path or "the settings"
     if kind == "missing":
-        meant = _meant(root, data, details["loc"])
+        meant = _meant(root, data, path)
         return f"{name}: need a value, got none; {meant}add `{path}: ...` or pass {path}=..."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         selector = str(details.get("ctx", {})["discriminator"]).strip("'")
         literals = [_literal(member.model_fields.get(selector)) for member in _configs(annotation)]
         given = given.get(selector) if isinstance(given, dict) else None
-        return _wrong_choice(
-            f"{path}.{selector}", given, [tag for tags in literals for tag in tags]
-        )
+        name = f"{path}.{selector}"
+        meant = "" if given else _meant(root, data, name)
+        return _wrong_choice(name, given, sum(literals, ()), meant)
     if kind == "literal_error":
         choices = [value for option in _options(annotation) for value in get_args(option)]
         return _wrong_choice(name, given, choices)
@@ -376,10 +376,10 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     return f"{name}: need {needed}, got {_shown(given)}; {advice}"
 
 
-def _meant(root: type[Config], data: Any, location: Sequence[str | int]) -> str:
+def _meant(root: type[Config], data: Any, missing: str) -> str:
     """The section that a mistyped override meant, which has made one of its own instead."""
     annotation: Any = root
-    *path, name, _ = ["", *_dotted(root, data, location)[0].split(".")]
+    *path, name, _ = ["", *missing.split(".")]
     for part in path[1:]:
         annotation = _child(annotation, data, part)
         data = data.get(part) if isinstance(data, dict) else None
@@ -388,9 +388,9 @@ def _meant(root: type[Config], data: Any, location: Sequence[str | int]) -> str:
     return f"did you mean `{'.'.join((*path[1:], near))}`? Else " if near else ""
 
 
-def _wrong_choice(name: str, given: Any, choices: Sequence[Any]) -> str:
+def _wrong_choice(name: str, given: Any, choices: Sequence[Any], meant: str = "") -> str:
     near = nearest(given, choices)
-    advice = f"did you mean {near}?" if near else "choose one of them"
+    advice = f"did you mean {near}?" if near else f"{meant}choose one of them"
     return f"{name}: need one of {', '.join(map(str, choices))}, got {_shown(given)}; {advice}"
 
 

@@ -228,6 +228,12 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("grpo stages.teacher.rollout.kernel=ode", "rollout.kernel=precise"),
         ("nft stages.teacher.rewards={}", "need at least one reward for nft"),
         ("grpo stages.teacher.algorithm.kind=ppo", "need one of"),
+        (
+            "run smoke stages.t2i_teacher.rewards.alignmnt.floor=0.1",
+            "did you mean `stages.t2i_teacher.rewards.alignment`? Else choose one of them",
+        ),
+        ("nft policy.aspects=[16/9]", "policy.aspects: need an aspect of width to height"),
+        ("nft policy.aspects=[]", "policy.aspects: need"),
         ("nft policy.path=missing", "policy.path: need a folder"),
         ("nft policy.resolution=65", "policy.resolution: need a multiple of 32, got 65"),
         ("nft policy.resolution=100000", "policy.resolution: need less than or equal to 4096"),
