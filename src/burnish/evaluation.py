@@ -30,6 +30,10 @@ Row = dict[str, Any]
 """policy, prompt, task, category, seed, metric, value."""
 
 
+AT_ONCE = 96
+"""Pictures between two looks of a judge."""
+
+
 class EvaluationConfig(Config):
     """How policies are measured."""
 
@@ -98,7 +102,7 @@ def measure(
         pictures: folder for the first picture of every prompt, as WebP.
     """
     rows: list[Row] = []
-    chunk = max(1, 96 // num_seeds)
+    chunk = max(1, AT_ONCE // num_seeds)
     with progress(f"measure {name}", len(prompts)) as bar:
         for start in range(0, len(prompts), chunk):
             block = [p for p in prompts[start : start + chunk] for _ in range(num_seeds)]

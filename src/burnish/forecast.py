@@ -19,6 +19,7 @@ from burnish.activations import num_bytes, weights
 from burnish.algorithms.base import Footprint
 from burnish.config import located
 from burnish.dry_run import Counts, Drawing, Drawn, Measured, measure, measure_drawing, ready
+from burnish.evaluation import AT_ONCE
 from burnish.optimization import CHECKPOINTS, state_bytes
 from burnish.planning import PHASES, Part, Phase, Plan, Sharding
 from burnish.policies.base import Policy
@@ -116,9 +117,10 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     guidance = max(deployed, key=lambda own: own.scale)
     # The knowledge set has a picture for each prompt.
     seeds = plan.num_seeds if plan.knowledge is None else 1
+    pictures = min(plan.micro_batch, AT_ONCE)
     drawn = Drawing(
-        pictures=plan.micro_batch,
-        picture_prompts=min(plan.micro_batch, math.ceil(plan.micro_batch / seeds) + 1),
+        pictures=pictures,
+        picture_prompts=min(pictures, math.ceil(pictures / seeds) + 1),
         draw_scale=guidance.scale,
     )
     sets = [read_prompts(located(path)) for path in (plan.prompts, plan.knowledge) if path]

@@ -90,7 +90,11 @@ class Plan:
     @property
     def needed(self) -> int:
         """Bytes that a device must have."""
-        return round(FRAGMENTATION * self.held(self.peak)) + PROCESS_BYTES[self.device]
+        return self.needed_in(self.peak)
+
+    def needed_in(self, phase: Phase) -> int:
+        """Likewise, for one phase alone."""
+        return round(FRAGMENTATION * self.held(phase)) + PROCESS_BYTES[self.device]
 
     @property
     def largest(self) -> Part:

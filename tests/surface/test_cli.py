@@ -597,6 +597,25 @@ def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
     assert "name a recipe" in capsys.readouterr().err
 
 
+def test_the_doctor_finds_the_largest_micro_batches(recipe: Path, capsys: Any) -> None:
+    """What it finds fits; twice as many pictures do not."""
+    limit = 0.79
+    given = ["doctor", "--recipe", str(recipe), "--memory", str(limit), "--json"]
+    assert cli.main([*given, "--fit"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])["micro_batches"]
+    assert lines[:-1] == [f"{key}={size}" for key, size in found.items()]
+    names = ("stages.student.rollout", "stages.student.optimizer", "evaluation")
+    assert set(found) == {f"{name}.micro_batch" for name in names}
+    assert cli.main([*given, *lines[:-1]]) == 0
+    capsys.readouterr()
+    twice = 2 * found["evaluation.micro_batch"]
+    assert cli.main([*given, *lines[:-1], f"evaluation.micro_batch={twice}"]) == 2
+    assert "lower evaluation.micro_batch" in capsys.readouterr().err
+    assert cli.main(["doctor", "--recipe", str(recipe), "--memory", "0.1", "--fit"]) == 2
+    assert "for one at a time, got 102.4 MiB" in capsys.readouterr().err
+
+
 def test_a_run_that_does_not_fit_is_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -26,6 +26,9 @@ def doctor(
         float | None, typer.Option(help="GiB of each device; left out, what it has.", min=0)
     ] = None,
     devices: Annotated[int, typer.Option(help="To spread a model over.", min=1)] = 1,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Find the largest micro-batches that fit, in minutes.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Examine the machine, or plan the memory of a recipe.
@@ -34,7 +37,7 @@ def doctor(
     runtime.device=cuda.
     """
     if recipe is not None:
-        _plan(recipe, overrides or [], memory, devices, as_json)
+        _plan(recipe, overrides or [], memory, devices, as_json, fit=fit)
         return
     if overrides:
         raise ConfigError(f"need --recipe for settings, got {overrides[0]!r} alone; name a recipe")
@@ -55,10 +58,17 @@ def doctor(
 
 
 def _plan(
-    recipe: str, overrides: list[str], memory: float | None, devices: int, as_json: bool
+    recipe: str,
+    overrides: list[str],
+    memory: float | None,
+    devices: int,
+    as_json: bool,
+    *,
+    fit: bool,
 ) -> None:
-    """Show what every stage of a recipe needs, and refuse what a device does not have."""
-    from burnish import planning, runtime
+    """Show what every stage of a recipe needs, and refuse what a device does not have; or what it
+    has room for."""
+    from burnish import micro_batches, planning, runtime
     from burnish.forecast import forecast
     from burnish.run_config import RunConfig
 
@@ -70,7 +80,17 @@ def _plan(
         device, available = place.type, runtime.memory(place)
     if memory is not None:
         available = round(memory * planning.GIBIBYTE)
-    plans = forecast(config, device, planning.Sharding(devices))
+    sharding = planning.Sharding(devices)
+    if fit:
+        if available is None:
+            raise ConfigError("need the memory of each device to fit, got none; add --memory GiB")
+        found = micro_batches.largest(config, device, available, sharding)
+        for key, size in found.items():
+            print(f"{key}={size}")
+        if as_json:
+            print(json.dumps({"micro_batches": found}))
+        return
+    plans = forecast(config, device, sharding)
     for plan in plans:
         print(planning.table(plan, available), end="\n\n")
     if as_json:
