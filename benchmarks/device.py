@@ -1,6 +1,6 @@
 """How much of a device the networks of real models use: drawing, training, edits with references.
 
-    python benchmarks/device.py [--model qwen_image21 flux2_klein] [--resolution 1024] [--json]
+    python benchmarks/device.py [--model qwen_image21 flux2_klein] [--work editing] [--json]
 
 On a GPU: the 7.1 B transformer of Qwen-Image 2.1 and the 3.9 B one of FLUX.2 [klein] 4B Base, with
 random weights, in bfloat16. On a CPU: both much smaller, in float32, which shows how the figures
@@ -291,17 +291,26 @@ def line(row: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def measured(families: Sequence[str], plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
+WORK = {"drawing": drawing, "training": training}
+
+
+def measured(
+    families: Sequence[str], work: Sequence[str], plan: Plan, peak: float
+) -> Iterator[dict[str, Any]]:
     for family in families:
-        for part in (drawing, training):
-            yield from part(family, plan, peak)
-            gc.collect()
-    yield from editing(plan, peak)
+        for name, part in WORK.items():
+            if name in work:
+                yield from part(family, plan, peak)
+                gc.collect()
+    if "editing" in work:
+        yield from editing(plan, peak)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Use of a device by the networks of real models.")
     parser.add_argument("--model", nargs="+", choices=list(REAL), default=list(REAL))
+    kinds = [*WORK, "editing"]
+    parser.add_argument("--work", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--resolution", type=int, help="1024 on a GPU, 256 on a CPU")
     parser.add_argument("--batch", type=int, default=8, help="pictures or states at once")
@@ -327,7 +336,7 @@ def main() -> None:
     print(f"{name}: a large matrix product in {plan.rt.dtype} has {peak / 1e12:.2f} TFLOP/s\n")
     print(HEAD)
     rows = []
-    for row in measured(arguments.model, plan, peak):
+    for row in measured(arguments.model, arguments.work, plan, peak):
         rows.append(row)
         # At once, as a machine may be gone before the last one.
         print(line(row), flush=True)

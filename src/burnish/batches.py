@@ -102,11 +102,11 @@ def evaluate(
     policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int
 ) -> list[Float[Tensor, " step *latent"]]:
     """Conditional velocity at the states of every signal."""
-    found: list[Tensor] = []
-    for chunk in chunks(signals, micro_batch):
-        batch = stack(chunk, policy.device)
-        found += _split(batch.velocity(policy), chunk)
-    return found
+    found: dict[int, Tensor] = {}
+    for chunk in chunks(by_kind(signals), micro_batch):
+        velocity = stack(chunk, policy.device).velocity(policy)
+        found |= zip(map(id, chunk), _split(velocity, chunk), strict=True)
+    return [found[id(signal)] for signal in signals]
 
 
 @torch.no_grad()
@@ -117,9 +117,9 @@ def evaluate_guided(
     guidance: Guidance,
 ) -> list[tuple[Float[Tensor, " step *latent"], Float[Tensor, " step *latent"]]]:
     """(guided, conditional) velocity at the states of every signal."""
-    found: list[tuple[Tensor, Tensor]] = []
-    for chunk in chunks(signals, micro_batch):
-        batch = stack(chunk, policy.device)
-        guided, conditional, _ = batch.guided(policy, guidance)
-        found += zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
-    return found
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for chunk in chunks(by_kind(signals), micro_batch):
+        guided, conditional, _ = stack(chunk, policy.device).guided(policy, guidance)
+        both = zip(_split(guided, chunk), _split(conditional, chunk), strict=True)
+        found |= zip(map(id, chunk), both, strict=True)
+    return [found[id(signal)] for signal in signals]

@@ -145,6 +145,8 @@ class Drawing:
     seed: int = 0
     dtype: str = ""
     """Precision of its network; pictures of another one are other pictures."""
+    sizes: tuple[str, ...] = ()
+    """Of its pictures."""
 
 
 def model_facts(folder: Path, drawing: Drawing) -> dict[str, str]:

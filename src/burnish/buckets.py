@@ -15,7 +15,7 @@ from burnish.types import Prompt
 SQUARE = "1:1"
 MULTIPLE = 32
 """A side is so many pixels or a multiple of them; every family's tokens divide it."""
-_ASPECT = re.compile(r"(\d{1,5}):(\d{1,5})")
+_ASPECT = re.compile("([0-9]{1,5}):([0-9]{1,5})")
 _FLATTEST = 4.0
 
 
@@ -82,21 +82,36 @@ class Buckets:
             aspects: width to height; the first is for prompts that say nothing.
 
         Raises:
-            ValueError: an aspect that is none, or no aspect.
+            ValueError: an aspect that is none, no aspect, or two that are one size.
         """
         if not aspects:
             raise ValueError(f"need at least one aspect, got none; give {SQUARE}")
-        self._sizes = tuple(dict.fromkeys(size_of(aspect, resolution) for aspect in aspects))
+        found: dict[Size, str] = {}
+        for aspect in aspects:
+            size = size_of(aspect, resolution)
+            if size in found:
+                raise ValueError(
+                    f"need aspects that differ at {resolution} pixels, got {found[size]} and "
+                    f"{aspect}, both {size}; leave one out, or raise the resolution"
+                )
+            found[size] = aspect
+        self.sizes = tuple(found)
+        """All of them."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All sizes for readers."""
+        return tuple(map(str, self.sizes))
 
     @property
     def default(self) -> Size:
         """Of a prompt that says nothing."""
-        return self._sizes[0]
+        return self.sizes[0]
 
     @property
     def largest(self) -> Size:
         """The size of most pixels."""
-        return max(self._sizes, key=lambda size: size.area)
+        return max(self.sizes, key=lambda size: size.area)
 
     def size(self, prompt: Prompt) -> Size:
         """The size nearest in shape to what a prompt asks for: its aspect, or that of the first
@@ -105,11 +120,11 @@ class Buckets:
         Raises:
             burnish.images.ImageError: a source that is no image.
         """
-        if len(self._sizes) == 1 or not (prompt.aspect or prompt.sources):
+        if len(self.sizes) == 1 or not (prompt.aspect or prompt.sources):
             return self.default
         if prompt.aspect:
             wanted = aspect_ratio(prompt.aspect)
         else:
             width, height = images.size(prompt.sources[0], where=f"source of prompt {prompt.id!r}")
             wanted = width / height
-        return min(self._sizes, key=lambda size: abs(math.log(size.width / size.height / wanted)))
+        return min(self.sizes, key=lambda size: abs(math.log(size.width / size.height / wanted)))

@@ -22,7 +22,7 @@ from burnish.types import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
-class Drawing:
+class Pictures:
     """How much is drawn on a device at once."""
 
     pictures: int
@@ -34,7 +34,7 @@ class Drawing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts(Drawing):
+class Counts(Pictures):
     """How much a stage has on a device at once."""
 
     credited: int
@@ -100,7 +100,7 @@ def measure(
 
 
 def measure_drawing(
-    policy: Policy[Any, Any], prompt: Prompt, negative_prompt: str, counts: Drawing, rt: Runtime
+    policy: Policy[Any, Any], prompt: Prompt, negative_prompt: str, counts: Pictures, rt: Runtime
 ) -> Drawn:
     """Likewise of a policy that only draws."""
     with _asked(policy, rt) as (one, live):
@@ -122,7 +122,7 @@ def _asked(policy: Policy[Any, Any], rt: Runtime) -> Iterator[tuple[Tensor, Live
 
 
 def _drawn(
-    policy: Policy[Any, Any], both: tuple[Any, Any], one: Tensor, counts: Drawing, live: Live
+    policy: Policy[Any, Any], both: tuple[Any, Any], one: Tensor, counts: Pictures, live: Live
 ) -> dict[str, int]:
     """Of prompts that were just read: one step of a micro-batch of pictures, and their decoding."""
     found = {"reading": live.peak, "row": both[0].num_bytes, "latents": one.nbytes}

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from burnish import images
 from burnish.adapters import adapted, read_adapter
@@ -228,8 +228,11 @@ def check_export(
 
 
 @torch.no_grad()
-def _drawn(config: RunConfig, policy: str, model: Policy[Any, Any]) -> Tensor:
-    """Clean latents of the first held-out prompt by the pipeline's own call."""
+def _drawn(config: RunConfig, policy: str, model: Any) -> Tensor:
+    """Clean latents of the first held-out prompt by the pipeline's own call, which casts nothing:
+    all of it gets one type first."""
+    for network in model.networks().values():
+        nn.Module.to(network, model.dtype)
     task = config.tasks(policy)[0]
     every = read_prompts(located(config.evaluation.prompts))
     guidance = config.deployed(policy)

@@ -75,6 +75,7 @@ def model_card(
         guidance=config.deployed(policy),
         guidance_argument=guidance_argument,
         size_arguments=size_arguments,
+        sizes=config.policy.buckets.sizes,
         null_prompt=null_prompt,
         is_embedded=config.policy.path.startswith(EMBEDDED),
         tasks=tasks,

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from burnish import __version__, images, planning, rollout, runtime, vision_build
+from burnish import __version__, images, rollout, runtime, vision_build
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
-from burnish.forecast import forecast
+from burnish.forecast import check_memory
 from burnish.guard import GuardConfig, held_out
 from burnish.policies.base import Policy
 from burnish.progress import track
@@ -38,8 +38,6 @@ _GIBIBYTE = 1 << 30
 _LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
 _LOOKED_AT = 500
 """Prompts of a set whose images are decoded; `burnish prompts check` decodes all."""
-_SMALL_SHARE = 0.25
-"""Of the memory of the machine."""
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 
 
@@ -72,6 +70,10 @@ def check_inputs(config: RunConfig) -> None:
         _check_prompts(name, stage, family)
         _check_adapters(name, stage)
         stage.optimizer.check(f"stages.{name}", is_sharded=config.runtime.sharding == "full")
+        if config.runtime.sharding == "full":
+            asked = stage.algorithm.footprint(stage.rollout, 1, may_borrow=False)
+            share = config.policy.share_prefix
+            check_prefix(family, share=share, trains_null=asked.trains_null)
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
         _check_kin(key, located(path), located(config.policy.path))
@@ -82,7 +84,7 @@ def check_inputs(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
-    _check_memory(config)
+    check_memory(config)
     # Last, as it takes longest.
     _look_at_images(config)
 
@@ -98,31 +100,6 @@ def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"stages.{name}.guard.prompts", stage.guard.prompts
             if stage.guard.retention is not None:
                 yield f"stages.{name}.guard.retention.prompts", stage.guard.retention.prompts
-
-
-def _check_memory(config: RunConfig) -> None:
-    """Raise, with the plan on stderr, where a stage needs more than its device has."""
-    device = runtime.choose_device(config.runtime.device)
-    available = runtime.memory(device)
-    if available is None or (device.type == "cpu" and _is_small(config, available)):
-        return
-    plans = forecast(config, device.type)
-    try:
-        planning.check(plans, available)
-    except ConfigError:
-        for plan in plans:
-            if plan.shortage(available):
-                print(planning.table(plan, available), file=sys.stderr)
-        raise
-
-
-def _is_small(config: RunConfig, available: int) -> bool:
-    """Whether every state that is drawn or trained at once might weigh as much as all the files of
-    the model, many times what it does, and still a part of the memory would do."""
-    folder = located(config.policy.path)
-    size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
-    states = [max(s.rollout.micro_batch, s.optimizer.micro_batch) for s in config.stages.values()]
-    return size * max(states) < _SMALL_SHARE * available
 
 
 def _check_family(config: RunConfig) -> None:
@@ -142,8 +119,6 @@ def _check_family(config: RunConfig) -> None:
                 f"{family.family}, got a {found} in {path}; {advice}"
             )
     check_kernels(config.policy)
-    if config.runtime.sharding != "none":
-        check_prefix(family, share=config.policy.share_prefix)
     scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}
     for name, stage in config.stages.items():
         if strange := [task for task in stage.prompts.tasks if task not in family.tasks]:
@@ -152,6 +127,10 @@ def _check_family(config: RunConfig) -> None:
                 f"{family.family}, got {strange[0]}; leave the task out, or take another family"
             )
         scales[f"stages.{name}.rollout.guidance_scale"] = stage.rollout.guidance_scale
+    try:
+        family.check_sizes(located(config.policy.path), config.policy.buckets)
+    except ConfigError as error:
+        raise ConfigError(f"policy.aspects: {error}") from None
     for key, scale in scales.items():
         try:
             family.check_guidance(located(config.policy.path), scale)

@@ -80,18 +80,26 @@ class Shards:
         self._modules = []
 
 
-def check_prefix(family: type[Policy[Any, Any]], *, share: bool) -> None:
+def check_prefix(family: type[Policy[Any, Any]], *, share: bool, trains_null: bool = False) -> None:
     """Raise unless transformers of the family can be spread.
 
     Args:
         family: of the policy.
         share: whether it shares prefixes if it can.
+        trains_null: whether the unconditional branch has gradient. Prompts of other lengths are
+            calls of their own there, and not as many of them on every process.
     """
     if family.has_shared_prefix and share:
         raise ConfigError(
             f"need policy.share_prefix=false for runtime.sharding=full with {family.family}, whose "
             "prompts are otherwise read once for all steps; set it, or train a LoRA with "
             "policy.dtype=bfloat16 and runtime.sharding=none"
+        )
+    if family.has_shared_prefix and trains_null:
+        raise ConfigError(
+            f"need an objective without the unconditional branch for runtime.sharding=full with "
+            f"{family.family}, got one that trains both; set algorithm.guidance=detached, or "
+            "runtime.sharding=none"
         )
 
 

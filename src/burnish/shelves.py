@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from burnish import policies, runtime
 from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
-from burnish.buckets import MULTIPLE, SQUARE, Buckets, aspect_ratio
+from burnish.buckets import MULTIPLE, SQUARE, Buckets
 from burnish.config import Config, ConfigError, located, shelf
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import Attention, check_attention, set_attention
@@ -75,9 +75,9 @@ class PolicyConfig(Config):
     resolution: int = Field(default=1024, ge=32, le=4096, multiple_of=MULTIPLE)
     """Side in pixels of a square picture."""
     aspects: tuple[str, ...] = Field(default=(SQUARE,), min_length=1)
-    """Width to height of the pictures, 1:1, 16:9, each of about the area of the square; a prompt is
-    drawn in the nearest, by its own aspect or that of an edit's first source. The first of these
-    serves the others."""
+    """Width to height of the pictures, 1:1, 16:9, each of about the area of the square in sides of
+    whole multiples of 32 pixels; a prompt is drawn in the nearest, by its own aspect or that of an
+    edit's first source. The first of these serves the others."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the transformer's weights are kept on the device; what is trained is always kept in
     float32, so that bfloat16 is for training a LoRA."""
@@ -111,9 +111,8 @@ class PolicyConfig(Config):
 
     @field_validator("aspects")
     @classmethod
-    def _are_aspects(cls, aspects: tuple[str, ...]) -> tuple[str, ...]:
-        for aspect in aspects:
-            aspect_ratio(aspect)
+    def _have_sizes(cls, aspects: tuple[str, ...], known: Any) -> tuple[str, ...]:
+        Buckets(known.data.get("resolution", 1024), aspects)
         return aspects
 
 

@@ -244,7 +244,9 @@ def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> No
     model = model_folder(folder, path)
     policy = load_policy(config.policy, model, rt)
     plan = config.evaluation
-    drawing = Drawing(config.deployed(name), plan.num_steps, plan.seed, str(rt.dtype))
+    drawing = Drawing(
+        config.deployed(name), plan.num_steps, plan.seed, str(rt.dtype), config.policy.buckets.names
+    )
     facts = model_facts(model, drawing)
     for bench, settings in config.benches_of(name).items():
         taken = Taken.of(settings)

@@ -112,7 +112,7 @@ def _together(
     policy: Policy[Any, Any], found: list[Sequence[Signal]], rt: Runtime
 ) -> Sequence[Sequence[Signal] | None]:
     """The micro-batches; where all processes must compute together, one call of the transformer for
-    each, and as many on every process: None is nothing."""
+    each (`burnish.sharding.check_prefix`), and as many on every process: None is nothing."""
     if not rt.is_sharded:
         return found
     alike: list[Sequence[Signal]] = []

@@ -71,13 +71,17 @@ def test_a_prompt_that_says_nothing_gets_the_first_and_one_bucket_takes_all() ->
     assert Buckets(64).default == Size(64, 64)
 
 
-@pytest.mark.parametrize("text", ["16/9", "16:", ":9", "0:1", "1:0", "5:1", "1:5", "a:b", "-1:1"])
+@pytest.mark.parametrize(
+    "text", ["16/9", "\uff11:1", "16:", ":9", "0:1", "1:0", "5:1", "1:5", "a:b", "-1:1"]
+)
 def test_what_is_no_aspect_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="need an aspect of width to height") as caught:
         aspect_ratio(text)
     assert repr(text) in str(caught.value)
     with pytest.raises(ValueError, match="need at least one aspect"):
         Buckets(64, ())
+    with pytest.raises(ValueError, match="got 1:1 and 4:3, both 64 x 64; leave one out"):
+        Buckets(64, ("1:1", "4:3"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

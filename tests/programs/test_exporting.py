@@ -47,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         RunConfig,
         {
             "name": "small",
-            "policy": {"path": str(base), "resolution": 64},
+            "policy": {"path": str(base), "resolution": 64, "frozen_dtype": "bfloat16"},
             "stages": {
                 "teacher": STAGE,
                 "student": STUDENT,

@@ -150,7 +150,7 @@ def test_a_lora_is_trained_beside_rounded_weights(
 @pytest.mark.usefixtures("small_sources")
 @pytest.mark.parametrize("family", families())
 def test_whole_weights_are_trained_beside_rounded_parts(family: str, tmp_path: Path) -> None:
-    """Encoders, VAE, the start and the teacher are rounded, and nothing that is trained."""
+    """Encoders, VAE, the start and the teacher are rounded, and nothing that is written."""
     model, task = tmp_path / "model", policy_class(family).tasks[0]
     policy_class(family).tiny().save(model)
     data = recipe(family, model).model_dump()
@@ -166,9 +166,11 @@ def test_whole_weights_are_trained_beside_rounded_parts(family: str, tmp_path: P
         run_job(config, tmp_path / "run", job, rt)
     for name in config.stages:
         folder = tmp_path / "run" / "stages" / name / "model"
-        for part, dtype in (("transformer", torch.float32), ("vae", torch.bfloat16)):
-            written = load_file(folder / part / "diffusion_pytorch_model.safetensors")
-            assert {t.dtype for t in written.values() if t.is_floating_point()} == {dtype}
+        for part in ("transformer", "vae"):
+            file = f"{part}/diffusion_pytorch_model.safetensors"
+            written, start = load_file(folder / file), load_file(model / file)
+            assert {t.dtype for t in written.values() if t.is_floating_point()} == {torch.float32}
+            assert all(torch.equal(written[n], t) for n, t in start.items()) == (part == "vae")
     assert load_policy(config.policy, model, rt).sibling().dtype == torch.bfloat16
 
 
@@ -334,6 +336,17 @@ def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> 
     index("Flux2KleinPipeline", is_distilled=True)
     with pytest.raises(ConfigError, match=r"evaluation\.guidance_scale: need guidance_scale=1"):
         check_inputs(recipe("flux2_klein", tmp_path))
+
+
+def test_a_size_that_the_model_cannot_draw_is_told_before_it_is_read(tmp_path: Path) -> None:
+    policy_class("stable_diffusion3").tiny().save(tmp_path)
+    policy = {"family": "stable_diffusion3", "path": str(tmp_path), "resolution": 256}
+    check_inputs(recipe("stable_diffusion3", tmp_path, policy=policy))
+    wide = recipe("stable_diffusion3", tmp_path, policy=policy | {"aspects": ["1:1", "4:1"]})
+    with pytest.raises(
+        ConfigError, match=r"policy\.aspects: need sides of at most 256 .*512 x 128"
+    ):
+        check_inputs(wide)
 
 
 def test_a_task_that_the_family_cannot_do_is_told_before_it_is_read(tmp_path: Path) -> None:

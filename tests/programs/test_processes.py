@@ -163,7 +163,16 @@ def test_spread_weights_are_trained_on_sources_of_many_sizes(
 def test_what_shares_prefixes_is_not_spread(model: Path) -> None:
     with pytest.raises(ConfigError, match=r"need policy\.share_prefix=false .* qwen_image21"):
         check_inputs(recipe("nft", model, 2, sharding="full"))
-    check_inputs(recipe("nft", model, 2, policy={"share_prefix": False}, sharding="full"))
+    whole = {"share_prefix": False}
+    check_inputs(recipe("nft", model, 2, policy=whole, sharding="full"))
+    config = recipe("grpo", model, 2, policy=whole, sharding="full")
+    check_inputs(config)
+    # Its null prompts are calls of their own, and each process must make as many.
+    stage = config.stages["stage"].model_dump()
+    stage["algorithm"]["guidance"] = "guided"
+    both = parse(RunConfig, config.model_dump() | {"stages": {"stage": stage}})
+    with pytest.raises(ConfigError, match="need an objective without the unconditional branch"):
+        check_inputs(both)
 
 
 def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(

@@ -228,6 +228,7 @@ def test_a_failure_stays_a_failure_in_its_place(grouped: Callable[..., Group]) -
     assert scored_values(scored.scores["all"]) == [None, pytest.approx(0.1), pytest.approx(0.2)]
 
 
+@pytest.mark.filterwarnings("ignore::burnish.rewards.base.RewardWarning")
 def test_asynchronous_scores_are_those_of_one_call(grouped: Callable[..., Group]) -> None:
     groups = [grouped(prompt, SHADES) for prompt in SOME]
     expected = {g.prompt.id: g.scores for g in reward_set().score(groups)}

@@ -234,6 +234,7 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ),
         ("nft policy.aspects=[16/9]", "policy.aspects: need an aspect of width to height"),
         ("nft policy.aspects=[]", "policy.aspects: need"),
+        ("nft policy.aspects=[1:1,4:3]", "policy.aspects: need aspects that differ at 64 pixels"),
         ("nft policy.path=missing", "policy.path: need a folder"),
         ("nft policy.resolution=65", "policy.resolution: need a multiple of 32, got 65"),
         ("nft policy.resolution=100000", "policy.resolution: need less than or equal to 4096"),
@@ -590,6 +591,8 @@ def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
     assert {"gradients", "activations, forward and backward"} <= {p["name"] for p in plan["parts"]}
     given = ["doctor", "--recipe", str(recipe), "runtime.device=cuda", "--memory", "0.5"]
     assert cli.main([*given, "--devices", "2"]) == 2
+    assert "need policy.share_prefix=false" in capsys.readouterr().err
+    assert cli.main([*given, "policy.share_prefix=false", "--devices", "2"]) == 2
     shown = capsys.readouterr()
     assert "student (cuda, each of 2 devices)" in shown.out and "gathered block" in shown.out
     assert "need 1.0" in shown.err and "got 512.0 MiB" in shown.err

@@ -206,7 +206,8 @@ def _pictures(
     model, deployed = source
     rt = replace(rt, dtype=runtime.choose_dtype(deployed.dtype, rt.device))
     own = deployed.seed if seed is None else seed
-    drawing = benching.Drawing(deployed.guidance, deployed.num_steps, own, str(rt.dtype))
+    sizes = deployed.policy.buckets.names
+    drawing = benching.Drawing(deployed.guidance, deployed.num_steps, own, str(rt.dtype), sizes)
     facts = benching.model_facts(model, drawing)
     pictures = folder / "pictures" / name
     if not benching.are_drawn(taken, pictures, facts):

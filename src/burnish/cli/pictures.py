@@ -58,7 +58,7 @@ def sample(
         num_steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
-        policy={"resolution": resolution, "aspects": [aspect] if aspect else None},
+        policy={"resolution": resolution, "aspects": None if aspect is None else [aspect]},
     )
     asked = [prompt for prompt in _asked(prompts, source or ()) for _ in range(count)]
     policy_class(plan.policy.family).check_sources(asked)

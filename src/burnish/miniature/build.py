@@ -69,17 +69,17 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     """
     rt = runtime.start(runtime.RuntimeConfig(threads=1))
     started = time.monotonic()
-    counts = (300, 200) if quick else (24_000, 16_000)
+    counts = (160, 120) if quick else (24_000, 16_000)
     texts = list(examples(text_example, counts[0], SEED + 1))
     edits = list(examples(edit_example, counts[1], SEED + 2))
     policy = QwenImage21Policy(_assemble(), resolution=64)
     facts: dict[str, Any] = {"seed": SEED, "text_examples": counts[0], "edit_examples": counts[1]}
     pixels = np.stack([e.pixels for e in texts + edits])
-    plan = AutoencoderPlan(steps=60, decoder_steps=20) if quick else AutoencoderPlan()
+    plan = AutoencoderPlan(steps=40, decoder_steps=12) if quick else AutoencoderPlan()
     # Apart, or a whole build would take over what a reduced one left in the same place.
     folder = out / "checkpoints" / ("reduced" if quick else "whole")
     facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt, folder / "autoencoder")
-    base_plan = BasePlan(steps=60, clean_steps=30, batch_size=16) if quick else BasePlan()
+    base_plan = BasePlan(steps=40, clean_steps=20, batch_size=16) if quick else BasePlan()
     done = max(checkpoint.steps(folder / "base"), default=0)
     with _losses("base model", base_plan.steps, done) as shown:
         losses = train_base(

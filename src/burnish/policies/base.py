@@ -182,6 +182,14 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """
 
     @classmethod
+    def check_sizes(cls, folder: Path, buckets: Buckets) -> None:
+        """Look, before weights are read, whether a model can draw in all sizes.
+
+        Raises:
+            burnish.config.ConfigError: it cannot.
+        """
+
+    @classmethod
     def check_sources(cls, prompts: Sequence[Labelled]) -> None:
         """Look, before weights are read, whether every edit has as many sources as can be read.
 

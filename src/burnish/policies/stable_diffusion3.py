@@ -5,6 +5,7 @@ itself; noise is drawn in float32. Guidance is true guidance away from the empty
 negative one, read by all three encoders.
 """
 
+import json
 import math
 import string
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from burnish import runtime, vision_build
-from burnish.buckets import Size
+from burnish.buckets import Buckets, Size
+from burnish.config import ConfigError
 from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack, unpack
 from burnish.policies.parts.reading import (
     Condition,
@@ -163,6 +165,19 @@ class StableDiffusion3Policy(JointPolicy):
             )
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, resolution=64)
+
+    @classmethod
+    def check_sizes(cls, folder: Path, buckets: Buckets) -> None:
+        own = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        most = own["pos_embed_max_size"] * own["patch_size"] * factor
+        for size in buckets.sizes:
+            if max(size) > most:
+                raise ConfigError(
+                    f"need sides of at most {most} pixels for the model in {folder}, got {size}; "
+                    "lower policy.resolution, or leave an aspect out"
+                )
 
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
         like = latents.new_zeros(0, device=self.device, dtype=self.dtype)

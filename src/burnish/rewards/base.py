@@ -6,7 +6,9 @@ rewards with a weight vector per category of prompts, as in the paper (arXiv 260
 4.2).
 """
 
+import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from burnish.config import Config
 from burnish.runtime import Runtime
-from burnish.types import Group, NotApplicable, Prompt, Score, Scored, ScoreRequest, Task
+from burnish.types import Failed, Group, NotApplicable, Prompt, Score, Scored, ScoreRequest, Task
 
 EVERY_CATEGORY = "default"
 """Key of the weights for categories that have none of their own."""
@@ -163,6 +165,10 @@ def _together(
     return scored
 
 
+class RewardWarning(UserWarning):
+    """A reward that has no score for some pictures."""
+
+
 class AsyncRewardSet:
     """Scores micro-batches on other threads while the next ones are sampled.
 
@@ -182,6 +188,7 @@ class AsyncRewardSet:
         count = max(1, len(rewards.rewards)) if workers is None else workers
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="reward")
         self._pending: list[tuple[list[Group], dict[str, Future[Any]]]] = []
+        self._told: set[str] = set()
 
     def submit(self, groups: list[Group]) -> None:
         """Start scoring complete groups; returns at once."""
@@ -194,11 +201,23 @@ class AsyncRewardSet:
     def collect(self) -> dict[str, Group]:
         """Wait for everything submitted; scored groups by prompt id."""
         pending, self._pending = self._pending, []
-        return {
+        found = {
             group.prompt.id: group
             for groups, asked in pending
             for group in _together(groups, {name: f.result() for name, f in asked.items()})
         }
+        self._tell(list(found.values()))
+        return found
+
+    def _tell(self, groups: Sequence[Group]) -> None:
+        """Say once of each reward why it fails, as what it misses is left out in silence."""
+        for name in self._rewards.rewards.keys() - self._told:
+            scores = [score for group in groups for score in group.scores.get(name, ())]
+            reasons = Counter(score.reason for score in scores if isinstance(score, Failed))
+            for reason, count in reasons.most_common(1):
+                self._told.add(name)
+                message = f"the reward {name} fails on {count} of {len(scores)} pictures: {reason}"
+                warnings.warn(message, RewardWarning, stacklevel=2)
 
     def __enter__(self) -> "AsyncRewardSet":
         return self

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -124,11 +125,19 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
                 f"{', '.join(adapters)}; merge or unload them first"
             )
         self.pipeline.save_pretrained(folder)
+        if self.frozen_dtype != self.dtype:
+            # As they were before they were rounded.
+            source = Path(self.pipeline.name_or_path)
+            for name in self.networks().keys() - {"transformer"}:
+                shutil.rmtree(folder / name)
+                shutil.copytree(source / name, folder / name)
 
     def sibling(self: PolicyT) -> PolicyT:
         other = copy.copy(self)
-        own = copy.deepcopy(self.transformer).requires_grad_(False).eval()
-        other.transformer = own.to(self.frozen_dtype)
+        other.transformer = copy.deepcopy(self.transformer).requires_grad_(False).eval()
+        if self.frozen_dtype != self.dtype:
+            # Not by diffusers' own method, which warns of every cast.
+            nn.Module.to(other.transformer, self.frozen_dtype)
         # With a pipeline of its own, or it would draw and save with our transformer.
         parts = {**self.pipeline.components, "transformer": other.transformer}
         asked = inspect.signature(self.pipeline_class.__init__).parameters

@@ -196,6 +196,7 @@ class PromptReader(ABC, Generic[RowT]):
         kind = self.device.type
         # What encoders say in another precision is something else.
         precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
+        precision += str(next(self._pipeline.vae.parameters()).dtype)
         return self._folder / f"{hash_json([self._identity, key, precision])}.safetensors"
 
 
@@ -240,11 +241,14 @@ def hash_json(value: Any) -> str:
 
 
 def _hash_module(module: nn.Module) -> str:
+    """Equal for weights that are equal once rounded: some are kept in float32, some in bfloat16."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        # As bytes, because numpy has no bfloat16.
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
+        if flat.is_floating_point():
+            flat = flat.to(torch.bfloat16)
+        # As bytes, because numpy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

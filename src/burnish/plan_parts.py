@@ -1,0 +1,226 @@
+"""The parts of a plan: everything of a policy, a stage and its judges that needs memory or disk.
+
+What calls of the policy hold was measured by `burnish.dry_run`; the rest is counted here.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from burnish.activations import num_bytes, weights
+from burnish.algorithms.base import Footprint
+from burnish.dry_run import Drawn, Measured
+from burnish.optimization import CHECKPOINTS, state_bytes
+from burnish.planning import PHASES, Part, Phase, Sharding
+from burnish.policies.base import Policy
+from burnish.policies.parts.reading import MEMORY_BYTES
+from burnish.rewards.base import RewardConfig
+from burnish.run_config import RunConfig
+from burnish.training import StageConfig
+
+_FIELDS = 5
+"""Latents that a state carries, at most: itself, and what it is compared with."""
+
+
+def frozen_parts(policy: Policy[Any, Any], *, is_offloaded: bool) -> Iterator[Part]:
+    """All of a policy that has weights."""
+    kinds: dict[str, list[Tensor]] = {}
+    for parameter in policy.transformer.parameters():
+        kind = "trained" if parameter.requires_grad else "frozen"
+        kinds.setdefault(f"{kind} ({_type(parameter)})", []).append(parameter)
+    for kind, tensors in kinds.items():
+        yield Part(name=f"transformer, {kind}", num_bytes=num_bytes(tensors), is_sharded=True)
+    yield Part(name="transformer, buffers", num_bytes=num_bytes(policy.transformer.buffers()))
+    for key, network in _others(policy).items():
+        during: tuple[Phase, ...] = PHASES
+        if is_offloaded:
+            during = ("reading", "decoding") if key == "vae" else ("reading",)
+        size = num_bytes(weights(network))
+        kind = _type(next(network.parameters()))
+        yield Part(name=f"{key} ({kind})", num_bytes=size, during=during)
+
+
+def copied_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> Iterator[Part]:
+    """Further copies of its transformer."""
+    base = _base_bytes(policy) * policy.frozen_dtype.itemsize // policy.dtype.itemsize
+    for copy in footprint.copies:
+        advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
+        yield Part(name=copy, num_bytes=base, advice=advice)
+
+
+def trained_parts(
+    policy: Policy[Any, Any], stage: StageConfig, name: str, *, is_gpu: bool
+) -> Iterator[Part]:
+    """What training keeps of the weights that it changes."""
+    trained = [parameter for _, parameter in policy.trainable()]
+    size = num_bytes(trained)
+    advice = f"train a LoRA, stages.{name}.lora={{rank: 32}}, or take more devices"
+    if stage.lora is not None:
+        advice = f"lower stages.{name}.lora.rank, or take more devices"
+
+    def part(what: str, num_bytes: int, *during: Phase) -> Part:
+        return Part(
+            name=what,
+            num_bytes=num_bytes,
+            during=during or PHASES,
+            is_sharded=True,
+            advice=advice,
+        )
+
+    yield part("optimizer state", state_bytes(trained, stage.optimizer.kind))
+    if stage.optimizer.ema_decay > 0:
+        yield part("average (ema_decay)", size)
+    yield part("gradients", size, "update", "optimizer step")
+    yield part("copy that proves that weights move", size, "optimizer step")
+    if is_gpu:
+        # On a GPU torch updates all weights in one pass, with one more list of tensors.
+        yield part("optimizer's own working memory", size, "optimizer step")
+
+
+def _most(found: Sequence[Drawn], field: str) -> int:
+    """Of the task that needs most."""
+    return max((getattr(drawn, field) for drawn in found), default=0)
+
+
+def drawing_parts(found: Sequence[Drawn], num_prompts: int, key: str) -> Iterator[Part]:
+    """What calls of the policy hold that draw a micro-batch, set at a key of the recipe."""
+    advice = f"lower {key}.micro_batch"
+    # For an edit, what guidance leads away from has the source image, too.
+    kept = min(MEMORY_BYTES, 2 * num_prompts * _most(found, "row"))
+    yield Part(name="prompts that were read", num_bytes=kept)
+    yield Part(name="reading a prompt", num_bytes=_most(found, "reading"), during=("reading",))
+    rows: tuple[tuple[str, str, tuple[Phase, ...]], ...] = (
+        ("prefix", "prefix", ("drawing", "decoding")),
+        ("drawing a micro-batch", "drawing", ("drawing",)),
+        ("decoding its pictures", "decoding", ("decoding",)),
+    )
+    for what, field, during in rows:
+        yield Part(name=what, num_bytes=_most(found, field), during=during, advice=advice)
+
+
+def training_parts(
+    policy: Policy[Any, Any], found: Sequence[Measured], name: str, sharding: Sharding
+) -> Iterator[Part]:
+    """What calls of the policy hold that train it."""
+    advice = f"lower stages.{name}.optimizer.micro_batch"
+    fewer = f"train a LoRA, stages.{name}.lora={{rank: 32}}, with policy.dtype=bfloat16"
+    rows: tuple[tuple[str, str, Phase, str], ...] = (
+        ("velocities without gradient", "crediting", "credit", advice),
+        ("copies of weights in another type", "copies", "update", ""),
+        ("activations, forward and backward", "updating", "update", advice),
+    )
+    for what, field, phase, lower in rows:
+        yield Part(name=what, num_bytes=_most(found, field), during=(phase,), advice=lower)
+    if sharding.world_size > 1:
+        whole = num_bytes(policy.transformer.parameters())
+        during = ("reading", "drawing", "decoding", "credit")
+        yield Part(name="all weights, gathered", num_bytes=whole, during=during, advice=fewer)
+        yield Part(name="gathered block", num_bytes=_largest_block(policy), during=("update",))
+
+
+def host_parts(
+    config: RunConfig,
+    stage: StageConfig,
+    footprint: Footprint,
+    policy: Policy[Any, Any],
+    found: Sequence[Measured],
+) -> Iterator[Part]:
+    """What stays in the memory of the machine, which is the device where there is no GPU."""
+    samples = stage.prompts_per_step * stage.rollout.group_size
+    latents = _most(found, "latents")
+    states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
+    step = samples * (picture_bytes(policy) + states)
+    yield Part(name="pictures and states of a step", num_bytes=step, is_common=True)
+    ahead = footprint.copies_read_ahead * _base_bytes(policy)
+    yield Part(name="teacher that is read ahead", num_bytes=ahead)
+    # Training compares the end with it, to tell whether anything was learnt.
+    base, frozen = _base_bytes(policy), num_bytes(weights(*_others(policy).values()))
+    yield Part(name="copy of the start", num_bytes=base, is_common=True)
+    yield Part(
+        name="pipeline that is read again",
+        num_bytes=base + frozen,
+        during=("last look",),
+        is_common=True,
+    )
+    yield from offloaded_parts(config, policy)
+    yield from judge_parts(policy, _rewards(stage))
+
+
+def picture_bytes(policy: Policy[Any, Any]) -> int:
+    """Of the largest that a policy draws, as it waits for its scores."""
+    return 3 * 4 * policy.buckets.largest.area
+
+
+def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:
+    """What waits beside the device to visit it."""
+    if config.policy.offload:
+        size = num_bytes(weights(*_others(policy).values()))
+        yield Part(name="encoders and VAE, while they are not used", num_bytes=size)
+
+
+def judge_parts(policy: Policy[Any, Any], rewards: Iterable[RewardConfig]) -> Iterator[Part]:
+    """What answers on the CPU; rewards with one judge share it."""
+    judges: dict[str, int] = {}
+    for reward in rewards:
+        for key, size in reward.footprint(policy.resolution).items():
+            judges[key] = max(size, judges.get(key, 0))
+    for key, size in judges.items():
+        yield Part(name=key, num_bytes=size)
+
+
+def for_all(part: Part, count: int) -> Part:
+    """A part of one process, for all that have it."""
+    if count == 1 or part.is_common:
+        return part
+    return dataclasses.replace(
+        part, name=f"{part.name}, {count} times", num_bytes=count * part.num_bytes
+    )
+
+
+def _rewards(stage: StageConfig) -> list[RewardConfig]:
+    guard = stage.guard
+    return [*stage.rewards.values(), *([guard.judge, *guard.others.values()] if guard else ())]
+
+
+def disk_parts(
+    policy: Policy[Any, Any], stage: StageConfig, footprint: Footprint
+) -> Iterator[Part]:
+    """What a stage writes."""
+    trained = [parameter for _, parameter in policy.trainable()]
+    size = num_bytes(trained)
+    one = (
+        size
+        + state_bytes(trained, stage.optimizer.kind)
+        + (size if stage.optimizer.ema_decay > 0 else 0)
+    )
+    # One more while it is written.
+    yield Part(name=f"{CHECKPOINTS + 1} checkpoints", num_bytes=(CHECKPOINTS + 1) * one)
+    if stage.guard is not None or footprint.draws:
+        # The best so far, and the best as it was at each checkpoint.
+        best = CHECKPOINTS + 1
+        yield Part(name=f"weights of the best looks, at most {best}", num_bytes=best * size)
+    whole = _base_bytes(policy) + num_bytes(weights(*_others(policy).values()))
+    yield Part(name="trained pipeline", num_bytes=whole)
+
+
+def _others(policy: Policy[Any, Any]) -> dict[str, nn.Module]:
+    """The frozen networks: encoders and VAE."""
+    return {key: part for key, part in policy.networks().items() if key != "transformer"}
+
+
+def _base_bytes(policy: Policy[Any, Any]) -> int:
+    """Of the transformer without a LoRA, beside which all else is frozen."""
+    frozen = [p for p in policy.transformer.parameters() if not p.requires_grad]
+    return num_bytes(frozen or policy.transformer.parameters())
+
+
+def _largest_block(policy: Policy[Any, Any]) -> int:
+    kinds = policy.block_classes
+    blocks = [part for part in policy.transformer.modules() if type(part).__name__ in kinds]
+    return max((num_bytes(block.parameters()) for block in blocks), default=0)
+
+
+def _type(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
