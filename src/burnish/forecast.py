@@ -69,8 +69,13 @@ def forecast(config: RunConfig, device: str, sharding: Sharding | None = None) -
     known: dict[Any, Any] = {}
     own = config.runtime
     spread = sharding or Sharding(own.processes if own.sharding == "full" else 1)
-    if spread.world_size > 1:
-        check_prefix(family, share=config.policy.share_prefix)
+    for name, stage in config.stages.items() if spread.world_size > 1 else ():
+        check_prefix(
+            family,
+            share=config.policy.share_prefix,
+            trains_null=stage.algorithm.trains_null,
+            where=f"stages.{name}.",
+        )
     plans = [_plan(config, name, rt, spread, known) for name in config.stages]
     return [*plans, _evaluation_plan(config, rt)]
 
@@ -132,13 +137,14 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     asked_for = [(plan.num_prompts, plan.num_seeds), (plan.best_of_prompts, plan.best_of)]
     if plan.knowledge is not None:
         asked_for.append((plan.num_knowledge, 1))
-    tasks, blocks = config.tasks(BASE), [min(n * seeds, AT_ONCE) for n, seeds in asked_for]
-    pictures = min(plan.micro_batch, max(blocks))
+    tasks = config.tasks(BASE)
+    # Those between two looks of the judge.
+    blocks = [(min(count, max(1, AT_ONCE // seeds)), seeds) for count, seeds in asked_for]
     drawn = Pictures(
-        pictures=pictures,
+        pictures=max(min(plan.micro_batch, count * seeds) for count, seeds in blocks),
         picture_prompts=max(
-            min(pictures, math.ceil(block / seeds))
-            for block, (_, seeds) in zip(blocks, asked_for, strict=True)
+            min(count, math.ceil(min(plan.micro_batch, count * seeds) / seeds) + 1)
+            for count, seeds in blocks
         ),
         draw_scale=guidance.scale,
     )
@@ -150,7 +156,7 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
             worst = largest(asked)
             found.append(measure_drawing(policy, worst, guidance.negative_prompt, drawn, rt))
     is_gpu = rt.device.type == "cuda"
-    size = max(blocks) * picture_bytes(policy)
+    size = max(count * seeds for count, seeds in blocks) * picture_bytes(policy)
     host = [
         Part(name="pictures until they are scored", num_bytes=size),
         *offloaded_parts(config, policy),
@@ -212,7 +218,7 @@ def counts(stage: StageConfig, footprint: Footprint) -> Counts:
         state_prompts=min(math.ceil(trained / own) + 1, trained, stage.prompts_per_step),
         draw_scale=footprint.draw_scale,
         credit_scale=footprint.credit_scale,
-        trains_null=footprint.trains_null,
+        trains_null=stage.algorithm.trains_null,
     )
 
 

@@ -192,10 +192,7 @@ def velocity_pair(
     (tensor([[3.]]), tensor([[3.]]))
     """
     use = unconditional_use(mode)
-    conditional_old, guided_old = (
-        widened(conditional_old.detach()),
-        widened(guided_old.detach()),
-    )
+    conditional_old, guided_old = (widened(v.detach()) for v in (conditional_old, guided_old))
     if mode == "residual":
         return VelocityPair(residual(guided_old, conditional, conditional_old, gain), guided_old)
     if not use.is_needed:

@@ -45,6 +45,8 @@ _DECODER_ERRORS = (
 )
 _LYING = (5, 6, 7, 8)
 """Orientations of a picture that is stored on its side, by EXIF."""
+_ABOUT = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}
+"""Where Pillow finds the orientation of a PNG, before its pixels."""
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8\xff": "image/jpeg", b"RIFF": "image/webp"}
 
 
@@ -84,6 +86,9 @@ def size(data: bytes, *, where: str) -> tuple[int, int]:
         ImageError: too large, animated, or not an image.
     """
     image = _opened(data, where, MAX_BYTES, MAX_PIXELS)
+    # Pillow would decode a PNG to look for what stands behind its pixels.
+    if image.format == "PNG" and not _ABOUT & image.info.keys():
+        return image.size
     try:
         is_lying = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING
     except _DECODER_ERRORS as error:

@@ -4,11 +4,12 @@ A micro-batch changes no picture and no gradient but for rounding, only how much
 Larger and larger ones are planned, with hollow weights, until they need too much or change nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from burnish.config import ConfigError, parse
+from burnish.evaluation import AT_ONCE
 from burnish.forecast import forecast
-from burnish.planning import Phase, Plan, Sharding, shown
+from burnish.planning import Phase, Plan, Sharding, check, shown
 from burnish.progress import progress
 from burnish.run_config import RunConfig
 
@@ -30,46 +31,65 @@ def largest(
         ConfigError: one by one is too much, or what `forecast` raises.
     """
     plain = config.model_dump(mode="json")
+    caps = _caps(config)
     found: dict[str, int] = {}
-    held: dict[str, int] = {}
-    size, is_open = 1, {key for name in config.stages for key in _keys(name)} | {*_EVALUATION}
-    # The states of one picture are trained together.
-    longest = max(stage.rollout.num_steps for stage in config.stages.values())
+    size, is_open = 1, set(caps)
+
+    def plans(chosen: Mapping[str, int]) -> list[Plan]:
+        overrides = [f"{key}={value}" for key, value in chosen.items()]
+        return forecast(parse(RunConfig, plain, overrides), device, sharding)
+
     with progress("plan micro-batches") as bar:
         while is_open:
-            chosen = found | dict.fromkeys(is_open, size)
-            overrides = [f"{key}={value}" for key, value in chosen.items()]
-            plans = forecast(parse(RunConfig, plain, overrides), device, sharding)
-            for key, needed in _needs(plans).items():
+            for key, needed in _needs(plans(found | dict.fromkeys(is_open, size))).items():
                 if key not in is_open:
                     continue
-                if needed > available and key not in found:
+                if needed > available and size == 1:
                     raise ConfigError(
                         f"{key}: need {shown(needed)} on the device for one at a time, got "
                         f"{shown(available)}; `burnish doctor --recipe` tells of what"
                     )
-                is_more = needed != held.get(key)
-                if needed > available or not (is_more or size <= longest):
+                if needed <= available:
+                    found[key] = size
+                if needed > available or size >= caps[key]:
                     is_open.remove(key)
-                elif is_more:
-                    found[key], held[key] = size, needed
             bar.advance(note=f"{size} at once")
             size *= 2
+        # As many look on as are trained at once, and some parts belong to no key.
+        while short := [plan for plan in plans(found) if plan.needed > available]:
+            keys = [key for plan in short for key in _keys_of(plan) if found[key] > 1]
+            if not keys:
+                check(short, available)
+            found |= {key: found[key] // 2 for key in keys}
     return found
 
 
-_EVALUATION = ("evaluation.micro_batch",)
+_EVALUATION: tuple[str, ...] = ("evaluation.micro_batch",)
 
 
 def _keys(stage: str) -> tuple[str, str]:
     return f"stages.{stage}.rollout.micro_batch", f"stages.{stage}.optimizer.micro_batch"
 
 
+def _keys_of(plan: Plan) -> tuple[str, ...]:
+    return _EVALUATION if plan.key == "evaluation" else _keys(plan.stage)
+
+
+def _caps(config: RunConfig) -> dict[str, int]:
+    """Of every micro-batch, how much there is to do at most."""
+    caps: dict[str, int] = dict.fromkeys(_EVALUATION, AT_ONCE)
+    for name, stage in config.stages.items():
+        samples = stage.prompts_per_step * stage.rollout.group_size
+        looked = stage.guard.num_prompts * stage.guard.num_seeds if stage.guard else 0
+        states = samples * max(1, stage.rollout.num_kept)
+        caps |= dict(zip(_keys(name), (max(samples, looked), states), strict=True))
+    return caps
+
+
 def _needs(plans: Sequence[Plan]) -> dict[str, int]:
     """Bytes of a device in the phases that a micro-batch fills, by its key."""
     found = {}
     for plan in plans:
-        keys = _EVALUATION if plan.key == "evaluation" else _keys(plan.stage)
-        for key, phases in zip(keys, (_DRAWING, _TRAINING), strict=False):
+        for key, phases in zip(_keys_of(plan), (_DRAWING, _TRAINING), strict=False):
             found[key] = max(plan.needed_in(phase) for phase in phases)
     return found

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from burnish.latents import PerSample, Velocity, latent_mean, widened
+from burnish.latents import PerSample, Velocity, latent_mean, over, widened
 
 SMALLEST_CLEAN_ERROR = 1e-5
 """Floor of the self-normalising denominator, in units of the latents."""
@@ -164,7 +164,7 @@ def forward_process_loss(
     def error(implied: Tensor) -> Tensor:
         if clean_sigma is None:
             return latent_mean((implied - target) ** 2)
-        clean = clean_sigma.to(implied).reshape(-1, *[1] * (implied.ndim - 1)) * (implied - target)
+        clean = over(clean_sigma, implied) * (implied - target)
         return latent_mean(clean**2) / latent_mean(clean.detach().abs()).clamp_min(
             SMALLEST_CLEAN_ERROR
         )

@@ -71,9 +71,12 @@ def check_inputs(config: RunConfig) -> None:
         _check_adapters(name, stage)
         stage.optimizer.check(f"stages.{name}", is_sharded=config.runtime.sharding == "full")
         if config.runtime.sharding == "full":
-            asked = stage.algorithm.footprint(stage.rollout, 1, may_borrow=False)
-            share = config.policy.share_prefix
-            check_prefix(family, share=share, trains_null=asked.trains_null)
+            check_prefix(
+                family,
+                share=config.policy.share_prefix,
+                trains_null=stage.algorithm.trains_null,
+                where=f"stages.{name}.",
+            )
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
         _check_kin(key, located(path), located(config.policy.path))
@@ -130,7 +133,7 @@ def _check_family(config: RunConfig) -> None:
     try:
         family.check_sizes(located(config.policy.path), config.policy.buckets)
     except ConfigError as error:
-        raise ConfigError(f"policy.aspects: {error}") from None
+        raise ConfigError(f"policy: {error}") from None
     for key, scale in scales.items():
         try:
             family.check_guidance(located(config.policy.path), scale)

@@ -125,7 +125,9 @@ def draw(
         _read(policy, prompts, config)
         for rows in _blocks(policy, prompts, micro_batch):
             block = [prompts[row] for row in rows]
-            samples = [[_sample_of(policy, prompts[row], seeds[row])] for row in rows]
+            samples = [
+                [_sample_of(policy, policy.buckets.size(prompts[row]), seeds[row])] for row in rows
+            ]
             paths = _trajectories(policy, block, samples, config)
             images |= {row: group[0].image for row, group in zip(rows, paths, strict=True)}
     return [images[row] for row in range(len(prompts))]
@@ -161,8 +163,8 @@ def _blocks(policy: Policy[Any, Any], prompts: Sequence[Prompt], count: int) -> 
         yield from (rows[first : first + count] for first in range(0, len(rows), count))
 
 
-def _sample_of(policy: Policy[Any, Any], prompt: Prompt, seed: int) -> _Sample:
-    generator, size = torch.Generator().manual_seed(seed), policy.buckets.size(prompt)
+def _sample_of(policy: Policy[Any, Any], size: Size, seed: int) -> _Sample:
+    generator = torch.Generator().manual_seed(seed)
     return _Sample(seed, generator, policy.noise([generator], size), size)
 
 
@@ -172,14 +174,14 @@ def _members(
     """The samples of one group at their starts."""
     choice = runtime.generator(seed, "window", step, prompt.id)
     window = config.window_at(step, choice)
-    wanted = config.kept_steps(window, choice)
+    wanted, size = config.kept_steps(window, choice), policy.buckets.size(prompt)
     samples = [
-        _sample_of(policy, prompt, runtime.derived_seed(seed, "sample", step, prompt.id, member))
+        _sample_of(policy, size, runtime.derived_seed(seed, "sample", step, prompt.id, member))
         for member in range(config.group_size)
     ]
     if config.shared_noise:
         draws = runtime.generator(seed, "shared noise", step, prompt.id)
-        shared = policy.noise([draws], samples[0].size)
+        shared = policy.noise([draws], size)
         for member in samples:
             member.start = shared
     for member in samples:

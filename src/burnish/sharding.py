@@ -80,7 +80,9 @@ class Shards:
         self._modules = []
 
 
-def check_prefix(family: type[Policy[Any, Any]], *, share: bool, trains_null: bool = False) -> None:
+def check_prefix(
+    family: type[Policy[Any, Any]], *, share: bool, trains_null: bool = False, where: str = ""
+) -> None:
     """Raise unless transformers of the family can be spread.
 
     Args:
@@ -88,6 +90,7 @@ def check_prefix(family: type[Policy[Any, Any]], *, share: bool, trains_null: bo
         share: whether it shares prefixes if it can.
         trains_null: whether the unconditional branch has gradient. Prompts of other lengths are
             calls of their own there, and not as many of them on every process.
+        where: key of the stage, for messages.
     """
     if family.has_shared_prefix and share:
         raise ConfigError(
@@ -98,8 +101,8 @@ def check_prefix(family: type[Policy[Any, Any]], *, share: bool, trains_null: bo
     if family.has_shared_prefix and trains_null:
         raise ConfigError(
             f"need an objective without the unconditional branch for runtime.sharding=full with "
-            f"{family.family}, got one that trains both; set algorithm.guidance=detached, or "
-            "runtime.sharding=none"
+            f"{family.family}, got one that trains both; set {where}algorithm.guidance=detached "
+            "or runtime.sharding=none"
         )
 
 

@@ -174,6 +174,15 @@ def test_whole_weights_are_trained_beside_rounded_parts(family: str, tmp_path: P
     assert load_policy(config.policy, model, rt).sibling().dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("family", families())
+def test_a_recipe_of_stages_may_be_spread(family: str, tmp_path: Path) -> None:
+    """A student's teachers, which get their guidance from their stages, included."""
+    policy_class(family).tiny().save(tmp_path)
+    own = {"family": family, "path": str(tmp_path), "resolution": 64, "share_prefix": False}
+    spread = {"processes": 2, "sharding": "full", "device": "cpu"}
+    check_inputs(recipe(family, tmp_path, policy=own, runtime=spread))
+
+
 def test_rounded_weights_are_not_trained_whole(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"need a LoRA .* set stages\.grpo_teacher\.lora\.rank"):
         recipe("qwen_image21", tmp_path, policy={"path": str(tmp_path), "dtype": "bfloat16"})
@@ -343,9 +352,7 @@ def test_a_size_that_the_model_cannot_draw_is_told_before_it_is_read(tmp_path: P
     policy = {"family": "stable_diffusion3", "path": str(tmp_path), "resolution": 256}
     check_inputs(recipe("stable_diffusion3", tmp_path, policy=policy))
     wide = recipe("stable_diffusion3", tmp_path, policy=policy | {"aspects": ["1:1", "4:1"]})
-    with pytest.raises(
-        ConfigError, match=r"policy\.aspects: need sides of at most 256 .*512 x 128"
-    ):
+    with pytest.raises(ConfigError, match=r"policy: need sides of at most 256 .*512 x 128"):
         check_inputs(wide)
 
 

@@ -596,8 +596,9 @@ def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
     shown = capsys.readouterr()
     assert "student (cuda, each of 2 devices)" in shown.out and "gathered block" in shown.out
     assert "need 1.0" in shown.err and "got 512.0 MiB" in shown.err
-    assert cli.main(["doctor", "seed=1"]) == 2
-    assert "name a recipe" in capsys.readouterr().err
+    for alone in ("seed=1", "--fit"):
+        assert cli.main(["doctor", alone]) == 2
+        assert "name a recipe" in capsys.readouterr().err
 
 
 def test_the_doctor_finds_the_largest_micro_batches(recipe: Path, capsys: Any) -> None:

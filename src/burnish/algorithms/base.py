@@ -59,8 +59,6 @@ class Footprint:
     """Likewise, at which pictures are drawn."""
     draws: int = 0
     """Pictures of different prompts that it draws at once to look at the policy."""
-    trains_null: bool = False
-    """Whether the unconditional branch is run with gradient."""
 
 
 class AlgorithmConfig(Config, ABC):
@@ -70,6 +68,11 @@ class AlgorithmConfig(Config, ABC):
     """Whether groups must be scored before `credit`."""
     learns_from: ClassVar[LearnsFrom]
     """What of a rollout it reads, so that a rollout without it can be refused early."""
+
+    @property
+    def trains_null(self) -> bool:
+        """Whether the unconditional branch is run with gradient."""
+        return False
 
     def covers(self, task: Task) -> bool:
         """Whether it can train on prompts of this task."""

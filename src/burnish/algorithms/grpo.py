@@ -82,14 +82,16 @@ class GrpoConfig(AnchoredConfig):
                 " residual takes both"
             )
 
+    @property
+    def trains_null(self) -> bool:
+        return unconditional_use(self.guidance).has_gradient
+
     def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
-        both = unconditional_use(self.guidance).has_gradient
         return Footprint(
             copies=self.copies(may_borrow=may_borrow),
             states=rollout.window,
-            credit_scale=rollout.guidance_scale if both else 1.0,
+            credit_scale=rollout.guidance_scale if self.trains_null else 1.0,
             draw_scale=rollout.guidance_scale,
-            trains_null=both,
         )
 
     def build(self, setting: Setting) -> "Grpo":

@@ -39,8 +39,9 @@ def doctor(
     if recipe is not None:
         _plan(recipe, overrides or [], memory, devices, as_json, fit=fit)
         return
-    if overrides:
-        raise ConfigError(f"need --recipe for settings, got {overrides[0]!r} alone; name a recipe")
+    if overrides or fit:
+        given = repr(overrides[0]) if overrides else "--fit"
+        raise ConfigError(f"need --recipe for settings, got {given} alone; name a recipe")
     from burnish import preflight
 
     findings = preflight.examine()

@@ -168,10 +168,16 @@ class StableDiffusion3Policy(JointPolicy):
 
     @classmethod
     def check_sizes(cls, folder: Path, buckets: Buckets) -> None:
-        own = json.loads((folder / "transformer" / "config.json").read_text(encoding="utf-8"))
-        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
-        most = own["pos_embed_max_size"] * own["patch_size"] * factor
+        try:
+            own, vae = (
+                json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
+                for name in ("transformer", "vae")
+            )
+            factor = 2 ** (len(vae["block_out_channels"]) - 1)
+            most = own["pos_embed_max_size"] * own["patch_size"] * factor
+        except (OSError, ValueError, KeyError):
+            # What is not whole is told by who reads it.
+            return
         for size in buckets.sizes:
             if max(size) > most:
                 raise ConfigError(

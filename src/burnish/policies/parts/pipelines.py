@@ -127,17 +127,19 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         self.pipeline.save_pretrained(folder)
         if self.frozen_dtype != self.dtype:
             # As they were before they were rounded.
-            source = Path(self.pipeline.name_or_path)
+            source = Path(self.pipeline.name_or_path or "")
             for name in self.networks().keys() - {"transformer"}:
                 shutil.rmtree(folder / name)
                 shutil.copytree(source / name, folder / name)
 
     def sibling(self: PolicyT) -> PolicyT:
         other = copy.copy(self)
-        other.transformer = copy.deepcopy(self.transformer).requires_grad_(False).eval()
-        if self.frozen_dtype != self.dtype:
-            # Not by diffusers' own method, which warns of every cast.
-            nn.Module.to(other.transformer, self.frozen_dtype)
+        # Tensor by tensor: a whole copy is never there before it is rounded.
+        rounded: dict[int, Any] = {
+            id(own): nn.Parameter(own.detach().to(self.frozen_dtype, copy=True), False)
+            for own in self.transformer.parameters()
+        }
+        other.transformer = copy.deepcopy(self.transformer, rounded).requires_grad_(False).eval()
         # With a pipeline of its own, or it would draw and save with our transformer.
         parts = {**self.pipeline.components, "transformer": other.transformer}
         asked = inspect.signature(self.pipeline_class.__init__).parameters

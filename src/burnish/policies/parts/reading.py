@@ -157,10 +157,15 @@ class PromptReader(ABC, Generic[RowT]):
         return hash_json([prompt.task, prompt.text, images.digest(sources), self._resolution])
 
     def fingerprint(self) -> dict[str, str]:
-        """Hashes of everything that decides what a prompt becomes."""
+        """Hashes of everything that decides what a prompt becomes; weights that are equal once
+        rounded count as equal, as some are kept in float32 and some in bfloat16."""
+        return self._digests(is_rounded=True)
+
+    def _digests(self, *, is_rounded: bool) -> dict[str, str]:
+        encoders = [_hash_module(one, is_rounded=is_rounded) for one in self.encoders]
         return {
-            "vae": _hash_module(self._pipeline.vae),
-            "encoder": hash_json([_hash_module(encoder) for encoder in self.encoders]),
+            "vae": _hash_module(self._pipeline.vae, is_rounded=is_rounded),
+            "encoder": hash_json(encoders),
             "template": hash_json(self.template()),
         }
 
@@ -192,11 +197,10 @@ class PromptReader(ABC, Generic[RowT]):
     def _file(self, key: str) -> Path:
         assert self._folder is not None
         # Hashing the weights takes long at full size and is needed for files only.
-        self._identity = self._identity or hash_json(self.fingerprint())
+        self._identity = self._identity or hash_json(self._digests(is_rounded=False))
         kind = self.device.type
         # What encoders say in another precision is something else.
         precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else ""
-        precision += str(next(self._pipeline.vae.parameters()).dtype)
         return self._folder / f"{hash_json([self._identity, key, precision])}.safetensors"
 
 
@@ -240,14 +244,13 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_module(module: nn.Module) -> str:
-    """Equal for weights that are equal once rounded: some are kept in float32, some in bfloat16."""
+def _hash_module(module: nn.Module, *, is_rounded: bool) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten()
-        if flat.is_floating_point():
+        if is_rounded and flat.is_floating_point():
             flat = flat.to(torch.bfloat16)
+        digest.update(f"{name} {flat.dtype} {tuple(tensor.shape)}".encode())
         # As bytes, because numpy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
