@@ -229,10 +229,10 @@ def check_export(
 
 @torch.no_grad()
 def _drawn(config: RunConfig, policy: str, model: Any) -> Tensor:
-    """Clean latents of the first held-out prompt by the pipeline's own call, which casts nothing:
-    all of it gets one type first."""
+    """Clean latents of the first held-out prompt by the pipeline's own call, which casts and moves
+    nothing: all of it gets one type and one place first."""
     for network in model.networks().values():
-        nn.Module.to(network, model.dtype)
+        nn.Module.to(network, model.device, model.dtype)
     task = config.tasks(policy)[0]
     every = read_prompts(located(config.evaluation.prompts))
     guidance = config.deployed(policy)
