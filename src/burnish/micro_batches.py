@@ -6,12 +6,13 @@ Larger and larger ones are planned, with hollow weights, until they need too muc
 
 from collections.abc import Mapping, Sequence
 
-from burnish.config import ConfigError, parse
+from burnish.config import ConfigError, located, parse
 from burnish.evaluation import AT_ONCE
 from burnish.forecast import forecast
 from burnish.planning import Phase, Plan, Sharding, check, shown
 from burnish.progress import progress
 from burnish.run_config import RunConfig
+from burnish.stages import with_folders
 
 _DRAWING: tuple[Phase, ...] = ("reading", "drawing", "decoding")
 _TRAINING: tuple[Phase, ...] = ("credit", "update", "optimizer step")
@@ -81,8 +82,10 @@ def _caps(config: RunConfig) -> dict[str, int]:
     for name, stage in config.stages.items():
         samples = stage.prompts_per_step * stage.rollout.group_size
         looked = stage.guard.num_prompts * stage.guard.num_seeds if stage.guard else 0
-        states = samples * max(1, stage.rollout.num_kept)
-        caps |= dict(zip(_keys(name), (max(samples, looked), states), strict=True))
+        algorithm = with_folders(config, stage, located(".")).algorithm
+        states = algorithm.footprint(stage.rollout, 1, may_borrow=False).states
+        most = max(samples, looked), samples * max(1, states)
+        caps |= dict(zip(_keys(name), most, strict=True))
     return caps
 
 
