@@ -30,6 +30,8 @@ Row = dict[str, Any]
 """policy, prompt, task, category, seed, metric, value."""
 
 
+HEADLINE = "composite"
+"""The metric that a policy is measured by: what the judge says."""
 AT_ONCE = 96
 """Pictures between two looks of a judge."""
 
@@ -92,8 +94,9 @@ def measure(
     Args:
         policy: whose pictures these are.
         prompts: of any mix of tasks.
-        reward: its score's details are the metrics; a failed score is a row without value. One
-            metric more is `diversity`, of the pictures of a prompt that has several.
+        reward: its score is the `HEADLINE`, and the score's details are metrics, too; a failed
+            score is a row without value. One metric more is `diversity`, of the pictures of a
+            prompt that has several.
         rt: device and precision.
         name: of the policy, in the rows.
         config: steps and seeds.
@@ -145,7 +148,8 @@ def _rows(
 ) -> list[Row]:
     common = _cell(name, prompt, seed)
     if isinstance(score, Scored):
-        found = score.detail or {"score": score.value}
+        # The oracle has one of its own, over all its dimensions.
+        found = {**score.detail, HEADLINE: score.detail.get(HEADLINE, score.value)}
         return [{**common, "metric": k, "value": round(v, 6)} for k, v in found.items()]
     if isinstance(score, Failed):
         return [{**common, "metric": "failed", "value": None, "reason": score.reason}]

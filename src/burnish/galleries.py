@@ -8,11 +8,11 @@ from jinja2 import Template
 
 from burnish import images, page
 from burnish.config import located
-from burnish.evaluation import Row
+from burnish.evaluation import HEADLINE, Row
 from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
 from burnish.stages import all_scores
-from burnish.summary import HEADLINE, KNOWLEDGE, knowledge_ids
+from burnish.summary import KNOWLEDGE, knowledge_ids
 from burnish.types import Labelled, Prompt
 
 TASKS = {"t2i": "Text to image", "edit": "Editing"}

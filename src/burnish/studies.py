@@ -24,7 +24,7 @@ from typing import Any
 from burnish.config import ConfigError, located, nearest
 from burnish.courses import course, mean_course
 from burnish.curves import budgets
-from burnish.evaluation import Row, by_prompt, differences, estimate
+from burnish.evaluation import HEADLINE, Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
@@ -33,7 +33,6 @@ from burnish.stages import all_scores, is_complete, spent
 from burnish.study_page import write_study_page
 from burnish.study_table import markdown
 from burnish.summary import (
-    HEADLINE,
     KNOWLEDGE,
     Number,
     knowledge_ids,

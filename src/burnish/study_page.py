@@ -10,9 +10,10 @@ from burnish import page
 from burnish.charts import Line, chart
 from burnish.config import dump_yaml
 from burnish.curves import told
+from burnish.evaluation import HEADLINE
 from burnish.galleries import TASKS, with_galleries
 from burnish.run_config import BASE, RunConfig
-from burnish.summary import HEADLINE, Number
+from burnish.summary import Number
 from burnish.tracking import read_rows, write_atomic, writing
 
 NUM_COLOURS = 10

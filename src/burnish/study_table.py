@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from burnish.curves import told
+from burnish.evaluation import HEADLINE
 from burnish.page import plain
-from burnish.summary import HEADLINE
 from burnish.tables import shown
 
 

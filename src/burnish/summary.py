@@ -17,16 +17,13 @@ import numpy as np
 
 from burnish.algorithms.distill import DistillConfig
 from burnish.config import located, parse
-from burnish.evaluation import Estimate, Row, best_of, by_prompt, estimate, gain
+from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig
 from burnish.significance import MIN_COVERAGE
 from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
-
-HEADLINE = "composite"
-"""The metric that a run is judged by."""
 
 KNOWLEDGE = ("likeness", "style")
 """Metrics of what no reward asks for, read on the knowledge prompts."""
@@ -97,6 +94,12 @@ def write_summary(folder: Path) -> dict[str, Any]:
     return summary
 
 
+def headline(config: RunConfig) -> str:
+    """What the judge's scores are called."""
+    is_oracle = config.judge.kind == "oracle"
+    return HEADLINE if is_oracle else getattr(config.judge, "dimension", "score")
+
+
 def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     """What `summary.json` holds: every measured number has `mean`, `low`, `high`, `num_prompts`."""
     cells = Cells(rows, knowledge_ids(config))
@@ -108,7 +111,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "format": 1,
         "name": config.name,
         "evidence": config.evidence,
-        "headline": HEADLINE,
+        "headline": headline(config),
         "judge": config.judge.kind,
         "oracle_stages": [
             name

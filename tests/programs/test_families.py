@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from burnish import checkpoint, images, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
-from burnish.evaluation import read_scores
+from burnish.evaluation import HEADLINE, read_scores
 from burnish.galleries import galleries
 from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs
@@ -22,6 +22,7 @@ from burnish.prompts import read_prompts, write_prompts
 from burnish.run_config import RunConfig
 from burnish.shelves import families, load_policy, policy_class
 from burnish.stages import all_scores, run_job
+from burnish.summary import summarise
 from burnish.types import Prompt
 
 # Stages of a step teach nobody anything.
@@ -280,6 +281,13 @@ def test_prompts_of_several_shapes_are_drawn_scored_trained_on_and_measured(
     rows = read_scores(run / "evaluation/student/scores.jsonl")
     assert {row["prompt"] for row in rows} == {prompt.id for prompt in prompts}
     assert sum(row["metric"] == "diversity" for row in rows) == len(prompts)
+    # Whatever the judge is, its score is what the run is told by.
+    said = {row["prompt"]: row["value"] for row in rows if row["metric"] == HEADLINE}
+    assert said.keys() == {prompt.id for prompt in prompts}
+    assert all(1 <= value <= 5 for value in said.values())
+    summary = summarise(config, run, rows)
+    (result,) = [one for one in summary["results"] if one["policy"] == "student"]
+    assert summary["headline"] == "alignment" and 1 <= result["score"]["mean"] <= 5
 
 
 def recipe_of_shapes(family: str, model: Path, folder: Path, judge: Path) -> RunConfig:
