@@ -1,7 +1,7 @@
 """The largest micro-batches that a device has memory for.
 
 A micro-batch changes no picture and no gradient but for rounding, only how much is done at once.
-Larger and larger ones are planned, with hollow weights, until they need too much or change nothing.
+Larger and larger ones are planned, with hollow weights, until they need too much or hold all work.
 """
 
 from collections.abc import Mapping, Sequence
