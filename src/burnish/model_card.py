@@ -5,7 +5,7 @@ words.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,6 @@ def model_card(
         base_model=config.policy.path,
         tags=["burnish", *(["lora"] if as_lora else [])],
     )
-    results = [
-        {**row, "guidance": config.deployed(row["policy"]).scale}
-        for row in summary["results"]
-        if row["policy"] in (BASE, policy) and row["task"] in tasks
-    ]
     return page.template("card.md.j2").render(
         front=front.to_yaml(),
         config=config,
@@ -82,12 +77,21 @@ def model_card(
         as_lora=as_lora,
         samples=SAMPLES if has_pictures else None,
         summary=summary,
-        results=results,
+        results=list(_results(config, summary, policy)),
         kept=[row for row in summary["distillation"] if row["student"] == policy and row["kept"]],
         knowledge=[r for r in summary["knowledge"] if r["policy"] == policy and r["points"]],
         ancestors=list(_ancestors(config, folder, policy)),
         shown=shown,
     )
+
+
+def _results(
+    config: RunConfig, summary: Mapping[str, Any], policy: str
+) -> Iterator[dict[str, Any]]:
+    """Of the policy and of the base, on the policy's tasks."""
+    for row in summary["results"]:
+        if row["policy"] in (BASE, policy) and row["task"] in config.tasks(policy):
+            yield {**row, "guidance": config.deployed(row["policy"]).scale}
 
 
 def _ancestors(config: RunConfig, folder: Path, policy: str) -> Iterator[dict[str, Any]]:

@@ -127,7 +127,7 @@ class StageConfig(Config):
 def train(
     config: StageConfig, policy: Policy[Any, Any], run: Run, rt: Runtime, *, seed: int, label: str
 ) -> Path:
-    """Run a stage to its end, from its newest checkpoint, and write the trained pipeline.
+    """Run a stage to its end, from its newest checkpoint; returns the folder of its pipeline.
 
     Args:
         config: what to do.
@@ -136,9 +136,6 @@ def train(
         rt: device and ranks.
         seed: with the step it decides every random draw.
         label: shown with the progress.
-
-    Returns:
-        The folder of the trained diffusers pipeline.
 
     Raises:
         RunError: nothing could be learnt, or a file could not be written.

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from burnish.rewards.base import (
     Reward,
     RewardConfig,
     RewardSet,
+    RewardWarning,
     scored_values,
     tabulated,
 )
@@ -228,15 +230,22 @@ def test_a_failure_stays_a_failure_in_its_place(grouped: Callable[..., Group]) -
     assert scored_values(scored.scores["all"]) == [None, pytest.approx(0.1), pytest.approx(0.2)]
 
 
-@pytest.mark.filterwarnings("ignore::burnish.rewards.base.RewardWarning")
 def test_asynchronous_scores_are_those_of_one_call(grouped: Callable[..., Group]) -> None:
+    """And why a reward fails is told once."""
     groups = [grouped(prompt, SHADES) for prompt in SOME]
     expected = {g.prompt.id: g.scores for g in reward_set().score(groups)}
     with AsyncRewardSet(reward_set(), workers=3) as scorer:
-        for start in range(0, len(groups), 2):
-            scorer.submit(groups[start : start + 2])
-        collected = scorer.collect()
+        with pytest.warns(RewardWarning) as told:
+            for start in range(0, len(groups), 2):
+                scorer.submit(groups[start : start + 2])
+            collected = scorer.collect()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RewardWarning)
+            scorer.submit(groups)
+            assert scorer.collect().keys() == collected.keys()
     assert {name: g.scores for name, g in collected.items()} == expected
+    found = {str(warning.message) for warning in told}
+    assert "the reward all fails on 13 of 39 pictures: black" in found and len(found) == 2
 
 
 def test_a_negative_weight_is_refused() -> None:

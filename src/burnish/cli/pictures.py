@@ -30,14 +30,9 @@ def sample(
         str | None, typer.Option(help="What guidance leads away from; a stage's own if left out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
-    resolution: Annotated[
-        int | None, typer.Option(min=32, help="Side of a square, pixels.")
-    ] = None,
+    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels a side.")] = None,
     aspect: Annotated[
-        str | None,
-        typer.Option(
-            help="Width to height; that of the prompt's bucket if left out.", metavar="16:9"
-        ),
+        str | None, typer.Option(help="Width to height, in place of a bucket.", metavar="16:9")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of a prompt's first picture.")] = 0,
     count: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,

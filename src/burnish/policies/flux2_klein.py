@@ -22,7 +22,7 @@ from torch import Tensor
 from burnish import runtime, vision_build
 from burnish.buckets import Size
 from burnish.config import ConfigError
-from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack, unpack
+from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.reading import (
     Condition,
@@ -211,11 +211,6 @@ class Flux2KleinPolicy(JointPolicy):
             return_dict=False,
         )
         return velocity[:, : rows * columns].unflatten(1, (rows, columns)).float()
-
-    def pipeline_noise(
-        self, latents: Float[Tensor, "batch y x channel"]
-    ) -> Float[Tensor, "batch channel y x"]:
-        return unpack(latents)
 
     def schedule(
         self, num_steps: int, size: Size | None = None

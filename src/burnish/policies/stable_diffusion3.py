@@ -20,7 +20,7 @@ from torch import Tensor
 from burnish import runtime, vision_build
 from burnish.buckets import Buckets, Size
 from burnish.config import ConfigError
-from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack, unpack
+from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
 from burnish.policies.parts.reading import (
     Condition,
     EncodedPrompt,
@@ -195,11 +195,6 @@ class StableDiffusion3Policy(JointPolicy):
             return_dict=False,
         )
         return pack(velocity).float()
-
-    def pipeline_noise(
-        self, latents: Float[Tensor, "batch y x channel"]
-    ) -> Float[Tensor, "batch channel y x"]:
-        return unpack(latents)
 
     def schedule(
         self, num_steps: int, size: Size | None = None

@@ -156,3 +156,8 @@ class JointPolicy(PipelinePolicy[Condition[Any], JointPrefix]):
         shape = (1, self._channels // self.noise_patch**2, *sides)
         drawn = [torch.randn(shape, generator=g, device=g.device) for g in generators]
         return pack(torch.cat(drawn).to(self.device), self.noise_patch)
+
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch y x channel"]
+    ) -> Float[Tensor, "batch channel y x"]:
+        return unpack(latents)

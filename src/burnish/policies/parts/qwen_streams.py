@@ -183,6 +183,11 @@ class StreamsPolicy(JointPolicy):
         sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
         return self._levels(sigmas=sigmas, mu=self._shift(math.prod(self._grid(size))))
 
+    def pipeline_noise(
+        self, latents: Float[Tensor, "batch y x channel"]
+    ) -> Float[Tensor, "batch token channel"]:
+        return latents.flatten(1, 2)
+
     def _decode(
         self, latents: Float[Tensor, "batch y x channel"]
     ) -> Float[Tensor, "batch 3 height width"]:
