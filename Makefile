@@ -10,7 +10,7 @@ INSTALLED_DEV := $(VENV)/installed-dev
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 1073741824
 
-.PHONY: demo test browser check format
+.PHONY: demo test pretended browser check format
 
 demo: $(INSTALLED)  ## run the miniature end to end and leave its report
 	$(BIN)/burnish run miniature
@@ -20,6 +20,17 @@ test: export OMP_NUM_THREADS := 1
 test: export MKL_NUM_THREADS := 1
 test: $(INSTALLED_DEV) browser  ## all tests that need no GPU
 	$(BIN)/pytest -n 2 --dist worksteal $(TESTS)
+
+# A GPU that is not there, for those who have none and a C++ compiler: it finds what is on the wrong
+# device, and how much memory a real one would have to have.
+PRETENDED := tests/gpu/pretended
+pretended: export OMP_NUM_THREADS := 1
+pretended: export MKL_NUM_THREADS := 1
+pretended: $(VENV)/pretended.so  ## the tests that need a GPU, on a pretended one
+	PYTHONPATH=$(PRETENDED) BURNISH_PRETENDED_GPU=$(abspath $<) $(BIN)/$(or $(RUN),pytest -n 2 tests/gpu)
+
+$(VENV)/pretended.so: $(PRETENDED)/device.cpp $(INSTALLED_DEV)
+	$(BIN)/python $(PRETENDED)/build.py $@
 
 # The voting page is driven in a real browser, which no Python package brings along.
 browser:

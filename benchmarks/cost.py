@@ -13,6 +13,7 @@ than two as far as a part of the step does not grow, and more where attention do
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -87,14 +88,14 @@ def sweep(family: str, name: str, repeats: int) -> dict[str, Any]:
     # Work is by places of the picture, not by its side.
     sizes = [value**2 if name == "side" else value for value in values]
     slope, start = np.polyfit(sizes, seconds, 1)
-    line = [start + slope * size for size in sizes]
+    fitted = [start + slope * size for size in sizes]
     return {
         "family": family,
         "size": name,
         "values": values,
         "seconds": seconds,
         "memory": memory,
-        "straight": max(abs(a - b) / a for a, b in zip(seconds, line, strict=True)),
+        "straight": max(abs(a - b) / a for a, b in zip(seconds, fitted, strict=True)),
         "doubling": 2 ** _exponent(sizes[-2:], seconds[-2:]),
     }
 
@@ -107,20 +108,20 @@ def _most(family: str) -> int:
     return policy_class(family).max_sources
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "| family | size | values | seconds | MiB | straight to | doubling |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        size = "places (side²)" if row["size"] == "side" else row["size"]
-        lines.append(
-            f"| {row['family']} | {size} | {', '.join(map(str, row['values']))} | "
-            f"{', '.join(f'{value:.2f}' for value in row['seconds'])} | "
-            f"{', '.join(f'{value:.0f}' for value in row['memory'])} | "
-            f"{row['straight']:.0%} | {row['doubling']:.2f}x |"
-        )
-    return "\n".join(lines)
+HEADER = """\
+| family | size | values | seconds | MiB | straight to | doubling |
+|---|---|---|---|---|---|---|"""
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    size = "places (side²)" if row["size"] == "side" else row["size"]
+    return (
+        f"| {row['family']} | {size} | {', '.join(map(str, row['values']))} | "
+        f"{', '.join(f'{value:.2f}' for value in row['seconds'])} | "
+        f"{', '.join(f'{value:.0f}' for value in row['memory'])} | "
+        f"{row['straight']:.0%} | {row['doubling']:.2f}x |"
+    )
 
 
 def main() -> None:
@@ -134,13 +135,13 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     shrink_sources(Size.side)
-    rows = [
-        sweep(family, name, arguments.repeats)
-        for family in arguments.family
-        for name in arguments.size
-        if name != "references" or _most(family)
-    ]
-    print(table(rows))
+    rows: list[dict[str, Any]] = []
+    print(HEADER, flush=True)
+    for family, name in itertools.product(arguments.family, arguments.size):
+        if name != "references" or _most(family):
+            rows.append(sweep(family, name, arguments.repeats))
+            # As it is measured: all of them take a quarter of an hour.
+            print(line(rows[-1]), flush=True)
     if arguments.json:
         print(json.dumps({"settings": vars(arguments), "rows": rows}))
 

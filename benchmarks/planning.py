@@ -5,7 +5,7 @@
 Each stage of a recipe is trained for a few steps in a process of its own, from the base; where it
 has teachers, the base stands for them. The evaluation draws one micro-batch of each set and task.
 `held` is the peak of the process's resident memory, `planned` what `burnish doctor --recipe` says
-that it needs, allowance included.
+that it needs, allowance included. On a GPU both are without the context that a process has there.
 """
 
 import argparse
@@ -17,12 +17,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from burnish import runtime
 from burnish.algorithms.distill import DistillConfig
 from burnish.cli.recipes import recipe_path
 from burnish.config import load, located
 from burnish.evaluation import measure
 from burnish.forecast import forecast
+from burnish.planning import PROCESS_BYTES
 from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, RunConfig
@@ -49,28 +52,34 @@ def shortened(config: RunConfig, name: str, steps: int) -> StageConfig:
 
 
 def held(config: RunConfig, name: str, steps: int) -> int:
-    """Peak of the resident memory of this process, in bytes, after it has trained."""
+    """Peak of the memory that this process had from its device, in bytes, after it has trained."""
     rt = config.runtime.build()
     policy = load_policy(config.policy, located(config.policy.path), rt)
     if name == "evaluation":
         draw_once(config, policy, rt)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak(rt)
     stage = shortened(config, name, steps)
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / name, stage, environment=rt.describe())
         train(stage, policy, run, rt, seed=config.seed, label=name)
+    return peak(rt)
+
+
+def peak(rt: Runtime) -> int:
+    if rt.device.type == "cuda":
+        return torch.cuda.max_memory_reserved()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def draw_once(config: RunConfig, policy: Policy[Any, Any], rt: Runtime) -> None:
     """Measure a policy on as many prompts of each task as are drawn together."""
     plan = config.evaluation
-    for path in (plan.prompts, plan.knowledge):
+    for path, count in ((plan.prompts, plan.num_prompts), (plan.knowledge, plan.num_knowledge)):
         for task in config.tasks(BASE) if path else ():
             asked = read_prompts(located(path or "")).select(lambda p, task=task: p.task == task)
             measure(
                 policy,
-                asked[: plan.micro_batch],
+                asked[: min(plan.micro_batch, count)],
                 config.judge.build(),
                 rt,
                 name="base",
@@ -99,7 +108,8 @@ def main() -> None:
         command = [sys.executable, __file__, "--recipe", arguments.recipe, "--one", plan.stage]
         command += ["--steps", str(arguments.steps), *arguments.overrides]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        row = {"stage": plan.stage, "planned": plan.needed}
+        context = PROCESS_BYTES[device] if device == "cuda" else 0
+        row = {"stage": plan.stage, "planned": plan.needed - context}
         row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         cells = [f"{row[key] / 2**20:.0f}" for key in ("planned", "held")]

@@ -197,7 +197,7 @@ def plans(name: str, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
                 "needed": plan.needed,
                 "peak": plan.peak,
                 "largest": plan.largest.name,
-                "host": sum(part.num_bytes for part in plan.host),
+                "host": plan.beside(plan.host_peak),
                 "disk": sum(part.num_bytes for part in plan.disk),
             }
 

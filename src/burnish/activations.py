@@ -258,13 +258,15 @@ class GpuPrecision(TorchFunctionMode):
     """What autocast computes in float32 on a GPU and not on a CPU, on whatever device.
 
     Hollow tensors stand on the CPU, also in the plan of a GPU. Reference: the list of float32
-    operations in the documentation of `torch.amp`; those that the networks here call.
+    operations in the documentation of `torch.amp`, and what torch registers for `AutocastCUDA`
+    beside it; those that the networks here call.
     """
 
     _FLOAT32 = frozenset(
         (
             *("cumsum", "exp", "log", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt"),
-            *("group_norm", "layer_norm", "log_softmax", "softmax", "softplus", "sum"),
+            *("group_norm", "interpolate", "layer_norm", "log_softmax", "rms_norm", "softmax"),
+            *("softplus", "sum"),
             *("__pow__", "__rdiv__", "__rpow__", "__rtruediv__"),
         )
     )

@@ -27,8 +27,10 @@ from burnish.plan_parts import (
     frozen_parts,
     host_parts,
     judge_parts,
+    loading_parts,
     offloaded_parts,
     picture_bytes,
+    rewards_of,
     trained_parts,
     training_parts,
 )
@@ -105,6 +107,7 @@ def _plan(
     is_gpu = rt.device.type == "cuda"
     host = [part for part in host_parts(config, stage, footprint, policy, found) if part.num_bytes]
     if is_gpu:
+        host += loading_parts(config, policy)
         # On one machine each process has its own of most.
         count = max(config.runtime.processes, sharding.world_size)
         host = [for_all(part, count) for part in host]
@@ -114,7 +117,7 @@ def _plan(
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),
         *training_parts(policy, found, name, sharding),
-        *([] if is_gpu else host),
+        *(judge_parts(policy, rewards_of(stage), "cuda") if is_gpu else host),
     ]
     return Plan(
         stage=name,
@@ -160,13 +163,15 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     host = [
         Part(name="pictures until they are scored", num_bytes=size),
         *offloaded_parts(config, policy),
-        *judge_parts(policy, [config.judge]),
+        *judge_parts(policy, [config.judge], "cpu"),
     ]
+    if is_gpu:
+        host += loading_parts(config, policy)
     read = len(tasks) * sum(count for count, _ in asked_for)
     parts = [
         *frozen_parts(policy, is_offloaded=config.policy.offload and is_gpu),
         *drawing_parts(found, read, "evaluation"),
-        *([] if is_gpu else host),
+        *(judge_parts(policy, [config.judge], "cuda") if is_gpu else host),
     ]
     return Plan(
         stage="evaluation",
@@ -247,11 +252,12 @@ def check_memory(config: RunConfig) -> None:
     if available is None or (device.type == "cpu" and _is_small(config, available)):
         return
     plans = forecast(config, device.type)
+    beside = runtime.memory(runtime.ALONE.device) if device.type == "cuda" else None
     try:
-        planning.check(plans, available)
+        planning.check(plans, available, beside)
     except ConfigError:
         for plan in plans:
-            if plan.shortage(available):
+            if plan.shortage(available) or (beside and plan.host_shortage(beside)):
                 print(planning.table(plan, available), file=sys.stderr)
         raise
 

@@ -20,6 +20,8 @@ from burnish.rewards.base import RewardConfig
 from burnish.run_config import RunConfig
 from burnish.training import StageConfig
 
+_RUNNING: tuple[Phase, ...] = PHASES[1:-1]
+"""Between the first and the last moment of a stage."""
 _FIELDS = 5
 """Latents that a state carries, at most: itself, and what it is compared with."""
 
@@ -132,12 +134,13 @@ def host_parts(
     latents = _most(found, "latents")
     states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
     step = samples * (picture_bytes(policy) + states)
-    yield Part(name="pictures and states of a step", num_bytes=step, is_common=True)
+    name = "pictures and states of a step"
+    yield Part(name=name, num_bytes=step, during=_RUNNING, is_common=True)
     ahead = footprint.copies_read_ahead * _base_bytes(policy)
-    yield Part(name="teacher that is read ahead", num_bytes=ahead)
+    yield Part(name="teacher that is read ahead", num_bytes=ahead, during=_RUNNING)
     # Training compares the end with it, to tell whether anything was learnt.
     base, frozen = _base_bytes(policy), num_bytes(weights(*_others(policy).values()))
-    yield Part(name="copy of the start", num_bytes=base, is_common=True)
+    yield Part(name="copy of the start", num_bytes=base, during=PHASES[1:], is_common=True)
     yield Part(
         name="pipeline that is read again",
         num_bytes=base + frozen,
@@ -145,12 +148,19 @@ def host_parts(
         is_common=True,
     )
     yield from offloaded_parts(config, policy)
-    yield from judge_parts(policy, _rewards(stage))
+    yield from judge_parts(policy, rewards_of(stage), "cpu")
 
 
 def picture_bytes(policy: Policy[Any, Any]) -> int:
     """Of the largest that a policy draws, as it waits for its scores."""
     return 3 * 4 * policy.buckets.largest.area
+
+
+def loading_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:
+    """What is in the machine's memory on its way to a GPU."""
+    passing = policy.networks() if not config.policy.offload else {"": policy.transformer}
+    size = num_bytes(weights(*passing.values()))
+    yield Part(name="pipeline on its way to the device", num_bytes=size, during=("loading",))
 
 
 def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:
@@ -160,14 +170,19 @@ def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Par
         yield Part(name="encoders and VAE, while they are not used", num_bytes=size)
 
 
-def judge_parts(policy: Policy[Any, Any], rewards: Iterable[RewardConfig]) -> Iterator[Part]:
-    """What answers on the CPU; rewards with one judge share it."""
+def judge_parts(
+    policy: Policy[Any, Any], rewards: Iterable[RewardConfig], place: str
+) -> Iterator[Part]:
+    """What answers at a place, `cpu` or `cuda`; rewards with one judge share it."""
     judges: dict[str, int] = {}
-    for reward in rewards:
+    for reward in (reward for reward in rewards if reward.place == place):
         for key, size in reward.footprint(policy.resolution).items():
             judges[key] = max(size, judges.get(key, 0))
+    advice = (
+        "have it answer beside the GPU, its device=cpu, or on a server" if place != "cpu" else ""
+    )
     for key, size in judges.items():
-        yield Part(name=key, num_bytes=size)
+        yield Part(name=key, num_bytes=size, advice=advice)
 
 
 def for_all(part: Part, count: int) -> Part:
@@ -179,7 +194,8 @@ def for_all(part: Part, count: int) -> Part:
     )
 
 
-def _rewards(stage: StageConfig) -> list[RewardConfig]:
+def rewards_of(stage: StageConfig) -> list[RewardConfig]:
+    """All that score in a stage, its guard included."""
     guard = stage.guard
     return [*stage.rewards.values(), *([guard.judge, *guard.others.values()] if guard else ())]
 

@@ -15,11 +15,14 @@ from typing import Any, Literal
 
 from burnish.config import ConfigError
 
-Phase = Literal["reading", "drawing", "decoding", "credit", "update", "optimizer step", "last look"]
-"""Of a training stage: a prompt is read; a micro-batch is drawn; its pictures are decoded; states
-get their targets; forward and backward pass; the step; what was written is read again."""
+Phase = Literal[
+    "loading", "reading", "drawing", "decoding", "credit", "update", "optimizer step", "last look"
+]
+"""Of a training stage: models are read; a prompt is read; a micro-batch is drawn; its pictures are
+decoded; states get their targets; forward and backward pass; the step; what was written is read
+again."""
 PHASES: tuple[Phase, ...] = (
-    "reading", "drawing", "decoding", "credit", "update", "optimizer step", "last look",
+    "loading", "reading", "drawing", "decoding", "credit", "update", "optimizer step", "last look",
 )  # fmt: skip
 
 FRAGMENTATION = 1.1
@@ -82,6 +85,15 @@ class Plan:
         """Bytes of all tensors on a device in a phase."""
         return sum(self.sharding.share(part) for part in self.parts if phase in part.during)
 
+    def beside(self, phase: Phase) -> int:
+        """Bytes of the machine's memory in a phase, of all processes on it together."""
+        return sum(part.num_bytes for part in self.host if phase in part.during)
+
+    @property
+    def host_peak(self) -> Phase:
+        """The phase that needs most of the machine's memory."""
+        return max(PHASES, key=self.beside)
+
     @property
     def peak(self) -> Phase:
         """The phase that needs most."""
@@ -114,6 +126,18 @@ class Plan:
             f"({shown(self.sharding.share(worst))}): {advice}"
         )
 
+    def host_shortage(self, available: int) -> str | None:
+        """Likewise, of the memory of the machine beside a GPU."""
+        phase = self.host_peak
+        if self.beside(phase) <= available:
+            return None
+        worst = max((p for p in self.host if phase in p.during), key=lambda part: part.num_bytes)
+        return (
+            f"{self.key}: need {shown(self.beside(phase))} of memory beside the GPU, got "
+            f"{shown(available)}; most of it is {worst.name} ({shown(worst.num_bytes)}): "
+            f"{worst.advice or 'take a machine with more memory, or fewer processes on one'}"
+        )
+
     def as_json(self, available: int | None) -> dict[str, Any]:
         """All of it as plain data, in bytes."""
         return {
@@ -121,20 +145,28 @@ class Plan:
             "held": {phase: self.held(phase) for phase in PHASES},
             "peak": self.peak,
             "needed": self.needed,
+            "host_needed": self.beside(self.host_peak),
             "available": available,
         }
 
 
-def check(plans: Iterable[Plan], available: int | None) -> None:
-    """Look whether a device has what stages need; None is a device that nobody knows.
+def check(plans: Iterable[Plan], available: int | None, beside: int | None = None) -> None:
+    """Look whether a device, and the machine beside it, have what stages need.
+
+    Args:
+        plans: of the stages.
+        available: bytes of the device; None is a device that nobody knows.
+        beside: bytes of the machine, likewise.
 
     Raises:
-        ConfigError: it has not; the largest part and what to change are named.
+        ConfigError: they have not; the largest part and what to change are named.
     """
-    if available is not None:
-        missing = [said for plan in plans if (said := plan.shortage(available))]
-        if missing:
-            raise ConfigError(*missing)
+    missing = []
+    for plan in plans:
+        missing.append(None if available is None else plan.shortage(available))
+        missing.append(None if beside is None else plan.host_shortage(beside))
+    if said := [line for line in missing if line]:
+        raise ConfigError(*said)
 
 
 def shown(num_bytes: int) -> str:
@@ -162,7 +194,10 @@ def table(plan: Plan, available: int | None) -> str:
     ]
     has = "" if available is None else f", the device has {shown(available)}"
     lines.append(_row("needed", plan.needed, f"at its peak, {plan.peak}{has}"))
-    lines += [_row(part.name, part.num_bytes, "beside the device, in RAM") for part in plan.host]
+    lines += [_row(part.name, part.num_bytes, f"{part.when}, in RAM") for part in plan.host]
+    if plan.host:
+        peak = plan.host_peak
+        lines.append(_row("needed beside the device", plan.beside(peak), f"at its peak, {peak}"))
     lines += [_row(part.name, part.num_bytes, "on disk") for part in plan.disk]
     return "\n".join(lines)
 

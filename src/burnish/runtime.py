@@ -219,8 +219,7 @@ def start(config: RuntimeConfig | None = None) -> Runtime:
     set_threads(config.threads)
     keep_freed_memory()
     rank, world_size = _torchrun_place()
-    local_rank = _from_environment("LOCAL_RANK", 0)
-    device = choose_device(config.device, local_rank)
+    device = own_device(config.device)
     runtime = Runtime(
         device=device,
         dtype=choose_dtype(config.dtype, device),
@@ -248,6 +247,11 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
             " use device=cpu or start fewer processes"
         )
     return torch.device("cuda", local_rank)
+
+
+def own_device(name: str = "auto") -> torch.device:
+    """Likewise, for this process."""
+    return choose_device(name, _from_environment("LOCAL_RANK", 0))
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

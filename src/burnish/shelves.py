@@ -145,7 +145,8 @@ def check_kernels(config: PolicyConfig) -> None:
 
 
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
-    """A policy of the run's family from a pipeline folder."""
+    """A policy of the run's family from a pipeline folder, frozen until something trains it: of
+    weights with gradient autocast keeps rounded copies."""
     check_kernels(config)
     policy = policy_class(config.family).load(
         folder,
@@ -157,7 +158,7 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
         offload=config.offload,
     )
     policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
-    transformer: Any = policy.transformer
+    transformer: Any = policy.transformer.requires_grad_(False)
     if config.checkpointing:
         transformer.enable_gradient_checkpointing()
     if config.attention != "native":

@@ -65,6 +65,24 @@ def test_a_shortage_names_the_largest_part_of_the_peak() -> None:
     assert "more devices" in (bare.shortage(0) or "")
 
 
+def test_the_machine_beside_a_gpu_is_looked_at() -> None:
+    """In its own worst phase: what is there only while models are read meets no teacher."""
+    host = [
+        Part(name="on its way", num_bytes=6 * GIBIBYTE, during=("loading",)),
+        Part(name="teacher", num_bytes=4 * GIBIBYTE, during=("credit", "update")),
+        Part(name="judge", num_bytes=GIBIBYTE),
+    ]
+    plan = replace(PLAN, device="cuda", host=host)
+    assert plan.host_peak == "loading" and plan.beside("loading") == 7 * GIBIBYTE
+    assert plan.beside("update") == 5 * GIBIBYTE and plan.beside("drawing") == GIBIBYTE
+    check([plan], plan.needed, 7 * GIBIBYTE)
+    with pytest.raises(ConfigError, match=r"need 7\.00 GiB of memory beside the GPU.*on its way"):
+        check([plan], plan.needed, 6 * GIBIBYTE)
+    words = table(plan, None)
+    assert "7.00 GiB  at its peak, loading" in words and "loading, in RAM" in words
+    assert plan.as_json(None)["host_needed"] == 7 * GIBIBYTE
+
+
 def test_all_stages_are_looked_at() -> None:
     """Every one that is short has a line of its own; an unknown device is not refused."""
     check([PLAN], None)

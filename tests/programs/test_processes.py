@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -10,19 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.torch import load_file
+from tests.jobs import begin, distance, finish
 
-from burnish import checkpoint, images, launcher, revision
+from burnish import checkpoint, images
 from burnish.config import ConfigError, parse
 from burnish.preflight import check_inputs
 from burnish.prompts import write_prompts
 from burnish.run_config import RunConfig
 from burnish.shelves import policy_class
-from burnish.tracking import Run, read_rows
+from burnish.tracking import read_rows
 from burnish.types import Prompt
 
 pytestmark = pytest.mark.slow
-JOB = "train/stage"
 TOLERANCE = 1e-5
 
 
@@ -73,27 +71,6 @@ def recipe(
         "judge": {"kind": "oracle"},
     }
     return parse(RunConfig, data)
-
-
-def begin(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
-    """The stage's job, as a run starts it."""
-    revision.take_up(config, folder)
-    Run.create(folder, config)
-    command = launcher.command(config.runtime, folder, JOB)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
-
-
-def finish(config: RunConfig, folder: Path) -> Path:
-    assert begin(config, folder).wait(timeout=600) == 0
-    return folder / "stages" / "stage"
-
-
-def distance(one: Path, other: Path) -> float:
-    """Largest difference of the transformers of two pipelines."""
-    file = "transformer/diffusion_pytorch_model.safetensors"
-    ours, theirs = load_file(one / file), load_file(other / file)
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
 
 
 @pytest.mark.parametrize(("kind", "processes"), [("nft", 4), ("grpo", 2), ("distill", 2)])

@@ -1,13 +1,14 @@
 """Plans and reality, for every model family: what is counted without memory is what is held."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from burnish import images
 from burnish.activations import GpuPrecision, Hollow, Live, Saved, hollow, num_bytes, weights
@@ -228,9 +229,19 @@ def test_masks_are_looked_at() -> None:
         made.sum().item()
 
 
-def test_a_gpu_computes_norms_in_float32() -> None:
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: nn.functional.layer_norm(x, (8,)),
+        lambda x: nn.functional.rms_norm(x, (8,)),
+        lambda x: nn.functional.interpolate(x[None], scale_factor=2.0),
+        lambda x: x**2,
+    ],
+    ids=["layer_norm", "rms_norm", "interpolate", "pow"],
+)
+def test_a_gpu_computes_in_float32_what_a_cpu_does_not(norm: Callable[[Tensor], Tensor]) -> None:
     """And so does its stand-in under autocast, where a CPU stays in bfloat16."""
-    narrow, norm = torch.ones(2, 8, dtype=torch.bfloat16), nn.LayerNorm(8, elementwise_affine=False)
+    narrow = torch.ones(2, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert norm(narrow).dtype == torch.bfloat16
         with GpuPrecision():

@@ -74,11 +74,12 @@ def _plan(
     from burnish.run_config import RunConfig
 
     config = load(RunConfig, recipe_path(recipe), overrides)
-    device, available = config.runtime.device, None
+    device, available, beside = config.runtime.device, None, None
     # Of a GPU that is somewhere else nothing can be asked.
     if device != "cuda" or memory is None:
         place = runtime.choose_device(device)
         device, available = place.type, runtime.memory(place)
+        beside = runtime.memory(runtime.ALONE.device) if device == "cuda" else None
     if memory is not None:
         available = round(memory * planning.GIBIBYTE)
     sharding = planning.Sharding(devices)
@@ -96,7 +97,7 @@ def _plan(
         print(planning.table(plan, available), end="\n\n")
     if as_json:
         print(json.dumps({"plans": [plan.as_json(available) for plan in plans]}))
-    planning.check(plans, available)
+    planning.check(plans, available, beside)
 
 
 @miniature.command(epilog="Example: burnish miniature build --out /tmp/miniature --quick")

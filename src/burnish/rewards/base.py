@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -65,6 +65,12 @@ class RewardConfig(Config, ABC):
     def weight_of(self, category: str) -> float:
         """Weight of this reward for a category."""
         return self.weights.get(category, self.weights.get(EVERY_CATEGORY, 0.0))
+
+    @property
+    def place(self) -> Literal["cpu", "cuda"]:
+        """Where its models are: in the memory of the machine or, a copy for each process, of the
+        GPU that trains."""
+        return "cpu"
 
     def check(self) -> None:
         """Look, without loading anything, whether `build` would find what it needs.

@@ -35,6 +35,7 @@ from burnish.judging import (
     read_score,
 )
 from burnish.rewards.base import Reward, RewardConfig
+from burnish.runtime import choose_device, own_device
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
 from burnish.vision_build import ensure_torchvision
 
@@ -59,8 +60,15 @@ class VlmConfig(RewardConfig):
     reasoning: bool = True
     """Write the chain of thought first; False asks for the score at once."""
     batch_size: int = Field(default=32, ge=1)
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where it answers; on a GPU it stands beside what is trained there."""
+
+    @property
+    def place(self) -> Literal["cpu", "cuda"]:
+        return self.device
 
     def check(self) -> None:
+        choose_device(self.device)
         folder = located(self.path)
         judge_facts(folder)
         _known(self.dimension, [path.stem for path in folder.glob("rubrics/*.md")])
@@ -71,7 +79,7 @@ class VlmConfig(RewardConfig):
         return [*folder.glob("*.safetensors"), folder / "judge.json", rubric]
 
     def build(self) -> "Vlm":
-        judge = _shared(located(self.path))
+        judge = _shared(located(self.path), own_device(self.device))
         return Vlm(judge, self.dimension, reasoning=self.reasoning, batch_size=self.batch_size)
 
     def footprint(self, resolution: int) -> Mapping[str, int]:
@@ -178,9 +186,9 @@ def judge_facts(folder: Path) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=2)
-def _shared(folder: Path) -> Judge:
+def _shared(folder: Path, device: torch.device) -> Judge:
     """One model in memory for all the dimensions of a judge."""
-    return Judge.load(folder)
+    return Judge.load(folder, device)
 
 
 @lru_cache
