@@ -94,15 +94,17 @@ def _plan(
     )
     lora = None if stage.lora is None else stage.lora.model_dump_json()
     if lora not in known:
-        known[lora] = ready(_hollow(config.policy), stage.lora)
-    policy: Policy[Any, Any] = known[lora]
+        kept = ready(_hollow(config.policy), stage.lora)
+        is_rounded = sharding.world_size > 1 and rt.dtype != torch.float32
+        known[lora] = kept, ready(_gathered(config.policy), stage.lora) if is_rounded else kept
+    policy, computing = known[lora]
     prompts, asked, away = stage.prompts.read(), counts(stage, footprint), stage.rollout
     found: list[Measured] = []
     for task in stage.prompts.tasks:
         worst = largest(spaced(_of_task(prompts, task), _LOOKED_AT))
         key = (lora, asked, worst.text, worst.sources, away.negative_prompt)
         if key not in known:
-            known[key] = measure(policy, worst, away.negative_prompt, asked, rt)
+            known[key] = measure(computing, worst, away.negative_prompt, asked, rt)
         found.append(known[key])
     is_gpu = rt.device.type == "cuda"
     host = [part for part in host_parts(config, stage, footprint, policy, found) if part.num_bytes]
@@ -116,7 +118,7 @@ def _plan(
         *copied_parts(policy, footprint, name),
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),
-        *training_parts(policy, found, name, sharding),
+        *training_parts(computing, found, name, sharding),
         *(judge_parts(policy, rewards_of(stage), "cuda") if is_gpu else host),
     ]
     return Plan(
@@ -194,6 +196,12 @@ def _hollow(config: PolicyConfig) -> Policy[Any, Any]:
     if config.checkpointing:
         policy.transformer.enable_gradient_checkpointing()
     return policy
+
+
+def _gathered(config: PolicyConfig) -> Policy[Any, Any]:
+    """A policy whose weights are as `burnish.sharding` gathers them to compute in bfloat16."""
+    frozen = config.frozen_dtype or config.dtype
+    return _hollow(config.model_copy(update={"dtype": "bfloat16", "frozen_dtype": frozen}))
 
 
 def _of_task(prompts: PromptSet, task: str) -> PromptSet:

@@ -3,6 +3,7 @@
 Each process keeps a part of every weight, of its gradient, of its average and of its optimizer
 state. In an update a block is gathered while it computes. Before work without gradient, which any
 process may do alone and as often as it likes, the transformer is gathered once for all of it.
+What is gathered has the precision of the matrix products; what is kept and added up has its own.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from burnish.config import ConfigError
@@ -42,10 +43,16 @@ class Shards:
         # On no device: only who writes the result at the end fills it.
         self._plain = copy.deepcopy(policy.transformer).to("meta")
         mesh = torch.distributed.init_device_mesh(rt.device.type, (rt.world_size,))
+        precision = MixedPrecisionPolicy(
+            param_dtype=None if rt.dtype == torch.float32 else rt.dtype,
+            reduce_dtype=torch.float32,
+            # Latents and noise levels stay as exact as autocast has them.
+            cast_forward_inputs=False,
+        )
         blocks = policy.block_classes
         for module in [m for m in policy.transformer.modules() if type(m).__name__ in blocks]:
-            fully_shard(module, mesh=mesh)
-        fully_shard(policy.transformer, mesh=mesh)
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+        fully_shard(policy.transformer, mesh=mesh, mp_policy=precision)
         self._modules = [m for m in policy.transformer.modules() if isinstance(m, FSDPModule)]
 
     @contextlib.contextmanager
@@ -69,14 +76,20 @@ class Shards:
         """
         if not self._modules:
             return
-        spread: Any = self._policy.transformer
-        with self.whole(), torch.no_grad():
-            if is_needed:
-                plain = self._plain.to_empty(device=self._policy.device)
-                for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-                    tensor.copy_(_member(spread, name))
-                policy: Any = self._policy
-                policy.transformer = policy.pipeline.transformer = plain
+        policy: Any = self._policy
+        plain, spread = self._plain, policy.transformer
+        if is_needed:
+            plain = plain.to_empty(device=policy.device)
+        for module in self._modules:
+            module.reshard()
+        with torch.no_grad():
+            for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+                # Not as they are gathered to compute, which may be rounded.
+                whole = full(_member(spread, name))
+                if is_needed:
+                    tensor.copy_(whole)
+        if is_needed:
+            policy.transformer = policy.pipeline.transformer = plain
         self._modules = []
 
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from tests.jobs import begin, distance, finish
 
 from burnish import checkpoint, images
@@ -109,6 +111,25 @@ def test_spread_weights_are_trained_as_whole_ones(
         assert tensors.keys() == theirs.keys()
         for name, tensor in tensors.items():
             assert float((tensor - theirs[name]).abs().max()) < TOLERANCE, name
+
+
+def test_weights_that_are_gathered_rounded_stay_exact(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """In bfloat16 they learn what whole ones learn, and are written as they are kept."""
+    found = []
+    for processes, sharding in ((1, "none"), (2, "full")):
+        config = recipe("nft", models["flux2_klein"], processes, policy={"family": "flux2_klein"})
+        own = config.runtime.model_dump() | {"dtype": "bfloat16", "sharding": sharding}
+        config = parse(RunConfig, config.model_dump() | {"runtime": own})
+        found.append(finish(config, tmp_path / sharding))
+    rows = [read_rows(stage / "metrics.jsonl")[0] for stage in found]
+    for name in ("loss", "reward/mean", "policy/grad_norm"):
+        assert rows[1][name] == pytest.approx(rows[0][name], rel=0.05), name
+    assert 0 < distance(*(stage / "model" for stage in found)) < 1e-3
+    file = "model/transformer/diffusion_pytorch_model.safetensors"
+    written = torch.cat([t.flatten() for t in load_file(found[1] / file).values()])
+    assert float((written != written.bfloat16().float()).float().mean()) > 0.5
 
 
 def test_spread_weights_are_trained_on_sources_of_many_sizes(
