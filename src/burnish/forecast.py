@@ -114,7 +114,11 @@ def _plan(
         count = max(config.runtime.processes, sharding.world_size)
         host = [for_all(part, count) for part in host]
     parts = [
-        *frozen_parts(policy, is_offloaded=config.policy.offload and is_gpu),
+        *frozen_parts(
+            policy,
+            is_offloaded=config.policy.offload and is_gpu,
+            is_spread=sharding.world_size > 1,
+        ),
         *copied_parts(policy, footprint, name),
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),

@@ -26,7 +26,9 @@ _FIELDS = 5
 """Latents that a state carries, at most: itself, and what it is compared with."""
 
 
-def frozen_parts(policy: Policy[Any, Any], *, is_offloaded: bool) -> Iterator[Part]:
+def frozen_parts(
+    policy: Policy[Any, Any], *, is_offloaded: bool, is_spread: bool = False
+) -> Iterator[Part]:
     """All of a policy that has weights."""
     kinds: dict[str, list[Tensor]] = {}
     for parameter in policy.transformer.parameters():
@@ -34,6 +36,10 @@ def frozen_parts(policy: Policy[Any, Any], *, is_offloaded: bool) -> Iterator[Pa
         kinds.setdefault(f"{kind} ({_type(parameter)})", []).append(parameter)
     for kind, tensors in kinds.items():
         yield Part(name=f"transformer, {kind}", num_bytes=num_bytes(tensors), is_sharded=True)
+    if is_spread:
+        whole = num_bytes(policy.transformer.parameters())
+        name = "all weights, until they are spread"
+        yield Part(name=name, num_bytes=whole, during=("loading",))
     yield Part(name="transformer, buffers", num_bytes=num_bytes(policy.transformer.buffers()))
     for key, network in _others(policy).items():
         during: tuple[Phase, ...] = PHASES
@@ -138,9 +144,7 @@ def host_parts(
     yield Part(name=name, num_bytes=step, during=_RUNNING, is_common=True)
     ahead = footprint.copies_read_ahead * _base_bytes(policy)
     yield Part(name="teacher that is read ahead", num_bytes=ahead, during=_RUNNING)
-    # Training compares the end with it, to tell whether anything was learnt.
     base, frozen = _base_bytes(policy), num_bytes(weights(*_others(policy).values()))
-    yield Part(name="copy of the start", num_bytes=base, during=PHASES[1:], is_common=True)
     yield Part(
         name="pipeline that is read again",
         num_bytes=base + frozen,

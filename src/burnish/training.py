@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from burnish import runtime
 from burnish.adapters import LoraConfig, attach, detach, write_adapter
@@ -26,6 +25,7 @@ from burnish.guard import Guard, GuardConfig
 from burnish.looks import Watch
 from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
+from burnish.policies.parts.reading import hash_module
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
@@ -142,7 +142,7 @@ def train(
         SelfCheckError: a self-check failed.
     """
     policy.transformer.requires_grad_(True)
-    before = [p.detach().cpu().clone() for _, p in policy.trainable()] if rt.is_main else []
+    before = hash_module(policy.transformer) if rt.is_main else ""
     # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
     algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
     if config.lora is not None:
@@ -190,9 +190,9 @@ def _finish(
     policy: Policy[Any, Any],
     watch: Watch | None,
     run: Run,
-    before: Sequence[Tensor],
+    before: str,
 ) -> None:
-    """Write what was trained; `before` are the weights that it started from."""
+    """Write what was trained; `before` is the hash of the weights that it started from."""
     if watch is not None:
         watch.restore(policy)
     if config.lora is not None:
@@ -295,11 +295,11 @@ def _rollout(
     return [scored[group.prompt.id] for group in drawn]
 
 
-def _export(policy: Policy[Any, Any], before: Sequence[Tensor], folder: Path) -> None:
+def _export(policy: Policy[Any, Any], before: str, folder: Path) -> None:
     """Write the pipeline, read it again, and check that it is ours and not the start."""
     policy.transformer.requires_grad_(False)
     ours = dict(policy.transformer.named_parameters())
-    if all(torch.equal(a, b.cpu()) for a, b in zip(before, ours.values(), strict=True)):
+    if hash_module(policy.transformer) == before:
         raise RunError(
             "need groups whose rewards differ, got none in the whole stage, so that nothing was "
             "learnt; choose other prompts or rewards, or a larger group"

@@ -162,9 +162,9 @@ class PromptReader(ABC, Generic[RowT]):
         return self._digests(is_rounded=True)
 
     def _digests(self, *, is_rounded: bool) -> dict[str, str]:
-        encoders = [_hash_module(one, is_rounded=is_rounded) for one in self.encoders]
+        encoders = [hash_module(one, is_rounded=is_rounded) for one in self.encoders]
         return {
-            "vae": _hash_module(self._pipeline.vae, is_rounded=is_rounded),
+            "vae": hash_module(self._pipeline.vae, is_rounded=is_rounded),
             "encoder": hash_json(encoders),
             "template": hash_json(self.template()),
         }
@@ -244,7 +244,8 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _hash_module(module: nn.Module, *, is_rounded: bool) -> str:
+def hash_module(module: nn.Module, *, is_rounded: bool = False) -> str:
+    """SHA-256 of all weights and buffers, as they are or as they would be in bfloat16."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         flat = tensor.detach().cpu().contiguous().flatten()
