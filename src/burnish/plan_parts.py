@@ -164,7 +164,9 @@ def loading_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]
     """What is in the machine's memory on its way to a GPU."""
     passing = policy.networks() if not config.policy.offload else {"": policy.transformer}
     size = num_bytes(weights(*passing.values()))
-    yield Part(name="pipeline on its way to the device", num_bytes=size, during=("loading",))
+    name = "pipeline on its way to the device"
+    # One process after another reads its own.
+    yield Part(name=name, num_bytes=size, during=("loading",), is_common=True)
 
 
 def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:

@@ -76,6 +76,8 @@ class Runtime:
     dtype: torch.dtype
     rank: int = 0
     world_size: int = 1
+    local_rank: int = 0
+    """Among the processes on this machine."""
     is_sharded: bool = False
     """Whether what is trained is spread over the processes."""
 
@@ -179,6 +181,16 @@ class Runtime:
         if self.is_main:
             self.barrier()
 
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """One after another of a machine's processes: what is large passes its memory once."""
+        turns = 1 + max(self.gather(self.local_rank))
+        for _ in range(self.local_rank):
+            self.barrier()
+        yield
+        for _ in range(turns - self.local_rank):
+            self.barrier()
+
     def barrier(self) -> None:
         """Wait until every process is here."""
         if self.world_size > 1:
@@ -225,6 +237,7 @@ def start(config: RuntimeConfig | None = None) -> Runtime:
         dtype=choose_dtype(config.dtype, device),
         rank=rank,
         world_size=world_size,
+        local_rank=_from_environment("LOCAL_RANK", 0),
         is_sharded=config.sharding == "full" and world_size > 1,
     )
     if device.type == "cuda":

@@ -154,7 +154,8 @@ def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 
 def _start(config: RunConfig, folder: Path, name: str, rt: Runtime) -> Policy[Any, Any]:
     """The policy that a stage starts from."""
-    return load_policy(config.policy, _start_folder(config, config.stages[name], folder), rt)
+    with rt.in_turn():
+        return load_policy(config.policy, _start_folder(config, config.stages[name], folder), rt)
 
 
 def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageConfig:

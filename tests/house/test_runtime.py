@@ -132,6 +132,7 @@ def test_a_broken_launch_is_one_clear_error(
 
 
 WORKER = """
+import time
 import torch
 from burnish.runtime import RuntimeConfig
 here = RuntimeConfig(device="cpu", threads=1).build()
@@ -143,6 +144,12 @@ here.all_reduce_gradients([parameter, torch.nn.Parameter(torch.zeros(1))])
 assert parameter.grad.tolist() == mean.tolist() == [1.5, 3.0], mean
 assert here.all_reduce_sum(value).tolist() == [3.0, 6.0]
 assert value.tolist() == [here.rank + 1.0, 2.0 * (here.rank + 1)], "the input was changed"
+with here.in_turn():
+    entered = time.monotonic()
+    time.sleep(0.2)
+    left = time.monotonic()
+(_, first), (second, _) = here.gather([entered, left])
+assert first <= second, "two at once"
 here.barrier()
 here.close()
 print("main" if here.is_main else "other")
