@@ -52,7 +52,7 @@ def frozen_parts(
 
 def copied_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> Iterator[Part]:
     """Further copies of its transformer."""
-    base = _base_bytes(policy) * policy.frozen_dtype.itemsize // policy.dtype.itemsize
+    base = _rounded_bytes(policy)
     for copy in footprint.copies:
         advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
         yield Part(name=copy, num_bytes=base, advice=advice)
@@ -142,7 +142,7 @@ def host_parts(
     step = samples * (picture_bytes(policy) + states)
     name = "pictures and states of a step"
     yield Part(name=name, num_bytes=step, during=_RUNNING, is_common=True)
-    ahead = footprint.copies_read_ahead * _base_bytes(policy)
+    ahead = footprint.copies_read_ahead * _rounded_bytes(policy)
     yield Part(name="teacher that is read ahead", num_bytes=ahead, during=_RUNNING)
     base, frozen = _base_bytes(policy), num_bytes(weights(*_others(policy).values()))
     yield Part(
@@ -236,6 +236,11 @@ def _base_bytes(policy: Policy[Any, Any]) -> int:
     """Of the transformer without a LoRA, beside which all else is frozen."""
     frozen = [p for p in policy.transformer.parameters() if not p.requires_grad]
     return num_bytes(frozen or policy.transformer.parameters())
+
+
+def _rounded_bytes(policy: Policy[Any, Any]) -> int:
+    """Likewise, as policies are that stand frozen beside it."""
+    return _base_bytes(policy) * policy.frozen_dtype.itemsize // policy.dtype.itemsize
 
 
 def _largest_block(policy: Policy[Any, Any]) -> int:

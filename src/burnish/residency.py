@@ -99,11 +99,7 @@ class Teachers:
         if self._adapters:
             return
         if label != self._active and (self._next is None or self._next[0] != label):
-            self._next = label, self._reader.submit(_staged, self._sources[label], self._pins)
-
-    @property
-    def _pins(self) -> bool:
-        return self._resident.device.type == "cuda"
+            self._next = label, self._reader.submit(_staged, self._sources[label], self._resident)
 
     def _read(self, label: str) -> dict[str, Tensor]:
         if self._next is not None and self._next[0] == label:
@@ -166,8 +162,10 @@ def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:
     return weights
 
 
-def _staged(source: Source, is_pinned: bool) -> dict[str, Tensor]:
-    weights = _weights(source)
+def _staged(source: Source, policy: Policy[Any, Any]) -> dict[str, Tensor]:
+    """Weights as the policy that stands for all teachers has them."""
+    weights = {n: t.to(policy.dtype) for n, t in _weights(source).items()}
+    is_pinned = policy.device.type == "cuda"
     return {n: t.pin_memory() for n, t in weights.items()} if is_pinned else weights
 
 
