@@ -29,7 +29,7 @@ pretended: export MKL_NUM_THREADS := 1
 pretended: $(VENV)/pretended.so  ## the tests that need a GPU, on a pretended one
 	PYTHONPATH=$(PRETENDED) BURNISH_PRETENDED_GPU=$(abspath $<) $(BIN)/$(or $(RUN),pytest -n 2 tests/gpu)
 
-$(VENV)/pretended.so: $(PRETENDED)/device.cpp $(INSTALLED_DEV)
+$(VENV)/pretended.so: $(wildcard $(PRETENDED)/*.cpp $(PRETENDED)/*.h) $(INSTALLED_DEV)
 	$(BIN)/python $(PRETENDED)/build.py $@
 
 # The voting page is driven in a real browser, which no Python package brings along.

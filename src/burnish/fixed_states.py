@@ -177,7 +177,6 @@ class FixedStates(Watch):
         gap = sum(part["gap"] / part["way"] for part in whole) / len(whole)
         row: Look = {"step": step, "gap": gap, "parts": parts}
         self.looks.rows.append(row)
-        self.looks.remember(policy)
         told = {"fixed_states/gap": gap}
         for part in whole:
             told[f"fixed_states/gap_{part['label']}"] = part["gap"] / part["way"]

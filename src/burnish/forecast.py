@@ -27,8 +27,8 @@ from burnish.plan_parts import (
     frozen_parts,
     host_parts,
     judge_parts,
-    loading_parts,
     offloaded_parts,
+    passing_parts,
     picture_bytes,
     rewards_of,
     trained_parts,
@@ -109,9 +109,9 @@ def _plan(
     is_gpu = rt.device.type == "cuda"
     host = [part for part in host_parts(config, stage, footprint, policy, found) if part.num_bytes]
     if is_gpu:
-        host += loading_parts(config, policy)
+        host += passing_parts(config, policy, is_spread=sharding.world_size > 1)
         # On one machine each process has its own of most.
-        count = max(config.runtime.processes, sharding.world_size)
+        count = sharding.world_size if sharding.world_size > 1 else config.runtime.processes
         host = [for_all(part, count) for part in host]
     parts = [
         *frozen_parts(
@@ -172,7 +172,7 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
         *judge_parts(policy, [config.judge], "cpu"),
     ]
     if is_gpu:
-        host += loading_parts(config, policy)
+        host += passing_parts(config, policy)
     read = len(tasks) * sum(count for count, _ in asked_for)
     parts = [
         *frozen_parts(policy, is_offloaded=config.policy.offload and is_gpu),

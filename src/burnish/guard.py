@@ -196,7 +196,7 @@ class Guard(Watch):
     def look(
         self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
     ) -> dict[str, float]:
-        """Draw, score, compare and remember."""
+        """Draw, score and compare."""
         seeds = self._config.num_seeds
         with rt.autocast():
             pictures = self._draw(policy, self._prompts, seeds)
@@ -228,7 +228,6 @@ class Guard(Watch):
         }
         self.looks.rows.append(look)
         look["verdict"] = verdict(self.looks.rows, self._config.max_loss)
-        self.looks.remember(policy)
         return {
             "guard/held_out": held_out,
             "guard/hacked": float(look["verdict"] == "hacked"),

@@ -10,11 +10,12 @@ are kept, so that a stage that is resumed goes on as if it had never stopped.
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from burnish import checkpoint
 from burnish.policies.base import Policy
@@ -41,7 +42,8 @@ class Watch(ABC):
     def look(
         self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
     ) -> dict[str, float]:
-        """Measure, remember, and return what to log; the first look must be at the start.
+        """Measure, add a row to the looks, and return what to log; the first look must be at the
+        start, and every one be remembered.
 
         Args:
             policy: as it would be written now.
@@ -97,11 +99,19 @@ class Looks:
         """Whether to look before this step."""
         return step % self._every == 0 and step not in [row["step"] for row in self.rows]
 
-    def remember(self, policy: Policy[Any, Any]) -> None:
-        """Keep the weights if the newest look is the best, then write the looks down."""
+    @property
+    def is_best(self) -> bool:
+        """Whether the newest look is the best: its weights will be wanted."""
+        return self.best is self.rows[-1]
+
+    def remember(self, weights: Mapping[str, Tensor]) -> None:
+        """Keep the weights if the newest look is the best, then write the looks down.
+
+        Args:
+            weights: whole, of all that is trained, by name; may be empty for any other look.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.best is self.rows[-1]:
-            weights = {name: p.detach() for name, p in policy.trainable()}
+        if self.is_best:
             checkpoint.save(
                 self.folder, self.last_step, {"policy": weights}, {}, keep=len(self.rows)
             )

@@ -133,6 +133,10 @@ class State:
         for (_, parameter), mean in zip(self.policy.trainable(), self.average, strict=False):
             parameter.copy_(mean)
 
+    def weights(self, rt: Runtime) -> dict[str, Tensor]:
+        """All that is trained, whole where it will be written; all processes must come here."""
+        return {name: _gathered(p.detach(), rt) for name, p in self.policy.trainable()}
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds; the tensors may be spread over processes."""
         names = [name for name, _ in self.policy.trainable()]

@@ -3,20 +3,23 @@
 What calls of the policy hold was measured by `burnish.dry_run`; the rest is counted here.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from burnish.activations import num_bytes, weights
 from burnish.algorithms.base import Footprint
+from burnish.config import ConfigError, located
 from burnish.dry_run import Drawn, Measured
+from burnish.headers import stored_bytes
 from burnish.optimization import CHECKPOINTS, state_bytes
-from burnish.planning import PHASES, Part, Phase, Sharding
+from burnish.planning import PHASES, PROCESS_BYTES, Part, Phase, Sharding
 from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
-from burnish.rewards.base import RewardConfig
+from burnish.rewards.base import Place, RewardConfig
 from burnish.run_config import RunConfig
 from burnish.training import StageConfig
 
@@ -125,7 +128,11 @@ def training_parts(
         whole = num_bytes(policy.transformer.parameters())
         during = ("reading", "drawing", "decoding", "credit")
         yield Part(name="all weights, gathered", num_bytes=whole, during=during, advice=fewer)
-        yield Part(name="gathered block", num_bytes=_largest_block(policy), during=("update",))
+        yield Part(
+            name="gathered blocks, gradients of one",
+            num_bytes=_block_bytes(policy),
+            during=("update",),
+        )
 
 
 def host_parts(
@@ -143,14 +150,11 @@ def host_parts(
     name = "pictures and states of a step"
     yield Part(name=name, num_bytes=step, during=_RUNNING, is_common=True)
     ahead = footprint.copies_read_ahead * _rounded_bytes(policy)
-    yield Part(name="teacher that is read ahead", num_bytes=ahead, during=_RUNNING)
-    base, frozen = _base_bytes(policy), num_bytes(weights(*_others(policy).values()))
-    yield Part(
-        name="pipeline that is read again",
-        num_bytes=base + frozen,
-        during=("last look",),
-        is_common=True,
-    )
+    yield Part(name="teacher that is read ahead", num_bytes=ahead, during=PHASES[1:])
+    # What was trained is mapped from its file.
+    again = _converted(config, _others(policy))
+    name = "pipeline that is read again"
+    yield Part(name=name, num_bytes=again, during=("last look",), is_common=True)
     yield from offloaded_parts(config, policy)
     yield from judge_parts(policy, rewards_of(stage), "cpu")
 
@@ -160,13 +164,20 @@ def picture_bytes(policy: Policy[Any, Any]) -> int:
     return 3 * 4 * policy.buckets.largest.area
 
 
-def loading_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:
-    """What is in the machine's memory on its way to a GPU."""
-    passing = policy.networks() if not config.policy.offload else {"": policy.transformer}
-    size = num_bytes(weights(*passing.values()))
+def passing_parts(
+    config: RunConfig, policy: Policy[Any, Any], *, is_spread: bool = False
+) -> Iterator[Part]:
+    """What is in the machine's memory on its way to a GPU and back, and what every process is."""
+    passing = {"transformer": policy.transformer} if config.policy.offload else policy.networks()
     name = "pipeline on its way to the device"
+    size = _converted(config, passing)
     # One process after another reads its own.
     yield Part(name=name, num_bytes=size, during=("loading",), is_common=True)
+    if is_spread:
+        whole = num_bytes(policy.transformer.parameters())
+        name = "transformer, gathered to be written"
+        yield Part(name=name, num_bytes=whole, during=("last look",), is_common=True)
+    yield Part(name="the process itself", num_bytes=PROCESS_BYTES["cpu"])
 
 
 def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Part]:
@@ -177,16 +188,14 @@ def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Par
 
 
 def judge_parts(
-    policy: Policy[Any, Any], rewards: Iterable[RewardConfig], place: str
+    policy: Policy[Any, Any], rewards: Iterable[RewardConfig], place: Place
 ) -> Iterator[Part]:
     """What answers at a place, `cpu` or `cuda`; rewards with one judge share it."""
     judges: dict[str, int] = {}
     for reward in (reward for reward in rewards if reward.place == place):
         for key, size in reward.footprint(policy.resolution).items():
             judges[key] = max(size, judges.get(key, 0))
-    advice = (
-        "have it answer beside the GPU, its device=cpu, or on a server" if place != "cpu" else ""
-    )
+    advice = "set its device=cpu, or have it answer from a server" if place == "cuda" else ""
     for key, size in judges.items():
         yield Part(name=key, num_bytes=size, advice=advice)
 
@@ -232,6 +241,19 @@ def _others(policy: Policy[Any, Any]) -> dict[str, nn.Module]:
     return {key: part for key, part in policy.networks().items() if key != "transformer"}
 
 
+def _converted(config: RunConfig, networks: Mapping[str, nn.Module]) -> int:
+    """Bytes of networks that are read into another type than that of their files. The others are
+    mapped from their files, and such memory is given back where it is wanted."""
+    sizes = {key: num_bytes(weights(network)) for key, network in networks.items()}
+    return sum(size for key, size in sizes.items() if _stored(config, key) != size)
+
+
+def _stored(config: RunConfig, key: str) -> int | None:
+    with contextlib.suppress(ConfigError):
+        return stored_bytes(located(config.policy.path) / key)
+    return None
+
+
 def _base_bytes(policy: Policy[Any, Any]) -> int:
     """Of the transformer without a LoRA, beside which all else is frozen."""
     frozen = [p for p in policy.transformer.parameters() if not p.requires_grad]
@@ -243,10 +265,13 @@ def _rounded_bytes(policy: Policy[Any, Any]) -> int:
     return _base_bytes(policy) * policy.frozen_dtype.itemsize // policy.dtype.itemsize
 
 
-def _largest_block(policy: Policy[Any, Any]) -> int:
+def _block_bytes(policy: Policy[Any, Any]) -> int:
+    """Of the largest block: itself and the next one as they are gathered, its gradient likewise,
+    and that in float32 as it is added up."""
     kinds = policy.block_classes
     blocks = [part for part in policy.transformer.modules() if type(part).__name__ in kinds]
-    return max((num_bytes(block.parameters()) for block in blocks), default=0)
+    own = [list(block.parameters()) for block in blocks]
+    return max((3 * num_bytes(p) + sum(4 * one.numel() for one in p) for p in own), default=0)
 
 
 def _type(tensor: Tensor) -> str:

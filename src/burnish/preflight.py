@@ -83,6 +83,7 @@ def check_inputs(config: RunConfig) -> None:
     for key, reward in _rewards(config):
         try:
             reward.check()
+            _check_place(config, reward)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
@@ -90,6 +91,16 @@ def check_inputs(config: RunConfig) -> None:
     check_memory(config)
     # Last, as it takes longest.
     _look_at_images(config)
+
+
+def _check_place(config: RunConfig, reward: RewardConfig) -> None:
+    """Raise unless the run is where the reward wants to be: they share devices and their plan."""
+    device = runtime.choose_device(config.runtime.device).type
+    if reward.place == "cuda" and device != "cuda":
+        raise ConfigError(
+            f"need a run on a GPU for device=cuda, got one on a {device}; set device=cpu, or "
+            "runtime.device=cuda"
+        )
 
 
 def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:

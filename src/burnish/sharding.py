@@ -41,7 +41,11 @@ class Shards:
             return
         check_prefix(type(policy), share=policy.share_prefix)
         # On no device: only who writes the result at the end fills it.
-        self._plain = copy.deepcopy(policy.transformer).to("meta")
+        empty: dict[int, Any] = {
+            id(own): torch.nn.Parameter(own.detach().to("meta"), own.requires_grad)
+            for own in policy.transformer.parameters()
+        }
+        self._plain = copy.deepcopy(policy.transformer, empty)
         mesh = torch.distributed.init_device_mesh(rt.device.type, (rt.world_size,))
         precision = MixedPrecisionPolicy(
             param_dtype=None if rt.dtype == torch.float32 else rt.dtype,
@@ -69,7 +73,8 @@ class Shards:
                 module.set_reshard_after_forward(True)
 
     def leave(self, *, is_needed: bool) -> None:
-        """Give the policy a plain transformer with all weights again; all processes must come here.
+        """Give the policy a plain transformer with all weights again, in the memory of the machine,
+        to be written; all processes must come here.
 
         Args:
             is_needed: whether this process wants it; to the others the policy is lost.
@@ -79,7 +84,7 @@ class Shards:
         policy: Any = self._policy
         plain, spread = self._plain, policy.transformer
         if is_needed:
-            plain = plain.to_empty(device=policy.device)
+            plain = plain.to_empty(device="cpu")
         for module in self._modules:
             module.reshard()
         with torch.no_grad():

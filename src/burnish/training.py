@@ -211,9 +211,14 @@ def _watch(
 
 def _look(watch: Watch, state: State, shards: Shards, run: Run, rt: Runtime) -> dict[str, float]:
     """What the main process sees of the policy as it would be written now, known to all."""
-    with run.timer("look"), state.averaged(bool(state.average)), shards.whole():
-        seen = _looked(watch, state, run, rt) if rt.is_main else {}
-    watch.looks.rows = rt.gather(watch.looks.rows)[0]
+    with run.timer("look"), state.averaged(bool(state.average)):
+        with shards.whole():
+            seen = _looked(watch, state, run, rt) if rt.is_main else {}
+        watch.looks.rows = rt.gather(watch.looks.rows)[0]
+        # As they are kept, and not as they are gathered to draw.
+        weights = state.weights(rt) if watch.looks.is_best else {}
+        if rt.is_main:
+            watch.looks.remember(weights)
     return seen
 
 

@@ -91,6 +91,24 @@ def test_velocities_and_pictures_are_those_of_a_cpu(
     torch.testing.assert_close(there[2], here[2], atol=2e-2, rtol=0)
 
 
+def test_gradients_are_those_of_a_cpu(model: tuple[Any, Path], gpu: torch.device) -> None:
+    family, folder = model
+    found = []
+    for device in (torch.device("cpu"), gpu):
+        policy = family.load(folder, resolution=64, device=device)
+        policy.transformer.requires_grad_(True)
+        noise = policy.noise([torch.Generator().manual_seed(row) for row in range(2)])
+        sigma = torch.tensor([0.9, 0.4], device=device)
+        prefix = policy.prefix(policy.encode(prompts(family)))
+        policy.velocity(noise, sigma, prefix).square().mean().backward()
+        named = policy.transformer.named_parameters()
+        found.append({name: p.grad.cpu() for name, p in named if p.grad is not None})
+    here, there = found
+    assert here.keys() == there.keys()
+    for name, grad in here.items():
+        torch.testing.assert_close(there[name], grad, atol=1e-5, rtol=2e-2, msg=name)
+
+
 def test_a_family_goes_from_teachers_to_a_student_in_the_planned_memory(
     model: tuple[Any, Path], tmp_path: Path, gpu: torch.device
 ) -> None:

@@ -16,6 +16,7 @@ from burnish import checkpoint, images, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import HEADLINE, read_scores
+from burnish.forecast import forecast
 from burnish.galleries import galleries
 from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs
@@ -272,6 +273,30 @@ def recipe_of_shapes(family: str, model: Path, folder: Path, judge: Path) -> Run
             "evaluation": data["evaluation"] | {"prompts": held_out, "num_prompts": 8},
         },
     )
+
+
+def test_a_judge_on_a_gpu_is_planned_there_and_needs_a_run_that_is(
+    small_judge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy_class("stable_diffusion3").tiny().save(tmp_path)
+    judge = {"kind": "vlm", "path": str(small_judge), "dimension": "alignment"}
+
+    def judged(device: str) -> RunConfig:
+        data = recipe("stable_diffusion3", tmp_path, judge=judge | {"device": device}).model_dump()
+        data["stages"] = {"nft_teacher": data["stages"]["nft_teacher"]}
+        data["stages"]["nft_teacher"]["rewards"] = {"judge": judge | {"device": device}}
+        return parse(RunConfig, data | {"runtime": {"device": "cpu"}})
+
+    for device in ("cpu", "cuda"):
+        for plan in forecast(judged(device), "cuda"):
+            places = {"cpu": plan.host, "cuda": plan.parts}
+            told = {place: [p.name for p in parts] for place, parts in places.items()}
+            found = [place for place in told if f"judge {small_judge}" in told[place]]
+            assert found == [device], plan.stage
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match="judge: need a run on a GPU for device=cuda"):
+        check_inputs(judged("cuda"))
 
 
 def test_more_sources_than_a_family_reads_are_told_before_it_is_read(tmp_path: Path) -> None:

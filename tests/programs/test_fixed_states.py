@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.looking import look
 
 from burnish import checkpoint, runtime
 from burnish.algorithms.base import Setting
@@ -73,7 +74,7 @@ def begun(
 ) -> tuple[QwenImage21Policy, Watch]:
     """A student at the start, looked at once."""
     student, looking = learner(policy), watch(policy, teacher, folder)
-    looking.look(student, 0, None, CPU)
+    look(looking, student, 0, None, CPU)
     return student, looking
 
 
@@ -93,17 +94,17 @@ def test_the_nearest_student_is_written_and_a_resumed_stage_sees_the_same_states
 ) -> None:
     student = learner(policy)
     looking = watch(policy, teacher, tmp_path)
-    first = looking.look(student, 0, None, CPU)
+    first = look(looking, student, 0, None, CPU)
     assert first["fixed_states/gap"] == pytest.approx(1.0)
     become(student, policy, teacher, 0.8)
-    near = looking.look(student, 4, None, CPU)
+    near = look(looking, student, 4, None, CPU)
     assert near["fixed_states/gap"] < 0.5 and near["fixed_states/learnt_t2i"] > 0.5
     best = {name: p.detach().clone() for name, p in student.trainable()}
     become(student, policy, teacher, 0.3)
     # Cut off after the second look: the states come from the disk, not from what is there now.
     seen = []
     for resumed in (looking, watch(policy, teacher, tmp_path, step=5)):
-        far = resumed.look(student, 8, None, CPU)
+        far = look(resumed, student, 8, None, CPU)
         assert near["fixed_states/gap"] < far["fixed_states/gap"] < 1
         seen.append(far)
     rows = [json.loads(line) for line in (tmp_path / "fixed-states/looks.jsonl").open()]
@@ -119,7 +120,7 @@ def test_the_teacher_itself_has_no_gap(
 ) -> None:
     student, looking = begun(policy, teacher, tmp_path)
     become(student, policy, teacher, 1.0)
-    found = looking.look(student, 4, None, CPU)
+    found = look(looking, student, 4, None, CPU)
     assert found["fixed_states/gap"] == pytest.approx(0, abs=1e-9)
     assert found["fixed_states/learnt_t2i"] == pytest.approx(1, abs=1e-4)
 
@@ -128,10 +129,10 @@ def test_a_student_that_only_went_astray_is_told(
     policy: QwenImage21Policy, teacher: Path, tmp_path: Path
 ) -> None:
     looking = watch(policy, teacher, tmp_path)
-    looking.look(learner(policy), 0, None, CPU)
+    look(looking, learner(policy), 0, None, CPU)
     astray = shaken(policy, 5, size=0.2)
     astray.transformer.requires_grad_(True)
-    assert looking.look(astray, 4, None, CPU)["fixed_states/gap"] > 1
+    assert look(looking, astray, 4, None, CPU)["fixed_states/gap"] > 1
     with pytest.warns(FixedStatesWarning, match="no student came nearer to its teachers"):
         looking.restore(astray)
 
@@ -177,17 +178,17 @@ def test_weights_of_looks_that_are_forgotten_are_never_given_back(
     """Cut off after the best look, and worse the second time: the best is then the one before."""
     student, looking = begun(policy, teacher, tmp_path)
     become(student, policy, teacher, 0.5)
-    looking.look(student, 4, None, CPU)
+    look(looking, student, 4, None, CPU)
     earlier = {name: p.detach().clone() for name, p in student.trainable()}
     # The stage may be resumed from here, so what was best here must stay.
     checkpoint.save(tmp_path / "checkpoints", 5, {}, {})
     become(student, policy, teacher, 0.9)
-    looking.look(student, 8, None, CPU)
+    look(looking, student, 8, None, CPU)
     assert checkpoint.steps(tmp_path / "fixed-states") == [4, 8]
     resumed = watch(policy, teacher, tmp_path, step=5)
     assert checkpoint.steps(tmp_path / "fixed-states") == [4]
     become(student, policy, teacher, 0.2)
-    resumed.look(student, 8, None, CPU)
+    look(resumed, student, 8, None, CPU)
     assert resumed.looks.best["step"] == 4
     resumed.restore(student)
     assert all(torch.equal(earlier[name], p) for name, p in student.trainable())

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.looking import look
 
 from burnish import runtime
 from burnish.config import ConfigError, located, parse
@@ -136,18 +137,18 @@ class TestGuard:
         watch = guard(tmp_path, [0.2, 0.6, 0.3])
         assert watch.looks.is_due(0) and not watch.looks.is_due(1)
         assert watch.looks.last_step == 0
-        first = watch.look(learner, 0, None, CPU)
+        first = look(watch, learner, 0, None, CPU)
         assert first["guard/absorbed_guidance"] == 0 and first["guard/diversity"] > 0
         assert not watch.looks.is_due(0)
         shake(learner, 1)
         best = weights(learner)
-        again = watch.look(learner, 4, 1.0, CPU)
+        again = look(watch, learner, 4, 1.0, CPU)
         assert again["guard/held_out"] == pytest.approx(0.6) and not watch.is_over
         assert again["guard/absorbed_guidance"] != 0
         shake(learner, 2)
         # Cut off after the second look: what came later is forgotten and seen again.
         for resumed in (watch, guard(tmp_path, [0.3], step=5)):
-            assert resumed.look(learner, 8, 2.0, CPU)["guard/hacked"] == 1 and resumed.is_over
+            assert look(resumed, learner, 8, 2.0, CPU)["guard/hacked"] == 1 and resumed.is_over
         resumed.restore(learner)
         assert torch.equal(weights(learner), best)
         rows = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
@@ -164,14 +165,14 @@ class TestGuard:
             num_prompts=8,
         )
         watch = Guard(config, ROLLOUT, ["t2i"], tmp_path, step=0)
-        found = watch.look(policy, 0, None, CPU)
+        found = look(watch, policy, 0, None, CPU)
         (row,) = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
         assert {"likeness", "style"} <= row["retention"].keys()
         assert all(0 <= value <= 1 for value in row["retention"].values())
         assert found["guard/others/beauty"] == row["others"]["beauty"] != row["held_out"]
         assert found["guard/retention/style"] == row["retention"]["style"]
         # The same pictures again: nothing has moved, so nothing differs.
-        watch.look(policy, 8, 1.0, CPU)
+        look(watch, policy, 8, 1.0, CPU)
         again = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()][1]
         assert (again["retention"], again["others"]) == (row["retention"], row["others"])
 
@@ -194,10 +195,10 @@ class TestGuard:
             learner = policy.sibling()
             learner.transformer.requires_grad_(True)
             watch = guard(tmp_path / action, [0.5, 0.1], action=action)
-            watch.look(learner, 0, None, CPU)
+            look(watch, learner, 0, None, CPU)
             shake(learner, 3)
             before = weights(learner)
-            assert watch.look(learner, 4, 1.0, CPU)["guard/hacked"] == 1
+            assert look(watch, learner, 4, 1.0, CPU)["guard/hacked"] == 1
             assert watch.is_over == is_over
             watch.restore(learner)
             assert torch.equal(weights(learner), before)
@@ -206,12 +207,12 @@ class TestGuard:
         self, policy: QwenImage21Policy, tmp_path: Path
     ) -> None:
         watch = guard(tmp_path / "start", [0.5, 0.1])
-        watch.look(policy, 0, None, CPU)
-        watch.look(policy, 4, 1.0, CPU)
+        look(watch, policy, 0, None, CPU)
+        look(watch, policy, 4, 1.0, CPU)
         with pytest.raises(RunError, match="got none better than the start"):
             watch.restore(policy)
         with pytest.raises(RunError, match=r"pictures that guard\.judge can score"):
-            guard(tmp_path / "none", [None]).look(policy, 0, None, CPU)
+            look(guard(tmp_path / "none", [None]), policy, 0, None, CPU)
         with pytest.raises(ConfigError, match="need 999 prompts of task t2i, got 128"):
             config = GuardConfig(judge=OracleConfig(), num_prompts=999)
             Guard(config, ROLLOUT, ["t2i"], tmp_path / "many", step=0)

@@ -79,7 +79,8 @@ def _plan(
     if device != "cuda" or memory is None:
         place = runtime.choose_device(device)
         device, available = place.type, runtime.memory(place)
-        beside = runtime.memory(runtime.ALONE.device) if device == "cuda" else None
+        if device == "cuda" and memory is None:
+            beside = runtime.memory(runtime.ALONE.device)
     if memory is not None:
         available = round(memory * planning.GIBIBYTE)
     sharding = planning.Sharding(devices)

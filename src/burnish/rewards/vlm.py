@@ -34,7 +34,7 @@ from burnish.judging import (
     question,
     read_score,
 )
-from burnish.rewards.base import Reward, RewardConfig
+from burnish.rewards.base import Place, Reward, RewardConfig
 from burnish.runtime import choose_device, own_device
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
 from burnish.vision_build import ensure_torchvision
@@ -60,11 +60,11 @@ class VlmConfig(RewardConfig):
     reasoning: bool = True
     """Write the chain of thought first; False asks for the score at once."""
     batch_size: int = Field(default=32, ge=1)
-    device: Literal["cpu", "cuda"] = "cpu"
+    device: Place = "cpu"
     """Where it answers; on a GPU it stands beside what is trained there."""
 
     @property
-    def place(self) -> Literal["cpu", "cuda"]:
+    def place(self) -> Place:
         return self.device
 
     def check(self) -> None:
@@ -85,8 +85,10 @@ class VlmConfig(RewardConfig):
     def footprint(self, resolution: int) -> Mapping[str, int]:
         name, folder = f"judge {self.path}", located(self.path)
         answering = self.batch_size * _question_bytes(folder, resolution)
-        # The model is shared; a dimension has a thread of its own, which keeps what it has freed.
-        return {name: stored_bytes(folder), f"questions of {self.dimension}": answering}
+        # The model is shared; a dimension has a thread of its own, which keeps what it has freed on
+        # a CPU, and one of them reads at a time.
+        asked = self.dimension if self.device == "cpu" else "all dimensions"
+        return {name: stored_bytes(folder), f"questions of {asked}": answering}
 
 
 @dataclass(frozen=True)

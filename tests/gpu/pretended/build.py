@@ -12,7 +12,7 @@ def main() -> None:
     (folder, *_) = cpp_extension.library_paths()
     command = ["g++", "-std=c++20", "-O1", "-fPIC", "-shared", "-w"]
     command += [f"-I{path}" for path in cpp_extension.include_paths()]
-    command += [str(Path(__file__).with_name("device.cpp")), "-o", library]
+    command += [*map(str, sorted(Path(__file__).parent.glob("*.cpp"))), "-o", library]
     command += ["-Wl,--no-as-needed", f"-Wl,-rpath,{folder}", f"-L{folder}", "-ltorch_cpu", "-lc10"]
     sys.exit(subprocess.run(command).returncode)
 

@@ -114,11 +114,12 @@ def stand_in(cuda: Any, own: Any) -> None:
     cuda.get_device_properties = lambda device=None: Properties()
     cuda.get_device_name = lambda device=None: Properties.name
     cuda.get_device_capability = lambda device=None: (Properties.major, Properties.minor)
-    cuda.mem_get_info = lambda device=None: (_TOTAL - _LIBRARY.pretended_held(), _TOTAL)
-    cuda.memory_allocated = cuda.memory_reserved = lambda device=None: _LIBRARY.pretended_held()
-    cuda.max_memory_allocated = lambda device=None: _LIBRARY.pretended_peak()
+    cuda.mem_get_info = lambda device=None: (_TOTAL - cuda.memory_allocated(device), _TOTAL)
+    cuda.memory_allocated = lambda device=None: _LIBRARY.pretended_held(index(device))
+    cuda.max_memory_allocated = lambda device=None: _LIBRARY.pretended_peak(index(device))
+    cuda.memory_reserved = cuda.memory_allocated
     cuda.max_memory_reserved = cuda.max_memory_allocated
-    cuda.reset_peak_memory_stats = lambda device=None: _LIBRARY.pretended_reset_peak()
+    cuda.reset_peak_memory_stats = lambda device=None: _LIBRARY.pretended_reset_peak(index(device))
     cuda.default_generators = generators
     cuda.get_rng_state = lambda device=None: generators[index(device)].get_state()
     cuda.set_rng_state = lambda state, device=None: generators[index(device)].set_state(state)

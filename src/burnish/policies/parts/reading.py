@@ -251,6 +251,9 @@ def hash_module(module: nn.Module, *, is_rounded: bool = False) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
         if is_rounded and flat.is_floating_point():
             flat = flat.to(torch.bfloat16)
+        if flat.is_floating_point():
+            # A LoRA that adds nothing makes 0.0 of -0.0.
+            flat = flat + 0
         digest.update(f"{name} {flat.dtype} {tuple(tensor.shape)}".encode())
         # As bytes, because numpy has no bfloat16.
         digest.update(flat.view(torch.uint8).numpy().data)
