@@ -27,7 +27,7 @@ PRETENDED := tests/gpu/pretended
 pretended: export OMP_NUM_THREADS := 1
 pretended: export MKL_NUM_THREADS := 1
 pretended: $(VENV)/pretended.so  ## the tests that need a GPU, on a pretended one
-	PYTHONPATH=$(PRETENDED) BURNISH_PRETENDED_GPU=$(abspath $<) $(BIN)/$(or $(RUN),pytest -n 2 tests/gpu)
+	PYTHONPATH=$(PRETENDED)$${PYTHONPATH:+:$$PYTHONPATH} BURNISH_PRETENDED_GPU=$(abspath $<) $(BIN)/$(or $(RUN),pytest -n 2 tests/gpu)
 
 $(VENV)/pretended.so: $(wildcard $(PRETENDED)/*.cpp $(PRETENDED)/*.h) $(INSTALLED_DEV)
 	$(BIN)/python $(PRETENDED)/build.py $@

@@ -30,7 +30,6 @@ from burnish.plan_parts import (
     offloaded_parts,
     passing_parts,
     picture_bytes,
-    rewards_of,
     trained_parts,
     training_parts,
 )
@@ -54,13 +53,12 @@ _LIKELIEST = 8
 """Of these, the prompts whose source images have the most bytes."""
 
 
-def forecast(config: RunConfig, device: str, sharding: Sharding | None = None) -> list[Plan]:
+def forecast(config: RunConfig, device: str) -> list[Plan]:
     """The plan of every stage, and of the evaluation.
 
     Args:
         config: of the run; its model must be there, its stages need not.
         device: `cuda` or `cpu`, present or not.
-        sharding: over how many devices; None is as the run says.
 
     Raises:
         ConfigError: a model or a set of prompts that cannot be read.
@@ -70,7 +68,7 @@ def forecast(config: RunConfig, device: str, sharding: Sharding | None = None) -
     family = policy_class(config.policy.family)
     known: dict[Any, Any] = {}
     own = config.runtime
-    spread = sharding or Sharding(own.processes if own.sharding == "full" else 1)
+    spread = Sharding(own.processes if own.sharding == "full" else 1)
     for name, stage in config.stages.items() if spread.world_size > 1 else ():
         check_prefix(
             family,
@@ -111,8 +109,7 @@ def _plan(
     if is_gpu:
         host += passing_parts(config, policy, is_spread=sharding.world_size > 1)
         # On one machine each process has its own of most.
-        count = sharding.world_size if sharding.world_size > 1 else config.runtime.processes
-        host = [for_all(part, count) for part in host]
+        host = [for_all(part, config.runtime.processes) for part in host]
     parts = [
         *frozen_parts(
             policy,
@@ -123,7 +120,7 @@ def _plan(
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),
         *training_parts(computing, found, name, sharding),
-        *(judge_parts(policy, rewards_of(stage), "cuda") if is_gpu else host),
+        *(judge_parts(policy, dict(stage.scorers()).values(), "cuda") if is_gpu else host),
     ]
     return Plan(
         stage=name,

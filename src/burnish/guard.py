@@ -32,7 +32,7 @@ from burnish.looks import Look, Looks, Watch
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
-from burnish.rewards.base import Reward
+from burnish.rewards.base import Reward, RewardConfig
 from burnish.rollout import draw
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
@@ -84,6 +84,14 @@ class GuardConfig(Config):
     action: Literal["warn", "stop", "roll_back"] = "roll_back"
     """`warn` only writes it down; `stop` ends the stage; `roll_back` ends it with the weights of
     the best look."""
+
+    def scorers(self) -> Iterator[tuple[str, RewardConfig]]:
+        """All that score, by the key that names each here."""
+        yield "judge", self.judge
+        for name, reward in self.others.items():
+            yield f"others.{name}", reward
+        if self.retention is not None and self.retention.judge is not None:
+            yield "retention.judge", self.retention.judge
 
 
 def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:

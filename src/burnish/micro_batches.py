@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import AT_ONCE
 from burnish.forecast import forecast
-from burnish.planning import Phase, Plan, Sharding, check, shown
+from burnish.planning import Phase, Plan, check, shown
 from burnish.progress import progress
 from burnish.run_config import RunConfig
 from burnish.stages import with_folders
@@ -18,14 +18,12 @@ _DRAWING: tuple[Phase, ...] = ("reading", "drawing", "decoding")
 _TRAINING: tuple[Phase, ...] = ("credit", "update", "optimizer step")
 
 
-def largest(
-    config: RunConfig, device: str, available: int, sharding: Sharding | None = None
-) -> dict[str, int]:
+def largest(config: RunConfig, device: str, available: int) -> dict[str, int]:
     """Every micro-batch of a run by its key in a recipe, a power of two each.
 
     Args:
         config: of the run; its own micro-batches do not count.
-        device: as for `forecast`, like `sharding`.
+        device: as for `forecast`.
         available: bytes of it.
 
     Raises:
@@ -38,7 +36,7 @@ def largest(
 
     def plans(chosen: Mapping[str, int]) -> list[Plan]:
         overrides = [f"{key}={value}" for key, value in chosen.items()]
-        return forecast(parse(RunConfig, plain, overrides), device, sharding)
+        return forecast(parse(RunConfig, plain, overrides), device)
 
     with progress("plan micro-batches") as bar:
         while is_open:

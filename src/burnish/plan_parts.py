@@ -156,7 +156,7 @@ def host_parts(
     name = "pipeline that is read again"
     yield Part(name=name, num_bytes=again, during=("last look",), is_common=True)
     yield from offloaded_parts(config, policy)
-    yield from judge_parts(policy, rewards_of(stage), "cpu")
+    yield from judge_parts(policy, dict(stage.scorers()).values(), "cpu")
 
 
 def picture_bytes(policy: Policy[Any, Any]) -> int:
@@ -207,12 +207,6 @@ def for_all(part: Part, count: int) -> Part:
     return dataclasses.replace(
         part, name=f"{part.name}, {count} times", num_bytes=count * part.num_bytes
     )
-
-
-def rewards_of(stage: StageConfig) -> list[RewardConfig]:
-    """All that score in a stage, its guard included."""
-    guard = stage.guard
-    return [*stage.rewards.values(), *([guard.judge, *guard.others.values()] if guard else ())]
 
 
 def disk_parts(

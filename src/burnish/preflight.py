@@ -23,11 +23,11 @@ from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import EMBEDDED, ConfigError, located, nearest
 from burnish.forecast import check_memory
-from burnish.guard import GuardConfig, held_out
+from burnish.guard import held_out
 from burnish.policies.base import Policy
 from burnish.progress import track
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
-from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
+from burnish.rewards.base import EVERY_CATEGORY, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_prefix
 from burnish.shelves import PolicyConfig, check_kernels, families, load_policy, policy_class
@@ -42,12 +42,25 @@ _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "nump
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Read what the jobs of a run will read.
+    """Read what the jobs of a run will read, and whether this machine can do them.
 
     Raises:
-        ConfigError: a missing model or judge, a broken prompt set, an image of a prompt that cannot
-            be used among those looked at, too few prompts for a step, a prompt with more source
-            images than the family reads.
+        ConfigError: what `check_recipe` raises, an image of a prompt that cannot be used among
+            those looked at, or too little memory.
+    """
+    check_recipe(config)
+    check_places(config, runtime.choose_device(config.runtime.device).type)
+    check_memory(config)
+    # Last, as it takes longest.
+    _look_at_images(config)
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Read all but pictures that the jobs of a run will read, on any machine.
+
+    Raises:
+        ConfigError: a missing model or judge, a broken prompt set, too few prompts for a step, a
+            prompt with more source images than the family reads.
     """
     for key, path in _models(config).items():
         if not (located(path) / "model_index.json").is_file():
@@ -80,27 +93,31 @@ def check_inputs(config: RunConfig) -> None:
         _check_targets(name, stage, located(config.policy.path))
     for key, path in _models(config).items():
         _check_kin(key, located(path), located(config.policy.path))
-    for key, reward in _rewards(config):
+    for key, reward in config.scorers():
         try:
             reward.check()
-            _check_place(config, reward)
         except ConfigError as error:
             raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
-    check_memory(config)
-    # Last, as it takes longest.
-    _look_at_images(config)
 
 
-def _check_place(config: RunConfig, reward: RewardConfig) -> None:
-    """Raise unless the run is where the reward wants to be: they share devices and their plan."""
-    device = runtime.choose_device(config.runtime.device).type
-    if reward.place == "cuda" and device != "cuda":
-        raise ConfigError(
-            f"need a run on a GPU for device=cuda, got one on a {device}; set device=cpu, or "
-            "runtime.device=cuda"
-        )
+def check_places(config: RunConfig, device: str) -> None:
+    """Look whether rewards want to be where the run is: they share its devices and its plan.
+
+    Args:
+        config: of the run.
+        device: of the run, `cuda` or `cpu`.
+
+    Raises:
+        ConfigError: one wants to be on a GPU, and the run is on none.
+    """
+    for key, reward in config.scorers():
+        if reward.place == "cuda" and device != "cuda":
+            raise ConfigError(
+                f"{key}: need a run on a GPU for device=cuda, got one on a {device}; set "
+                f"{key}.device=cpu, or runtime.device=cuda where there is a GPU"
+            )
 
 
 def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -163,24 +180,6 @@ def _check_bench(key: str, config: BenchConfig) -> None:
             f"{key}: need a bench with a judge, got one without; name its server with `judge`, or "
             "take the bench after the run with `burnish bench`"
         )
-
-
-def _rewards(config: RunConfig) -> Iterator[tuple[str, RewardConfig]]:
-    """Every reward of a run, by the key that names it."""
-    yield "judge", config.judge
-    for name, stage in config.stages.items():
-        for reward, settings in stage.rewards.items():
-            yield f"stages.{name}.rewards.{reward}", settings
-        if stage.guard is not None:
-            yield from _of_guard(f"stages.{name}.guard", stage.guard)
-
-
-def _of_guard(key: str, guard: GuardConfig) -> Iterator[tuple[str, RewardConfig]]:
-    yield f"{key}.judge", guard.judge
-    for name, reward in guard.others.items():
-        yield f"{key}.others.{name}", reward
-    if guard.retention is not None and guard.retention.judge is not None:
-        yield f"{key}.retention.judge", guard.retention.judge
 
 
 def _check_adapters(name: str, stage: StageConfig) -> None:

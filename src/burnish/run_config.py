@@ -2,7 +2,7 @@
 for which."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -14,6 +14,7 @@ from burnish.config import Config, ConfigError, nearest
 from burnish.curation import CurationConfig
 from burnish.evaluation import EvaluationConfig
 from burnish.merging import MergeConfig
+from burnish.rewards.base import RewardConfig
 from burnish.runtime import RuntimeConfig
 from burnish.shelves import AnyBench, AnyReward, PolicyConfig
 from burnish.training import StageConfig
@@ -170,6 +171,12 @@ class RunConfig(Config):
                         f"{near!r}?"
                     )
         return self
+
+    def scorers(self) -> Iterator[tuple[str, RewardConfig]]:
+        """All that score, by the key that names each."""
+        yield "judge", self.judge
+        for name, stage in self.stages.items():
+            yield from ((f"stages.{name}.{key}", reward) for key, reward in stage.scorers())
 
     def policies(self) -> tuple[str, ...]:
         """All that the run makes: results of stages, and merges."""

@@ -244,16 +244,16 @@ def start(config: RuntimeConfig | None = None) -> Runtime:
         torch.cuda.set_device(device)
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if _has_cuda() else "gloo", timeout=_PATIENCE
+            "cpu:gloo,cuda:nccl" if has_gpu() else "gloo", timeout=_PATIENCE
         )
     return runtime
 
 
 def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """The torch device of a name in `auto`, `cpu`, `cuda`; each local process has its own GPU."""
-    if name == "cpu" or (name == "auto" and not _has_cuda()):
+    if name == "cpu" or (name == "auto" and not has_gpu()):
         return torch.device("cpu")
-    count = torch.cuda.device_count() if _has_cuda() else 0
+    count = torch.cuda.device_count() if has_gpu() else 0
     if local_rank >= count:
         raise ConfigError(
             f"need {local_rank + 1} CUDA devices for device={name}, found {count};"
@@ -317,7 +317,7 @@ def seeded(seed: int, *names: int | str) -> Iterator[None]:
     """Seed the global generators inside, for libraries that take none, and put them back after."""
     value = derived_seed(seed, *names)
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if _has_cuda() else []
+    devices = list(range(torch.cuda.device_count())) if has_gpu() else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(value)
         random.seed(value)
@@ -394,5 +394,6 @@ def _from_environment(name: str, default: int, environment: Mapping[str, str] = 
     return int(text)
 
 
-def _has_cuda() -> bool:
+def has_gpu() -> bool:
+    """Whether torch sees one."""
     return torch.cuda.is_available()

@@ -8,7 +8,7 @@ one stage.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from burnish.policies.base import Policy
 from burnish.policies.parts.reading import hash_module
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
-from burnish.rewards.base import AsyncRewardSet, RewardSet, check_weights
+from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet, check_weights
 from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
@@ -62,6 +62,13 @@ class StageConfig(Config):
     trains on all of them."""
     guard: GuardConfig | None = None
     """Ends the stage when the reward rises while a held-out score falls."""
+
+    def scorers(self) -> Iterator[tuple[str, RewardConfig]]:
+        """All that score, by the key that names each here."""
+        for name, reward in self.rewards.items():
+            yield f"rewards.{name}", reward
+        if self.guard is not None:
+            yield from ((f"guard.{key}", reward) for key, reward in self.guard.scorers())
 
     @model_validator(mode="after")
     def _fits_together(self) -> "StageConfig":

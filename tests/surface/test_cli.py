@@ -596,9 +596,27 @@ def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
     shown = capsys.readouterr()
     assert "student (cuda, each of 2 devices)" in shown.out and "gathered block" in shown.out
     assert "need 1.0" in shown.err and "got 512.0 MiB" in shown.err
-    for alone in ("seed=1", "--fit"):
+    # So many as the recipe says, where nobody says another number.
+    own = ["policy.share_prefix=false", "runtime.processes=2", "runtime.sharding=full"]
+    assert cli.main([*given, *own]) == 2
+    assert capsys.readouterr() == shown
+    for alone in ("seed=1", "--fit", "--memory=8", "--devices=2"):
         assert cli.main(["doctor", alone]) == 2
         assert "name a recipe" in capsys.readouterr().err
+
+
+def test_the_doctor_reads_a_recipe_as_a_run_does(recipe: Path, capsys: Any) -> None:
+    """What is wrong is one line there, too."""
+    given = ["doctor", "--recipe", str(recipe), "--memory", "80"]
+    judge = "{kind: vlm, path: embedded:weights/judge, dimension: alignmnt, device: cuda}"
+    assert cli.main([*given, f"judge={judge}"]) == 2
+    assert "judge: need a dimension of this judge" in capsys.readouterr().err
+    right = judge.replace("alignmnt", "alignment")
+    assert cli.main([*given, f"judge={right}"]) == 2
+    assert "judge: need a run on a GPU for device=cuda" in capsys.readouterr().err
+    assert cli.main([*given, f"judge={right}", "runtime.device=cuda"]) == 0
+    assert cli.main([*given[:-2], "runtime.device=cuda"]) == 2
+    assert "add --memory GiB" in capsys.readouterr().err
 
 
 def test_the_doctor_finds_the_largest_micro_batches(recipe: Path, capsys: Any) -> None:

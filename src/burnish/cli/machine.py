@@ -25,7 +25,10 @@ def doctor(
     memory: Annotated[
         float | None, typer.Option(help="GiB of each device; left out, what it has.", min=0)
     ] = None,
-    devices: Annotated[int, typer.Option(help="To spread a model over.", min=1)] = 1,
+    devices: Annotated[
+        int | None,
+        typer.Option(help="As runtime.processes=N runtime.sharding=full.", metavar="N", min=1),
+    ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Find the largest micro-batches that fit, in minutes.")
     ] = False,
@@ -39,9 +42,10 @@ def doctor(
     if recipe is not None:
         _plan(recipe, overrides or [], memory, devices, as_json, fit=fit)
         return
-    if overrides or fit:
-        given = repr(overrides[0]) if overrides else "--fit"
-        raise ConfigError(f"need --recipe for settings, got {given} alone; name a recipe")
+    alone = [repr(one) for one in overrides or ()][:1]
+    options = {"--fit": fit, "--memory": memory is not None, "--devices": devices is not None}
+    if alone := alone + [name for name, is_given in options.items() if is_given]:
+        raise ConfigError(f"need --recipe for settings, got {alone[0]} alone; name a recipe")
     from burnish import preflight
 
     findings = preflight.examine()
@@ -62,43 +66,57 @@ def _plan(
     recipe: str,
     overrides: list[str],
     memory: float | None,
-    devices: int,
+    devices: int | None,
     as_json: bool,
     *,
     fit: bool,
 ) -> None:
     """Show what every stage of a recipe needs, and refuse what a device does not have; or what it
     has room for."""
-    from burnish import micro_batches, planning, runtime
+    from burnish import micro_batches, planning, preflight
     from burnish.forecast import forecast
     from burnish.run_config import RunConfig
 
+    if devices is not None:
+        sharding = "full" if devices > 1 else "none"
+        overrides = [*overrides, f"runtime.processes={devices}", f"runtime.sharding={sharding}"]
     config = load(RunConfig, recipe_path(recipe), overrides)
-    device, available, beside = config.runtime.device, None, None
-    # Of a GPU that is somewhere else nothing can be asked.
-    if device != "cuda" or memory is None:
-        place = runtime.choose_device(device)
-        device, available = place.type, runtime.memory(place)
-        if device == "cuda" and memory is None:
-            beside = runtime.memory(runtime.ALONE.device)
-    if memory is not None:
-        available = round(memory * planning.GIBIBYTE)
-    sharding = planning.Sharding(devices)
+    preflight.check_recipe(config)
+    device, available, beside = _planned_for(config.runtime.device, memory)
+    preflight.check_places(config, device)
     if fit:
         if available is None:
             raise ConfigError("need the memory of each device to fit, got none; add --memory GiB")
-        found = micro_batches.largest(config, device, available, sharding)
+        found = micro_batches.largest(config, device, available)
         for key, size in found.items():
             print(f"{key}={size}")
         if as_json:
             print(json.dumps({"micro_batches": found}))
         return
-    plans = forecast(config, device, sharding)
+    plans = forecast(config, device)
     for plan in plans:
         print(planning.table(plan, available), end="\n\n")
     if as_json:
         print(json.dumps({"plans": [plan.as_json(available) for plan in plans]}))
     planning.check(plans, available, beside)
+
+
+def _planned_for(device: str, memory: float | None) -> tuple[str, int | None, int | None]:
+    """Device of a plan, bytes of it, and of the machine beside it; None is not known."""
+    from burnish import planning, runtime
+
+    if memory is not None:
+        # Of a GPU that is somewhere else nothing can be asked.
+        name = device if device == "cuda" else runtime.choose_device(device).type
+        return name, round(memory * planning.GIBIBYTE), None
+    if device == "cuda" and not runtime.has_gpu():
+        raise ConfigError(
+            "need the memory of a GPU that is not here, got runtime.device=cuda alone; add "
+            "--memory GiB"
+        )
+    place = runtime.choose_device(device)
+    beside = runtime.memory(runtime.ALONE.device) if place.type == "cuda" else None
+    return place.type, runtime.memory(place), beside
 
 
 @miniature.command(epilog="Example: burnish miniature build --out /tmp/miniature --quick")

@@ -35,7 +35,7 @@ from burnish.judging import (
     read_score,
 )
 from burnish.rewards.base import Place, Reward, RewardConfig
-from burnish.runtime import choose_device, own_device
+from burnish.runtime import own_device
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
 from burnish.vision_build import ensure_torchvision
 
@@ -68,7 +68,6 @@ class VlmConfig(RewardConfig):
         return self.device
 
     def check(self) -> None:
-        choose_device(self.device)
         folder = located(self.path)
         judge_facts(folder)
         _known(self.dimension, [path.stem for path in folder.glob("rubrics/*.md")])

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from burnish import activations
+from burnish import activations, vision_build
 from burnish.buckets import MULTIPLE, Buckets, Size
 from burnish.config import ConfigError
 from burnish.guidance import compose
@@ -27,6 +27,16 @@ from burnish.policies.base import Guided, Policy, Prefix, Work
 from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
 from burnish.types import Prompt
+
+# Before the imports below: they fail where torch and torchvision are unequal builds.
+vision_build.ensure_torchvision()
+
+from diffusers.utils import logging as diffusers_logging  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+# A run shows its own progress; these would show a bar for every few megabytes of a load.
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
 
 ConditionT = TypeVar("ConditionT", bound=Condition[Any])
 PrefixT = TypeVar("PrefixT", bound=Prefix)

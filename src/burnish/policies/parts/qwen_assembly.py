@@ -24,7 +24,6 @@ from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipe
 from diffusers.schedulers.scheduling_flow_match_euler_discrete import (  # noqa: E402
     FlowMatchEulerDiscreteScheduler,
 )
-from diffusers.utils import logging as diffusers_logging  # noqa: E402
 from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
     Qwen2VLImageProcessor,
@@ -33,11 +32,6 @@ from transformers import (  # noqa: E402
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
-from transformers.utils import logging as transformers_logging  # noqa: E402
-
-# A run shows its own progress; these would show a bar for every few megabytes of a load.
-diffusers_logging.disable_progress_bar()
-transformers_logging.disable_progress_bar()
 
 # The pipeline measures its system message with this template and writes the rest itself.
 CHAT_TEMPLATE = (
