@@ -39,7 +39,6 @@ from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
 from burnish.runtime import DTYPES, Runtime, choose_dtype
-from burnish.sharding import check_prefix
 from burnish.shelves import PolicyConfig, policy_class
 from burnish.stages import may_borrow, with_folders
 from burnish.training import StageConfig
@@ -57,7 +56,8 @@ def forecast(config: RunConfig, device: str) -> list[Plan]:
     """The plan of every stage, and of the evaluation.
 
     Args:
-        config: of the run; its model must be there, its stages need not.
+        config: of the run, as `burnish.preflight.check_recipe` passes it; its model must be there,
+            its stages need not.
         device: `cuda` or `cpu`, present or not.
 
     Raises:
@@ -65,17 +65,9 @@ def forecast(config: RunConfig, device: str) -> list[Plan]:
     """
     place = torch.device(device)
     rt = Runtime(device=place, dtype=choose_dtype(config.runtime.dtype, place))
-    family = policy_class(config.policy.family)
     known: dict[Any, Any] = {}
     own = config.runtime
     spread = Sharding(own.processes if own.sharding == "full" else 1)
-    for name, stage in config.stages.items() if spread.world_size > 1 else ():
-        check_prefix(
-            family,
-            share=config.policy.share_prefix,
-            trains_null=stage.algorithm.trains_null,
-            where=f"stages.{name}.",
-        )
     plans = [_plan(config, name, rt, spread, known) for name in config.stages]
     return [*plans, _evaluation_plan(config, rt)]
 
@@ -250,6 +242,11 @@ def largest(prompts: Sequence[Prompt]) -> Prompt:
     return dataclasses.replace(longest, sources=max(likeliest, key=area))
 
 
+def memory_beside(device: torch.device) -> int | None:
+    """Bytes of the machine's memory beside a GPU; None where that is the device, or unknown."""
+    return runtime.memory(runtime.ALONE.device) if device.type == "cuda" else None
+
+
 def check_memory(config: RunConfig) -> None:
     """Raise, with the plan on stderr, where a run needs more than its device has.
 
@@ -261,7 +258,7 @@ def check_memory(config: RunConfig) -> None:
     if available is None or (device.type == "cpu" and _is_small(config, available)):
         return
     plans = forecast(config, device.type)
-    beside = runtime.memory(runtime.ALONE.device) if device.type == "cuda" else None
+    beside = memory_beside(device)
     try:
         planning.check(plans, available, beside)
     except ConfigError:

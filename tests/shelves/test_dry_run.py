@@ -230,7 +230,7 @@ def test_masks_are_looked_at() -> None:
 
 
 @pytest.mark.parametrize(
-    "norm",
+    "compute",
     [
         lambda x: nn.functional.layer_norm(x, (8,)),
         lambda x: nn.functional.rms_norm(x, (8,)),
@@ -239,15 +239,15 @@ def test_masks_are_looked_at() -> None:
     ],
     ids=["layer_norm", "rms_norm", "interpolate", "pow"],
 )
-def test_a_gpu_computes_in_float32_what_a_cpu_does_not(norm: Callable[[Tensor], Tensor]) -> None:
+def test_a_gpu_computes_in_float32_what_a_cpu_does_not(compute: Callable[[Tensor], Tensor]) -> None:
     """And so does its stand-in under autocast, where a CPU stays in bfloat16."""
     narrow = torch.ones(2, 8, dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert norm(narrow).dtype == torch.bfloat16
+        assert compute(narrow).dtype == torch.bfloat16
         with GpuPrecision():
-            assert norm(narrow).dtype == torch.float32
+            assert compute(narrow).dtype == torch.float32
     with GpuPrecision():
-        assert norm(narrow).dtype == torch.bfloat16
+        assert compute(narrow).dtype == torch.bfloat16
 
 
 def test_all_figures_are_told() -> None:

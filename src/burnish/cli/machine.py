@@ -42,9 +42,9 @@ def doctor(
     if recipe is not None:
         _plan(recipe, overrides or [], memory, devices, as_json, fit=fit)
         return
-    alone = [repr(one) for one in overrides or ()][:1]
     options = {"--fit": fit, "--memory": memory is not None, "--devices": devices is not None}
-    if alone := alone + [name for name, is_given in options.items() if is_given]:
+    alone = [*map(repr, overrides or ()), *(name for name, is_on in options.items() if is_on)]
+    if alone:
         raise ConfigError(f"need --recipe for settings, got {alone[0]} alone; name a recipe")
     from burnish import preflight
 
@@ -103,7 +103,7 @@ def _plan(
 
 def _planned_for(device: str, memory: float | None) -> tuple[str, int | None, int | None]:
     """Device of a plan, bytes of it, and of the machine beside it; None is not known."""
-    from burnish import planning, runtime
+    from burnish import forecast, planning, runtime
 
     if memory is not None:
         # Of a GPU that is somewhere else nothing can be asked.
@@ -115,8 +115,7 @@ def _planned_for(device: str, memory: float | None) -> tuple[str, int | None, in
             "--memory GiB"
         )
     place = runtime.choose_device(device)
-    beside = runtime.memory(runtime.ALONE.device) if place.type == "cuda" else None
-    return place.type, runtime.memory(place), beside
+    return place.type, runtime.memory(place), forecast.memory_beside(place)
 
 
 @miniature.command(epilog="Example: burnish miniature build --out /tmp/miniature --quick")

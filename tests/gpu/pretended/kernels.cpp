@@ -265,7 +265,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 struct Silence final : c10::WarningHandler {
   void process(const c10::Warning&) override {}
 } silence;
-auto* const told = (c10::WarningUtils::get_warning_handler());
+auto* const told = c10::WarningUtils::get_warning_handler();
 const bool is_silent = (c10::WarningUtils::set_warning_handler(&silence), true);
 
 TORCH_LIBRARY_IMPL(c10d, CUDA, m) {
