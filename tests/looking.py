@@ -11,6 +11,7 @@ def look(
     watch: Watch, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime
 ) -> dict[str, float]:
     """Look, and remember it."""
+    watch.prepare(policy, rt)
     told = watch.look(policy, step, reward, rt)
     watch.looks.remember({name: weight.detach() for name, weight in policy.trainable()})
     return told

@@ -7,12 +7,11 @@ a teacher is another teacher.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float, Shaped
 from pydantic import Field
 from safetensors import SafetensorError
@@ -46,6 +45,13 @@ class Adapter:
     low: Float[Tensor, "rank input"]
     high: Float[Tensor, "output rank"]
     scale: float
+
+    def added_to(
+        self, weight: Shaped[Tensor, "output input"], rows: slice = slice(None)
+    ) -> Float[Tensor, "row input"]:
+        """Some rows of the module's weight with what it learnt added, in float32."""
+        learnt = self.scale * (self.high[rows].float() @ self.low.float())
+        return weight[rows].float() + learnt
 
 
 def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None:
@@ -170,18 +176,34 @@ def adapted(
     Raises:
         ConfigError: modules that the base does not have; the counts are told.
     """
-    names = {module: f"{module}.weight" for module in adapters}
-    missing = [module for module, name in names.items() if name not in base]
+    bound = by_weight(adapters, base, where=where)
+    return {
+        **base,
+        **{name: adapter.added_to(base[name]) for name, adapter in bound.items()},
+    }
+
+
+def by_weight(
+    adapters: Mapping[str, Adapter], names: Container[str], *, where: str
+) -> dict[str, Adapter]:
+    """Adapters by the names of the weights that they are added to.
+
+    Args:
+        adapters: by module.
+        names: of all weights of the model.
+        where: the adapter's file, for messages.
+
+    Raises:
+        ConfigError: modules that the model does not have; the counts are told.
+    """
+    missing = [module for module in adapters if f"{module}.weight" not in names]
     if missing:
         raise ConfigError(
-            f"need a LoRA of this model, got {len(names) - len(missing)} of {len(names)} modules "
-            f"bound in {where}, first that is not found {missing[0]}; take the LoRA's own base"
+            f"need a LoRA of this model, got {len(adapters) - len(missing)} of {len(adapters)} "
+            f"modules bound in {where}, first that is not found {missing[0]}; take the LoRA's own "
+            "base"
         )
-    weights = dict(base)
-    for module, adapter in adapters.items():
-        learnt = adapter.scale * (adapter.high.float() @ adapter.low.float())
-        weights[names[module]] = (base[names[module]].float() + learnt).to(torch.float32)
-    return weights
+    return {f"{module}.weight": adapter for module, adapter in adapters.items()}
 
 
 def _module(stem: str) -> str:

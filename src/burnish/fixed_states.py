@@ -36,6 +36,7 @@ from burnish.residency import Teachers
 from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
+from burnish.sharding import whole
 from burnish.tracking import read_rows, writing
 from burnish.types import Guidance, Labelled, Prompt, Signal
 
@@ -166,8 +167,10 @@ class FixedStates(Watch):
     ) -> dict[str, float]:
         """Measure the gap to every teacher."""
         with rt.autocast():
-            if not self._states:
-                self._states = self._fix(policy) if not self.looks.rows else self._read()
+            if not self.looks.rows:
+                self._fix(policy)
+            elif not self._states:
+                self._states = self._read()
             parts = [
                 part
                 for label, own in self._states.items()
@@ -213,24 +216,33 @@ class FixedStates(Watch):
                 parts.append({"label": label, "band": band, **asdict(found)})
         return parts
 
-    def _fix(self, policy: Policy[Any, Any]) -> dict[str, list[Signal]]:
-        """Draw the states and ask teachers and start; the policy is still the start."""
-        found = {}
+    def prepare(self, policy: Policy[Any, Any], rt: Runtime) -> None:
+        """Draw the states and ask the teachers, before the first look."""
+        if self.looks.rows:
+            return
         for label, guidance in self._guidance.items():
             teacher = self._teachers.activate(label)
-            places = [*self._on_paths(teacher, label), *self._on_pictures(policy, label)]
-            wanted = evaluate_guided(teacher, places, self._micro_batch, guidance)
-            ours = evaluate_guided(policy, places, self._micro_batch, guidance)
-            found[label] = [
-                signal.with_fields(target=target, start_guided=guided, start=conditional)
-                for signal, (target, _), (guided, conditional) in zip(
-                    places, wanted, ours, strict=True
-                )
+            with whole(teacher), rt.autocast():
+                if rt.is_main:
+                    places = [*self._on_paths(teacher, label), *self._on_pictures(policy, label)]
+                    wanted = evaluate_guided(teacher, places, self._micro_batch, guidance)
+                    self._states[label] = [
+                        signal.with_fields(target=target)
+                        for signal, (target, _) in zip(places, wanted, strict=True)
+                    ]
+
+    def _fix(self, policy: Policy[Any, Any]) -> None:
+        """Ask the policy at the states, which is still the start, and write all of it down."""
+        for label, guidance in self._guidance.items():
+            signals = self._states[label]
+            ours = evaluate_guided(policy, signals, self._micro_batch, guidance)
+            self._states[label] = [
+                signal.with_fields(start_guided=guided, start=conditional)
+                for signal, (guided, conditional) in zip(signals, ours, strict=True)
             ]
         with writing(self._path):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            save_file(_packed(found), self._path)
-        return found
+            save_file(_packed(self._states), self._path)
 
     def _read(self) -> dict[str, list[Signal]]:
         """The states as they were fixed at the start."""

@@ -97,7 +97,8 @@ def _plan(
             known[key] = measure(computing, worst, away.negative_prompt, asked, rt)
         found.append(known[key])
     is_gpu = rt.device.type == "cuda"
-    host = [part for part in host_parts(config, stage, footprint, policy, found) if part.num_bytes]
+    beside = host_parts(config, stage, footprint, policy, found, sharding)
+    host = [part for part in beside if part.num_bytes]
     if is_gpu:
         host += passing_parts(config, policy, is_spread=sharding.world_size > 1)
         # On one machine each process has its own of most.

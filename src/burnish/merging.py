@@ -71,8 +71,9 @@ def merge_into(policy: Policy[Any, Any], folders: Sequence[Path], config: MergeC
     Raises:
         ConfigError: a pipeline with another architecture, encoder, VAE or scheduler.
     """
-    weights = [read_kin(policy, Source(folder)) for folder in folders]
     base = {name: tensor.cpu() for name, tensor in policy.transformer.state_dict().items()}
+    stored = [read_kin(policy, Source(folder)) for folder in folders]
+    weights = [{name: one.read(name) for name in base} for one in stored]
     try:
         policy.transformer.load_state_dict(config.merge(base, weights))
     except ValueError as error:

@@ -58,7 +58,7 @@ def copied_parts(policy: Policy[Any, Any], footprint: Footprint, name: str) -> I
     base = _rounded_bytes(policy)
     for copy in footprint.copies:
         advice = f"set stages.{name}.algorithm.kl_weight=0" if "kl_weight" in copy else ""
-        yield Part(name=copy, num_bytes=base, advice=advice)
+        yield Part(name=copy, num_bytes=base, is_sharded=True, advice=advice)
 
 
 def trained_parts(
@@ -141,6 +141,7 @@ def host_parts(
     footprint: Footprint,
     policy: Policy[Any, Any],
     found: Sequence[Measured],
+    sharding: Sharding,
 ) -> Iterator[Part]:
     """What stays in the memory of the machine, which is the device where there is no GPU."""
     samples = stage.prompts_per_step * stage.rollout.group_size
@@ -149,8 +150,11 @@ def host_parts(
     step = samples * (picture_bytes(policy) + states)
     name = "pictures and states of a step"
     yield Part(name=name, num_bytes=step, during=_RUNNING, is_common=True)
-    ahead = footprint.copies_read_ahead * _rounded_bytes(policy)
-    yield Part(name="teacher that is read ahead", num_bytes=ahead, during=PHASES[1:])
+    size = footprint.copies_read_ahead * _rounded_bytes(policy)
+    ahead = Part(
+        name="teacher that is read ahead", num_bytes=size, during=PHASES[1:], is_sharded=True
+    )
+    yield dataclasses.replace(ahead, num_bytes=sharding.share(ahead))
     # What was trained is mapped from its file.
     again = _converted(config, _others(policy))
     name = "pipeline that is read again"

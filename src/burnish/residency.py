@@ -2,13 +2,14 @@
 
 Teachers stay on disk. The one in use is copied into the one transformer that is resident on the
 device; the next is read into host memory, pinned for a GPU, by a thread while the current one
-computes. Neither device nor host memory grows with the number of teachers.
+computes. Neither device nor host memory grows with the number of teachers. Where weights are spread
+over processes, each reads and keeps its share of a teacher.
 
 Where the student trains a LoRA, and all teachers are LoRAs on the very weights that stand beside
 it, none of them is copied: they borrow those weights, and differ by their adapters.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from burnish.adapters import Adapter, adapted, read_adapter
+from burnish.adapters import Adapter, by_weight, read_adapter
 from burnish.borrowing import borrowed
 from burnish.config import ConfigError
 from burnish.policies.base import Policy
+from burnish.runtime import ALONE, Runtime
+from burnish.sharding import frozen, local, rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Teachers:
         self,
         student: Policy[Any, Any],
         sources: Mapping[str, Source],
+        rt: Runtime = ALONE,
         *,
         may_borrow: bool = False,
     ) -> None:
@@ -48,6 +52,7 @@ class Teachers:
         Args:
             student: whose encoder, VAE, scheduler and architecture all must share.
             sources: by label.
+            rt: whether weights are spread, and over which processes.
             may_borrow: the student's weights will stay what they are, beside a LoRA.
 
         Raises:
@@ -59,13 +64,18 @@ class Teachers:
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
         for source in dict.fromkeys(self._sources.values()):
             read_kin(student, source)
+        self._wanted: dict[str, tuple[slice, torch.dtype]] = {}
         self._adapters: dict[str, dict[str, Adapter]] = {}
         if may_borrow and _are_adapters_of(student, self._sources.values()):
             self._adapters = {n: read_adapter(_lora(s)) for n, s in self._sources.items()}
             modules = {name for adapters in self._adapters.values() for name in adapters}
             self._resident = borrowed(student, sorted(modules))
         else:
-            self._resident = student.sibling()
+            self._resident = frozen(student, rt)
+            self._wanted = {
+                name: (rows(tensor), tensor.dtype)
+                for name, tensor in self._resident.transformer.state_dict().items()
+            }
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -73,7 +83,8 @@ class Teachers:
         return tuple(sorted(self._sources))
 
     def activate(self, label: str) -> Policy[Any, Any]:
-        """The teacher of a label, on the device, in eval mode and without gradient.
+        """The teacher of a label, on the device, in eval mode and without gradient; to be asked
+        inside `burnish.sharding.whole`.
 
         Raises:
             ConfigError: no teacher has this label.
@@ -90,7 +101,7 @@ class Teachers:
             if self._adapters:
                 transformer.put_in(self._adapters[label])
             else:
-                transformer.load_state_dict(self._read(label))
+                _fill(transformer, self._reading(label))
             self._active = label
         return self._resident
 
@@ -99,14 +110,27 @@ class Teachers:
         if self._adapters:
             return
         if label != self._active and (self._next is None or self._next[0] != label):
-            self._next = label, self._reader.submit(_staged, self._sources[label], self._resident)
+            self._next = label, self._reader.submit(self._staged, label)
 
-    def _read(self, label: str) -> dict[str, Tensor]:
+    def _reading(self, label: str) -> Callable[[str], Tensor]:
+        """Gives the weights of a teacher by name: those that were read ahead, if it is the one."""
         if self._next is not None and self._next[0] == label:
             weights = self._next[1].result()
             self._next = None
-            return weights
-        return _weights(self._sources[label])
+            return weights.__getitem__
+        stored = Stored(self._sources[label])
+        return lambda name: stored.read(name, self._wanted[name][0])
+
+    def _staged(self, label: str) -> dict[str, Tensor]:
+        """Weights, or this process's share of them, as the policy that stands for all teachers has
+        them."""
+        stored = Stored(self._sources[label])
+        is_pinned = self._resident.device.type == "cuda"
+        found = {}
+        for name, (own, dtype) in self._wanted.items():
+            share = stored.read(name, own).to(dtype)
+            found[name] = share.pin_memory() if is_pinned else share
+        return found
 
 
 def _are_adapters_of(student: Policy[Any, Any], sources: Iterable[Source]) -> bool:
@@ -115,8 +139,8 @@ def _are_adapters_of(student: Policy[Any, Any], sources: Iterable[Source]) -> bo
         return False
     mine = student.transformer.state_dict()
     for folder in {source.folder for source in sources}:
-        weights = _weights(Source(folder))
-        if any(not torch.equal(weights[n].to(t.dtype), t.cpu()) for n, t in mine.items()):
+        stored = Stored(Source(folder))
+        if any(not torch.equal(stored.read(n).to(t.dtype), t.cpu()) for n, t in mine.items()):
             return False
     return True
 
@@ -126,7 +150,53 @@ def _lora(source: Source) -> Path:
     return source.lora
 
 
-def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:
+@torch.no_grad()
+def _fill(transformer: Any, weight: Callable[[str], Tensor]) -> None:
+    """Copy weights into a transformer, or this process's share of them into its share."""
+    for name, tensor in transformer.state_dict().items():
+        local(tensor).copy_(weight(name))
+
+
+class Stored:
+    """The transformer of a pipeline folder, with its LoRA added if there is one; mapped from its
+    files, of which only what is asked for is read."""
+
+    def __init__(self, source: Source) -> None:
+        """Open the files.
+
+        Raises:
+            ConfigError: there are none, or one is damaged, or the LoRA is another model's.
+        """
+        self._plain: dict[str, Tensor] = {}
+        try:
+            for file in sorted((source.folder / "transformer").glob("*.safetensors")):
+                self._plain |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:120]
+            raise ConfigError(f"need readable weights in {source.folder}, got {reason}") from None
+        if not self._plain:
+            raise ConfigError(
+                f"need a transformer as safetensors in {source.folder}, got none; save it again"
+            )
+        self._adapters: dict[str, Adapter] = {}
+        if source.lora is not None:
+            adapters = read_adapter(source.lora)
+            self._adapters = by_weight(adapters, self._plain, where=str(source.lora))
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of all weights, by name."""
+        return {name: tensor.shape for name, tensor in self._plain.items()}
+
+    def read(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """Some rows of a weight."""
+        plain, adapter = self._plain[name], self._adapters.get(name)
+        if adapter is not None:
+            return adapter.added_to(plain, rows)
+        return plain[rows] if plain.ndim else plain
+
+
+def read_kin(policy: Policy[Any, Any], source: Source) -> Stored:
     """The weights of a model that was trained from the base of another one.
 
     Args:
@@ -151,38 +221,13 @@ def read_kin(policy: Policy[Any, Any], source: Source) -> dict[str, Tensor]:
                 f"need models of one base, got another {part} in {source.folder}; take models that "
                 "were trained from the same base"
             )
-    weights, mine = _weights(source), policy.transformer.state_dict()
-    wrong = [n for n in mine.keys() | weights.keys() if n not in mine or n not in weights]
-    wrong += [n for n in mine.keys() & weights.keys() if mine[n].shape != weights[n].shape]
+    stored = Stored(source)
+    theirs = stored.shapes
+    mine = {name: tensor.shape for name, tensor in policy.transformer.state_dict().items()}
+    wrong = [n for n in mine.keys() | theirs.keys() if mine.get(n) != theirs.get(n)]
     if wrong:
         raise ConfigError(
             f"need models of one architecture, got {len(wrong)} other tensors in {source.folder}, "
             f"first {sorted(wrong)[0]}; take models that were trained from the same base"
         )
-    return weights
-
-
-def _staged(source: Source, policy: Policy[Any, Any]) -> dict[str, Tensor]:
-    """Weights as the policy that stands for all teachers has them."""
-    weights = {n: t.to(policy.dtype) for n, t in _weights(source).items()}
-    is_pinned = policy.device.type == "cuda"
-    return {n: t.pin_memory() for n, t in weights.items()} if is_pinned else weights
-
-
-def _weights(source: Source) -> dict[str, Tensor]:
-    """The transformer of a pipeline folder, with its LoRA added if there is one."""
-    files = sorted((source.folder / "transformer").glob("*.safetensors"))
-    weights: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            weights |= load_file(file)
-    except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"need readable weights in {source.folder}, got {reason}") from None
-    if not weights:
-        raise ConfigError(
-            f"need a transformer as safetensors in {source.folder}, got none; save it again"
-        )
-    if source.lora is None:
-        return weights
-    return adapted(weights, read_adapter(source.lora), where=str(source.lora))
+    return stored

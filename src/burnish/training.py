@@ -32,7 +32,7 @@ from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet, check_
 from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
-from burnish.sharding import Shards
+from burnish.sharding import Shards, whole
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
 from burnish.types import Group, Prompt
@@ -169,11 +169,11 @@ def train(
     ):
         while state.step < config.steps:
             is_due = watch is not None and watch.looks.is_due(state.step)
-            seen = _look(watch, state, shards, run, rt) if watch is not None and is_due else {}
+            seen = _look(watch, state, run, rt) if watch is not None and is_due else {}
             if watch is not None and watch.is_over:
                 bar.advance(0, note="ended by its guard")
                 break
-            metrics = _step(config, algorithm, sampler, scorer, state, shards, run, rt, seed)
+            metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
             if rt.is_main:
                 run.log(state.step, metrics | seen)
             state.step += 1
@@ -182,7 +182,7 @@ def train(
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
     if watch is not None and watch.looks.last_step < state.step and not watch.is_over:
-        _look(watch, state, shards, run, rt)
+        _look(watch, state, run, rt)
     state.finish()
     shards.leave(is_needed=rt.is_main)
     folder = run.folder / "model"
@@ -216,10 +216,11 @@ def _watch(
     return Guard(config.guard, config.rollout, config.prompts.tasks, run.folder, step=step)
 
 
-def _look(watch: Watch, state: State, shards: Shards, run: Run, rt: Runtime) -> dict[str, float]:
+def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
     """What the main process sees of the policy as it would be written now, known to all."""
     with run.timer("look"), state.averaged(bool(state.average)):
-        with shards.whole():
+        watch.prepare(state.policy, rt)
+        with whole(state.policy):
             seen = _looked(watch, state, run, rt) if rt.is_main else {}
         watch.looks.rows = rt.gather(watch.looks.rows)[0]
         # As they are kept, and not as they are gathered to draw.
@@ -263,14 +264,13 @@ def _step(
     sampler: GroupSampler,
     scorer: AsyncRewardSet,
     state: State,
-    shards: Shards,
     run: Run,
     rt: Runtime,
     seed: int,
 ) -> dict[str, float]:
     """One rollout and its updates; returns metrics."""
     before = state.policy.work.evaluations
-    with state.averaged(config.optimizer.draw_average), shards.whole():
+    with state.averaged(config.optimizer.draw_average):
         with run.timer("rollout"), rt.autocast():
             own = rt.mine(sampler.prompts(state.step))
             groups = _rollout(config, algorithm, scorer, state, own, seed)
@@ -300,9 +300,10 @@ def _rollout(
     """The groups of a step, scored if there are rewards."""
     policy, plan = algorithm.behaviour(state.policy, config.rollout, prompts, state.step)
     draw = partial(sample, policy, prompts, plan, seed=seed, step=state.step)
-    if not config.rewards:
-        return draw()
-    drawn = draw(on_batch=scorer.submit)
+    with whole(policy):
+        if not config.rewards:
+            return draw()
+        drawn = draw(on_batch=scorer.submit)
     scored = scorer.collect()
     return [scored[group.prompt.id] for group in drawn]
 

@@ -1,5 +1,6 @@
 """Many teachers, one student: who teaches what, how states count, and who is on the device."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from burnish import residency
 from burnish.adapters import (
     Adapter,
     LoraConfig,
@@ -224,13 +226,13 @@ def test_a_half_copied_teacher_never_passes_for_one(
     teachers = Teachers(policy, {name: Source(folder) for name, folder in folders.items()})
     resident = teachers.activate("one").transformer
 
-    def cut_off(weights: dict[str, Tensor]) -> None:
+    def cut_off(transformer: Any, weight: Callable[[str], Tensor]) -> None:
         name, parameter = next(iter(resident.named_parameters()))
-        parameter.data.copy_(weights[name])
+        parameter.data.copy_(weight(name))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(resident, "load_state_dict", cut_off)
+        patch.setattr(residency, "_fill", cut_off)
         with pytest.raises(KeyboardInterrupt):
             teachers.activate("two")
     again = state(teachers.activate("one"))

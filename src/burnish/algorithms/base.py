@@ -23,7 +23,7 @@ from burnish.advantages import (
     composite,
     group_advantages,
 )
-from burnish.batches import Batch, evaluate
+from burnish.batches import Batch, evaluate, evaluate_guided
 from burnish.borrowing import borrowed
 from burnish.config import Config
 from burnish.looks import Watch
@@ -32,6 +32,7 @@ from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig, tabulated
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import ALONE, Runtime
+from burnish.sharding import frozen, whole
 from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
 
 
@@ -192,13 +193,14 @@ class Anchor:
         self._start: Policy[Any, Any] | None = None
         if config.kl_weight:
             own = setting.policy
-            self._start = borrowed(own) if setting.may_borrow else own.sibling()
+            self._start = borrowed(own) if setting.may_borrow else frozen(own, setting.rt)
 
     def mark(self, signals: Sequence[Signal]) -> list[Signal]:
         """The signals with the start's conditional velocity as the field `reference`."""
         if self._start is None:
             return list(signals)
-        found = evaluate(self._start, signals, self._micro_batch)
+        with whole(self._start):
+            found = evaluate(self._start, signals, self._micro_batch)
         return [
             s.with_fields(reference=velocity) for s, velocity in zip(signals, found, strict=True)
         ]
@@ -240,11 +242,29 @@ class Algorithm(ABC):
 
     @abstractmethod
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        """Signals of all trajectories worth training on, and metrics; without gradient."""
+        """Signals of all trajectories worth training on, and metrics; without gradient. All
+        processes come here; what is asked for velocities is asked inside `sharding.whole`."""
 
     @abstractmethod
     def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
         """Mean loss over the states of one micro-batch."""
+
+
+def with_old(
+    setting: Setting, signals: Sequence[Signal], guidance: Guidance | None
+) -> list[Signal]:
+    """The signals with the conditional velocity that the policy has before the update as the field
+    `old`, and with its guided one as `guided` if guidance is given."""
+    policy, count = setting.policy, setting.micro_batch
+    with whole(policy):
+        if guidance is None:
+            old = evaluate(policy, signals, count)
+            return [s.with_fields(old=v) for s, v in zip(signals, old, strict=True)]
+        pairs = evaluate_guided(policy, signals, count, guidance)
+    return [
+        s.with_fields(guided=guided, old=conditional)
+        for s, (guided, conditional) in zip(signals, pairs, strict=True)
+    ]
 
 
 def credited(

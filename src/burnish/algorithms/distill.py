@@ -30,6 +30,7 @@ from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.residency import Source, Teachers
 from burnish.rollout_config import RolloutConfig
+from burnish.sharding import whole
 from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
 
 Weighting = Literal["one", "step", "kl"]
@@ -187,7 +188,9 @@ class Distill(Algorithm):
             label: Source(Path(t.path), None if t.lora is None else Path(t.lora))
             for label, t in config.teachers.items()
         }
-        self._teachers = Teachers(setting.policy, sources, may_borrow=setting.may_borrow)
+        self._teachers = Teachers(
+            setting.policy, sources, setting.rt, may_borrow=setting.may_borrow
+        )
 
     def guidance(self, label: str, step: int) -> Guidance:
         """Of a teacher at a step: its own after the ramp."""
@@ -239,7 +242,8 @@ class Distill(Algorithm):
             targets = [path.guided for _, path in paths]
         else:
             count, guidance = self._setting.micro_batch, self.guidance(label, step)
-            pairs = evaluate_guided(teacher, signals, count, guidance)
+            with whole(teacher):
+                pairs = evaluate_guided(teacher, signals, count, guidance)
             targets = [guided for guided, _ in pairs]
         found = [s.with_fields(target=t) for s, t in zip(signals, targets, strict=True)]
         return found, {f"teacher/is_{name}": float(name == label) for name in order}

@@ -31,8 +31,9 @@ from burnish.algorithms.base import (
     Setting,
     credited,
     reward_advantages,
+    with_old,
 )
-from burnish.batches import Batch, evaluate, evaluate_guided
+from burnish.batches import Batch
 from burnish.flow import KERNELS, log_ratio
 from burnish.guidance import (
     GuidanceMode,
@@ -126,31 +127,20 @@ class Grpo(Algorithm):
             )
             for group, _, trajectory, advantage in credited(groups, advantages)
         ]
-        if step == 0 or self._setting.num_updates > 1:
-            with_old = self._with_old_velocity(signals)
+        if step == 0 or setting.num_updates > 1:
+            # By the trainer, because only then old and new differ by nothing but the update.
+            guidance = setting.guidance if self._use.has_gradient else None
+            recomputed = with_old(setting, signals, guidance)
             if step == 0:
-                check_replay(groups, with_old)
-            if self._setting.num_updates > 1:
-                signals = with_old
+                check_replay(groups, recomputed)
+            if setting.num_updates > 1:
+                signals = recomputed
         return self._anchor.mark(signals), metrics
 
     def _constants(self, trajectory: Trajectory) -> dict[str, Tensor]:
         """The unconditional velocity of the rollout, in the mode that reads it."""
         is_read = self._use.is_needed and not self._use.has_gradient
         return {"unconditional": trajectory.unconditional} if is_read else {}
-
-    def _with_old_velocity(self, signals: list[Signal]) -> list[Signal]:
-        """Recomputed by the trainer, because only then old and new differ by nothing but the
-        update."""
-        policy, chunk = self._setting.policy, self._setting.micro_batch
-        if self._use.has_gradient:
-            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance)
-            return [
-                s.with_fields(guided=guided, old=conditional)
-                for s, (guided, conditional) in zip(signals, pairs, strict=True)
-            ]
-        old = evaluate(policy, signals, chunk)
-        return [s.with_fields(old=velocity) for s, velocity in zip(signals, old, strict=True)]
 
     def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
         conditional, pair = self._velocities(policy, batch)

@@ -32,8 +32,9 @@ from burnish.algorithms.base import (
     Setting,
     credited,
     reward_advantages,
+    with_old,
 )
-from burnish.batches import Batch, evaluate, evaluate_guided
+from burnish.batches import Batch
 from burnish.flow import add_noise
 from burnish.guidance import residual
 from burnish.objectives import forward_process_loss, velocity_kl
@@ -95,16 +96,8 @@ class Nft(Algorithm):
             names = ("forward process", step, group.prompt.id, place)
             draws = runtime.generator(self._setting.seed, *names)
             signals.append(self._noised(group, trajectory.clean, advantage, draws))
-        policy, chunk = self._setting.policy, self._setting.micro_batch
-        if self._config.anchor == "guided":
-            pairs = evaluate_guided(policy, signals, chunk, self._setting.guidance)
-            anchored = [
-                signal.with_fields(guided=guided, old=conditional)
-                for signal, (guided, conditional) in zip(signals, pairs, strict=True)
-            ]
-        else:
-            old = evaluate(policy, signals, chunk)
-            anchored = [s.with_fields(old=v) for s, v in zip(signals, old, strict=True)]
+        is_guided = self._config.anchor == "guided"
+        anchored = with_old(setting, signals, setting.guidance if is_guided else None)
         return self._anchor.mark(anchored), metrics
 
     def _noised(

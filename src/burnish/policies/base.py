@@ -7,8 +7,9 @@ latents is computed once per prompt (`prefix`) and shared by all samples and all
 prompt, in sampling and, with gradient, in training.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import ClassVar, Generic, NamedTuple, TypeVar
 
@@ -22,6 +23,7 @@ from burnish.types import Labelled, Prompt, Task
 
 ConditionT = TypeVar("ConditionT")
 PrefixT = TypeVar("PrefixT", bound="Prefix")
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Prefix(ABC):
@@ -306,9 +308,13 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """Hashes of what teacher and student must share: vae, scheduler, encoder, template."""
 
     @abstractmethod
-    def sibling(self) -> "Policy[ConditionT, PrefixT]":
+    def sibling(self, *, is_empty: bool = False) -> "Policy[ConditionT, PrefixT]":
         """Same encoder and VAE around a copy of the transformer in `frozen_dtype`: a teacher or
-        reference."""
+        reference.
+
+        Args:
+            is_empty: its weights have shape and type, and are on no device yet.
+        """
 
     @abstractmethod
     def compile_blocks(self, backend: str = "inductor") -> None:
@@ -344,3 +350,12 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
             for name, parameter in self.transformer.named_parameters()
             if parameter.requires_grad
         )
+
+
+def copied(network: ModuleT, weight: Callable[[Tensor], Tensor]) -> ModuleT:
+    """A deep copy of a network with other weights, made one at a time from its own."""
+    made: dict[int, object] = {
+        id(own): nn.Parameter(weight(own.detach()), own.requires_grad)
+        for own in network.parameters()
+    }
+    return copy.deepcopy(network, made)

@@ -193,7 +193,7 @@ class Flux2KleinPolicy(JointPolicy):
         return cls(pipeline, resolution=64)
 
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        like = latents.new_zeros(0, device=self.device, dtype=self.dtype)
+        like = self._like
         texts, sources = prefix.stacked("embedding", like), prefix.stacked("source", like)
         rows, columns = latents.shape[1:3]
         places = [_grid_positions(0, (1, rows, columns))]

@@ -189,7 +189,9 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
         check_rows(batch, prefix)
         self.work.count(batch)
         if isinstance(prefix, WholePrefix):
-            return prefix.in_calls(partial(whole_velocity, self.transformer), latents, sigmas)
+            return prefix.in_calls(
+                partial(whole_velocity, self.transformer, self._like), latents, sigmas
+            )
         # The text itself is in the cache. What is passed here only stands for its length: it puts
         # the target where the cached keys expect it and gives the padding mask its columns.
         width, context = prefix.store.width, self.transformer.config.context_in_dim

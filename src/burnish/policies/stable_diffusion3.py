@@ -186,7 +186,7 @@ class StableDiffusion3Policy(JointPolicy):
                 )
 
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        like = latents.new_zeros(0, device=self.device, dtype=self.dtype)
+        like = self._like
         (velocity,) = self.transformer(
             hidden_states=self.pipeline_noise(latents).to(like),
             timestep=1000 * sigmas.to(self.device),

@@ -23,7 +23,7 @@ from burnish import activations, vision_build
 from burnish.buckets import MULTIPLE, Buckets, Size
 from burnish.config import ConfigError
 from burnish.guidance import compose
-from burnish.policies.base import Guided, Policy, Prefix, Work
+from burnish.policies.base import Guided, Policy, Prefix, Work, copied
 from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
 from burnish.types import Prompt
@@ -67,6 +67,8 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
             )
         self.pipeline = pipeline
         self.transformer: Any = pipeline.transformer
+        # Weights that are spread have another type while they are gathered.
+        self._dtype = next(pipeline.transformer.parameters()).dtype
         self.vae: Any = pipeline.vae
         self.text_encoder: Any = pipeline.text_encoder
         self.resolution = resolution
@@ -142,14 +144,12 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
                 shutil.rmtree(folder / name)
                 shutil.copytree(source / name, folder / name)
 
-    def sibling(self: PolicyT) -> PolicyT:
+    def sibling(self: PolicyT, *, is_empty: bool = False) -> PolicyT:
         other = copy.copy(self)
-        # Tensor by tensor: a whole copy is never there before it is rounded.
-        rounded: dict[int, Any] = {
-            id(own): nn.Parameter(own.detach().to(self.frozen_dtype, copy=True), False)
-            for own in self.transformer.parameters()
-        }
-        other.transformer = copy.deepcopy(self.transformer, rounded).requires_grad_(False).eval()
+        other._dtype = dtype = self.frozen_dtype
+        device = torch.device("meta") if is_empty else self.device
+        other.transformer = copied(self.transformer, lambda own: own.to(device, dtype, copy=True))
+        other.transformer.requires_grad_(False).eval()
         # With a pipeline of its own, or it would draw and save with our transformer.
         parts = {**self.pipeline.components, "transformer": other.transformer}
         asked = inspect.signature(self.pipeline_class.__init__).parameters
@@ -272,7 +272,12 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.transformer.parameters()).dtype
+        return self._dtype
+
+    @property
+    def _like(self) -> Tensor:
+        """An empty tensor where inputs of the transformer are, in their type."""
+        return torch.empty(0, device=self.device, dtype=self.dtype)
 
     @property
     def frozen_dtype(self) -> torch.dtype:

@@ -161,7 +161,7 @@ class StreamsPolicy(JointPolicy):
         return cls(pipeline, resolution=64)
 
     def _call(self, latents: Tensor, sigmas: Tensor, prefix: JointPrefix) -> Tensor:
-        like = latents.new_zeros(0, device=self.device, dtype=self.dtype)
+        like = self._like
         texts, is_text = prefix.padded("embedding", like)
         sources = prefix.stacked("source", like)
         # The shapes tell the transformer which tokens are sources, whose time may stand still.

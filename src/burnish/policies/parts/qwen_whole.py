@@ -37,13 +37,12 @@ class WholePrefix(JointPrefix):
 
 def whole_velocity(
     transformer: Any,
+    like: Tensor,
     latents: Float[Tensor, "batch y x channel"],
     sigmas: Float[Tensor, " batch"],
     prefix: WholePrefix,
 ) -> Float[Tensor, "batch y x channel"]:
-    """Velocity of samples of one layout; all tensors are where the transformer is."""
-    weight = next(transformer.parameters())
-    like = latents.new_zeros(0, device=weight.device, dtype=weight.dtype)
+    """Velocity of samples of one layout; `like` is as inputs of the transformer are."""
     tokens, first = latents.flatten(1, 2), prefix.prompts[0]
     target = first.is_image.new_ones(tokens.shape[1] // SLOT_TOKENS)
     is_image = torch.cat([first.is_image, target]).to(like.device)
