@@ -101,7 +101,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
             mock.patch.object(RewardSet, "build", return_value=slow),
             mock.patch.object(run, "log", logged),
         ):
-            train(stage, policy, run, rt, seed=0, label="steps")
+            train(stage, lambda: policy, run, rt, seed=0, label="steps")
         times = read_rows(run.folder / "timings.jsonl")
     return _rows(judge, times, micro_batches=-(-images // arguments.micro_batch))
 

@@ -61,7 +61,7 @@ def held(config: RunConfig, name: str, steps: int) -> int:
     stage = shortened(config, name, steps)
     with tempfile.TemporaryDirectory() as folder:
         run = Run.create(Path(folder) / name, stage, environment=rt.describe())
-        train(stage, policy, run, rt, seed=config.seed, label=name)
+        train(stage, lambda: policy, run, rt, seed=config.seed, label=name)
     return peak(rt)
 
 

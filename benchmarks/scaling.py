@@ -85,7 +85,7 @@ def work(family: str, model: str, sharding: Any, out: Path) -> None:
     rt.barrier()
     waiting = Waiting()
     wall, processor = time.perf_counter(), time.process_time()
-    train(stage, policy, run, rt, seed=0, label="stage")
+    train(stage, lambda: policy, run, rt, seed=0, label="stage")
     facts = {
         "seconds": (time.perf_counter() - wall) / STEPS,
         "processor": (time.process_time() - processor) / STEPS,

@@ -106,6 +106,7 @@ def _plan(
     parts = [
         *frozen_parts(
             policy,
+            is_gpu=is_gpu,
             is_offloaded=config.policy.offload and is_gpu,
             is_spread=sharding.world_size > 1,
         ),
@@ -165,7 +166,7 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
         host += passing_parts(config, policy)
     read = len(tasks) * sum(count for count, _ in asked_for)
     parts = [
-        *frozen_parts(policy, is_offloaded=config.policy.offload and is_gpu),
+        *frozen_parts(policy, is_gpu=is_gpu, is_offloaded=config.policy.offload and is_gpu),
         *drawing_parts(found, read, "evaluation"),
         *(judge_parts(policy, [config.judge], "cuda") if is_gpu else host),
     ]

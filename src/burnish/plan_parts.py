@@ -30,7 +30,7 @@ _FIELDS = 5
 
 
 def frozen_parts(
-    policy: Policy[Any, Any], *, is_offloaded: bool, is_spread: bool = False
+    policy: Policy[Any, Any], *, is_gpu: bool, is_offloaded: bool, is_spread: bool = False
 ) -> Iterator[Part]:
     """All of a policy that has weights."""
     kinds: dict[str, list[Tensor]] = {}
@@ -39,10 +39,13 @@ def frozen_parts(
         kinds.setdefault(f"{kind} ({_type(parameter)})", []).append(parameter)
     for kind, tensors in kinds.items():
         yield Part(name=f"transformer, {kind}", num_bytes=num_bytes(tensors), is_sharded=True)
-    if is_spread:
-        whole = num_bytes(policy.transformer.parameters())
+    if is_spread and is_gpu:
+        size = max(map(num_bytes, _blocks(policy)), default=0)
+        yield Part(name="a block, until it is spread", num_bytes=size, during=("loading",))
+    elif is_spread:
+        size = num_bytes(policy.transformer.parameters())
         name = "all weights, until they are spread"
-        yield Part(name=name, num_bytes=whole, during=("loading",))
+        yield Part(name=name, num_bytes=size, during=("loading",))
     yield Part(name="transformer, buffers", num_bytes=num_bytes(policy.transformer.buffers()))
     for key, network in _others(policy).items():
         during: tuple[Phase, ...] = PHASES
@@ -264,12 +267,26 @@ def _rounded_bytes(policy: Policy[Any, Any]) -> int:
 
 
 def _block_bytes(policy: Policy[Any, Any]) -> int:
-    """Of the largest block: itself and the next one as they are gathered, its gradient likewise,
-    and that in float32 as it is added up."""
+    """Of what is gathered in an update, its gradient likewise, and that in float32 as it is added
+    up: the largest block, with the next one gathered already, and what is outside of all blocks."""
+    *blocks, outside = _blocks(policy)
+    return _gathered_bytes(outside) + max(
+        (num_bytes(own) + _gathered_bytes(own) for own in blocks), default=0
+    )
+
+
+def _gathered_bytes(weights: Sequence[Tensor]) -> int:
+    return 2 * num_bytes(weights) + sum(4 * weight.numel() for weight in weights)
+
+
+def _blocks(policy: Policy[Any, Any]) -> list[list[nn.Parameter]]:
+    """The weights of every block, and last those outside of all blocks, which are spread
+    together."""
     kinds = policy.block_classes
     blocks = [part for part in policy.transformer.modules() if type(part).__name__ in kinds]
-    own = [list(block.parameters()) for block in blocks]
-    return max((3 * num_bytes(p) + sum(4 * one.numel() for one in p) for p in own), default=0)
+    found = [list(block.parameters()) for block in blocks]
+    inside = {id(weight) for own in found for weight in own}
+    return [*found, [p for p in policy.transformer.parameters() if id(p) not in inside]]
 
 
 def _type(tensor: Tensor) -> str:

@@ -62,7 +62,7 @@ class Teachers:
         self._active: str | None = None
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher")
         self._next: tuple[str, Future[dict[str, Tensor]]] | None = None
-        for source in dict.fromkeys(self._sources.values()):
+        for source in dict.fromkeys(self._sources.values() if rt.is_main else ()):
             read_kin(student, source)
         self._wanted: dict[str, tuple[slice, torch.dtype]] = {}
         self._adapters: dict[str, dict[str, Adapter]] = {}

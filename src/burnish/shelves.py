@@ -146,17 +146,22 @@ def check_kernels(config: PolicyConfig) -> None:
 
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
     """A policy of the run's family from a pipeline folder, frozen until something trains it: of
-    weights with gradient autocast keeps rounded copies."""
+    weights with gradient autocast keeps rounded copies. A transformer that will be spread over
+    processes waits for that in the memory of the machine, as a device may not hold it whole."""
     check_kernels(config)
     policy = policy_class(config.family).load(
         folder,
         resolution=config.resolution,
-        device=rt.device,
+        device="cpu" if rt.is_sharded else rt.device,
         dtype=runtime.DTYPES[config.dtype],
         frozen_dtype=runtime.DTYPES[config.frozen_dtype or config.dtype],
         cache_folder=None if config.cache is None else located(config.cache),
         offload=config.offload,
     )
+    if not config.offload:
+        for name, network in policy.networks().items():
+            if name != "transformer":
+                network.to(rt.device)
     policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
     transformer: Any = policy.transformer.requires_grad_(False)
     if config.checkpointing:

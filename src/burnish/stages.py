@@ -12,6 +12,7 @@ leaves is in the run folder:
     summary.json          the table of the report
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +155,7 @@ def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 
 def _start(config: RunConfig, folder: Path, name: str, rt: Runtime) -> Policy[Any, Any]:
     """The policy that a stage starts from."""
-    with rt.in_turn():
-        return load_policy(config.policy, _start_folder(config, config.stages[name], folder), rt)
+    return load_policy(config.policy, _start_folder(config, config.stages[name], folder), rt)
 
 
 def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageConfig:
@@ -174,14 +174,15 @@ def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageCon
 
 def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     stage = config.stages[name]
-    policy, place = _start(config, folder, name, rt), job_folder(folder, f"train/{name}")
+    place = job_folder(folder, f"train/{name}")
     with rt.main_first():
         # By its own words, so that a run can be moved; what it refers to is looked up here.
         run = Run.create(place, stage, environment=rt.describe()) if rt.is_main else Run.open(place)
         files = {f"the files of {name}": digest_of(r.inputs()) for name, r in stage.rewards.items()}
         pin(run.folder, "rewards", files)
         stage = with_folders(config, _chosen(config, folder, name, rt), folder)
-    train(stage, policy, run, rt, seed=config.seed, label=name)
+    load = partial(_start, config, folder, name, rt)
+    train(stage, load, run, rt, seed=config.seed, label=name)
 
 
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:

@@ -8,7 +8,7 @@ one stage.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -132,13 +132,20 @@ class StageConfig(Config):
 
 
 def train(
-    config: StageConfig, policy: Policy[Any, Any], run: Run, rt: Runtime, *, seed: int, label: str
+    config: StageConfig,
+    load: Callable[[], Policy[Any, Any]],
+    run: Run,
+    rt: Runtime,
+    *,
+    seed: int,
+    label: str,
 ) -> Path:
     """Run a stage to its end, from its newest checkpoint; returns the folder of its pipeline.
 
     Args:
         config: what to do.
-        policy: the start; changed in place.
+        load: reads the start, which is changed in place; called by one process of a machine after
+            another.
         run: the stage's own run folder.
         rt: device and ranks.
         seed: with the step it decides every random draw.
@@ -148,14 +155,8 @@ def train(
         RunError: nothing could be learnt, or a file could not be written.
         SelfCheckError: a self-check failed.
     """
-    policy.transformer.requires_grad_(True)
-    before = hash_module(policy.transformer) if rt.is_main else ""
-    # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
-    algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
-    if config.lora is not None:
-        with runtime.seeded(seed, "lora"):
-            attach(policy.transformer, config.lora, policy.lora_targets)
-    shards = Shards(policy, rt)
+    with rt.in_turn():
+        policy, algorithm, shards, before = _made_ready(config, load, rt, seed)
     state = State.start(policy, config.optimizer)
     prompts = config.prompts.read()
     state.restore(run, rt)
@@ -190,6 +191,21 @@ def train(
         _finish(config, policy, watch, run, before)
     rt.barrier()
     return folder
+
+
+def _made_ready(
+    config: StageConfig, load: Callable[[], Policy[Any, Any]], rt: Runtime, seed: int
+) -> tuple[Policy[Any, Any], Algorithm, Shards, str]:
+    """The policy as it is trained, and the hash of its weights at the start."""
+    policy = load()
+    policy.transformer.requires_grad_(True)
+    before = hash_module(policy.transformer) if rt.is_main else ""
+    # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
+    algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
+    if config.lora is not None:
+        with runtime.seeded(seed, "lora"):
+            attach(policy.transformer, config.lora, policy.lora_targets)
+    return policy, algorithm, Shards(policy, rt), before
 
 
 def _finish(

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from pyarrow import parquet
 from safetensors.torch import load_file
+from torch import Tensor
 
 from burnish import checkpoint, runtime
 from burnish.config import ConfigError, parse
@@ -74,7 +75,7 @@ def start(folder: Path, model: Path, data: dict[str, Any]) -> tuple[Run, Policy[
     config = parse(StageConfig, data)
     run = Run.create(folder, config)
     policy = QwenImage21Policy.load(model, resolution=64)
-    train(config, policy, run, runtime.start(), seed=0, label="test")
+    train(config, lambda: policy, run, runtime.start(), seed=0, label="test")
     return run, policy
 
 
@@ -236,20 +237,20 @@ def test_cut_off_in_the_middle_of_a_teacher_switch_and_resumed_is_bit_equal(
         task: {"path": str(path), "guidance_scale": 2.0} for task, path in paths.items()
     }
     whole, _ = start(tmp_path / "whole", model, data)
-    switches, read = [], Teachers._read
+    switches, reading = [], Teachers._reading
 
-    def cut_off(self: Teachers, label: str) -> dict[str, Any]:
-        weights = read(self, label)
+    def cut_off(self: Teachers, label: str) -> Callable[[str], Tensor]:
+        weight = reading(self, label)
         switches.append(label)
         if len(switches) < 5:
-            return weights
+            return weight
         # Some of the next teacher is there, the rest is still the one before.
         name, parameter = next(iter(self._resident.transformer.named_parameters()))
-        parameter.data.copy_(weights[name])
+        parameter.data.copy_(weight(name))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Teachers, "_read", cut_off)
+        patch.setattr(Teachers, "_reading", cut_off)
         with pytest.raises(KeyboardInterrupt):
             start(tmp_path / "cut", model, data)
     # Both to fix the states of the looks, then one step each, then this one.
