@@ -22,7 +22,7 @@ from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, STAGE, RunConfig
 from burnish.runtime import Runtime
-from burnish.shelves import PolicyConfig, load_policy
+from burnish.shelves import PolicyConfig, family_of, load_policy
 from burnish.stages import is_complete, model_folder
 from burnish.summary import read_run
 from burnish.tracking import RunError, write_atomic, write_json, writing
@@ -167,7 +167,7 @@ def deployed_model(text: str) -> tuple[Path, Deployment]:
     if text.startswith(EMBEDDED):
         small = PolicyConfig(resolution=64)
         return folder, Deployment(policy=small, num_steps=6, guidance_scale=2.5)
-    return folder, Deployment()
+    return folder, Deployment(policy=PolicyConfig(family=family_of(folder)))
 
 
 def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:

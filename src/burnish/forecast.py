@@ -160,7 +160,7 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     host = [
         Part(name="pictures until they are scored", num_bytes=size),
         *offloaded_parts(config, policy),
-        *judge_parts(policy, [config.judge], "cpu"),
+        *judge_parts(policy, config.judges.values(), "cpu"),
     ]
     if is_gpu:
         host += passing_parts(config, policy)
@@ -168,7 +168,7 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     parts = [
         *frozen_parts(policy, is_gpu=is_gpu, is_offloaded=config.policy.offload and is_gpu),
         *drawing_parts(found, read, "evaluation"),
-        *(judge_parts(policy, [config.judge], "cuda") if is_gpu else host),
+        *(judge_parts(policy, config.judges.values(), "cuda") if is_gpu else host),
     ]
     return Plan(
         stage="evaluation",

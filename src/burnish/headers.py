@@ -35,8 +35,8 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, int]]:
-    """Name and bytes of every tensor of a model's folder, as stored.
+def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Name, shape and bytes of every tensor of a model's folder, as stored.
 
     Raises:
         ConfigError: files that cannot be read.
@@ -46,12 +46,15 @@ def tensors(folder: Path) -> Iterator[tuple[str, int]]:
             with safe_open(file, framework="pt") as stored:
                 for name in stored.keys():  # noqa: SIM118 - it is no mapping.
                     one = stored.get_slice(name)
-                    yield name, math.prod(one.get_shape()) * _BYTES[one.get_dtype()]
+                    shape = tuple(one.get_shape())
+                    yield name, shape, math.prod(shape) * _BYTES[one.get_dtype()]
         except (OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:120]
-            raise ConfigError(f"need readable weights in {file}, got {reason}") from None
+            raise ConfigError(
+                f"need readable weights in {file}, got {reason}; copy the model again"
+            ) from None
 
 
 def stored_bytes(folder: Path) -> int:
     """All weights of a model's folder, as stored."""
-    return sum(size for _, size in tensors(folder))
+    return sum(size for *_, size in tensors(folder))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +39,8 @@ _GRACE_SECONDS = 10.0
 _LINE_SECONDS = 10.0
 _TIED = "BURNISH_TIED_TO_STDIN"
 _ERROR = "burnish: "
+_EXIT = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) ")
+"""How torchrun tells of a process that failed."""
 _PROGRESS = re.compile(r"[^:]+: (?P<done>\d+)(/(?P<total>\d+))?, \d+ s\b")
 _KEEP_FREED = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
 
@@ -78,7 +80,7 @@ def run_jobs(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
         todo,
         command=lambda job: command(config.runtime, folder, job),
         log_file=lambda job: log_file(folder, job),
-        places=places(config.runtime, len(todo)),
+        places=places(config.runtime, todo),
         num_complete=len(jobs) - len(todo),
     )
 
@@ -86,10 +88,14 @@ def run_jobs(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
 def command(settings: "RuntimeConfig", folder: Path, job: str) -> list[str]:
     """The command line of a job; a training stage may have several processes."""
     start = [sys.executable, "-m"]
-    if settings.processes > 1 and job.startswith("train/"):
-        start += ["torch.distributed.run", "--standalone"]
-        start += ["--nproc-per-node", str(settings.processes), "-m"]
+    if (ranks := _ranks(settings, job)) > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     return [*start, "burnish", "job", str(folder), job]
+
+
+def _ranks(settings: "RuntimeConfig", job: str) -> int:
+    """Processes of a job."""
+    return settings.processes if job.startswith("train/") else 1
 
 
 def pending(folder: Path, jobs: Jobs, *, force: bool = False) -> dict[str, tuple[str, ...]]:
@@ -108,14 +114,14 @@ def log_file(folder: Path, job: str) -> Path:
     return folder / "logs" / f"{job.replace('/', '-')}.txt"
 
 
-def places(config: "RuntimeConfig", num_jobs: int) -> list[dict[str, str]]:
-    """The environment of each of the processes that may run at once."""
+def places(config: "RuntimeConfig", jobs: Collection[str]) -> list[dict[str, str]]:
+    """The environment of each of the jobs that may run at once."""
     import torch
 
     from burnish import runtime
     from burnish.config import ConfigError
 
-    ranks = config.processes
+    ranks = max((_ranks(config, job) for job in jobs), default=1)
     if runtime.choose_device(config.device).type == "cuda":
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         names = given.split(",") if given else [str(i) for i in range(torch.cuda.device_count())]
@@ -127,7 +133,7 @@ def places(config: "RuntimeConfig", num_jobs: int) -> list[dict[str, str]]:
         starts = range(0, len(names) - ranks + 1, ranks)
         return [{"CUDA_VISIBLE_DEVICES": ",".join(names[n : n + ranks])} for n in starts]
     threads = config.threads or 1
-    count = max(1, min(runtime.usable_cores() // (threads * ranks), num_jobs))
+    count = max(1, min(runtime.usable_cores() // (threads * ranks), len(jobs)))
     limits = {"OMP_NUM_THREADS": str(threads)} if count * ranks > 1 else {}
     return [{**_KEEP_FREED, **limits} for _ in range(count)]
 
@@ -176,6 +182,8 @@ class _Child:
     share: float = 0.0
     """How much of the job is done."""
     notes: list[str] = field(default_factory=list)
+    codes: list[int] = field(default_factory=list)
+    """With which processes of the job ended, where it has several."""
 
     def read(self) -> None:
         """Take in the whole lines that were written since the last time."""
@@ -193,7 +201,10 @@ class _Child:
         if line.startswith(NOTE):
             self.notes.append(f"burnish: {self.job}: {line.removeprefix(NOTE)}")
         elif line.startswith(_ERROR):
-            self.error = line.removeprefix(_ERROR)
+            # What other processes say of it later is that this one has left them.
+            self.error = self.error or line.removeprefix(_ERROR)
+        elif match := _EXIT.match(line):
+            self.codes.append(int(match["code"]))
         elif match := _PROGRESS.match(line):
             self.progress = line
             if total := int(match["total"] or 0):
@@ -207,7 +218,7 @@ class _Child:
 
     def failure(self) -> JobError:
         """Why the job ended, in the words of the job where it had any."""
-        code = self.process.returncode
+        code = 2 if 2 in self.codes else self.process.returncode
         if code < 0:
             name = signal.Signals(-code).name
             return JobError(

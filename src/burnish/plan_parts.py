@@ -158,6 +158,9 @@ def host_parts(
         name="teacher that is read ahead", num_bytes=size, during=PHASES[1:], is_sharded=True
     )
     yield dataclasses.replace(ahead, num_bytes=sharding.share(ahead))
+    name = "checkpoint, until it is written"
+    size = _checkpoint_bytes(policy, stage)
+    yield Part(name=name, num_bytes=size, during=("optimizer step",), is_common=True)
     # What was trained is mapped from its file.
     again = _converted(config, _others(policy))
     name = "pipeline that is read again"
@@ -220,21 +223,23 @@ def disk_parts(
     policy: Policy[Any, Any], stage: StageConfig, footprint: Footprint
 ) -> Iterator[Part]:
     """What a stage writes."""
-    trained = [parameter for _, parameter in policy.trainable()]
-    size = num_bytes(trained)
-    one = (
-        size
-        + state_bytes(trained, stage.optimizer.kind)
-        + (size if stage.optimizer.ema_decay > 0 else 0)
-    )
+    size = num_bytes(parameter for _, parameter in policy.trainable())
     # One more while it is written.
-    yield Part(name=f"{CHECKPOINTS + 1} checkpoints", num_bytes=(CHECKPOINTS + 1) * one)
+    every = (CHECKPOINTS + 1) * _checkpoint_bytes(policy, stage)
+    yield Part(name=f"{CHECKPOINTS + 1} checkpoints", num_bytes=every)
     if stage.guard is not None or footprint.draws:
         # The best so far, and the best as it was at each checkpoint.
         best = CHECKPOINTS + 1
         yield Part(name=f"weights of the best looks, at most {best}", num_bytes=best * size)
     whole = _base_bytes(policy) + num_bytes(weights(*_others(policy).values()))
     yield Part(name="trained pipeline", num_bytes=whole)
+
+
+def _checkpoint_bytes(policy: Policy[Any, Any], stage: StageConfig) -> int:
+    """Of one: what is trained, its average, and the optimizer's state."""
+    trained = [parameter for _, parameter in policy.trainable()]
+    count = 2 if stage.optimizer.ema_decay > 0 else 1
+    return count * num_bytes(trained) + state_bytes(trained, stage.optimizer.kind)
 
 
 def _others(policy: Policy[Any, Any]) -> dict[str, nn.Module]:

@@ -6,7 +6,6 @@ refused before a file is written; a finding about the machine comes with what to
 
 import contextlib
 import importlib.metadata
-import json
 import platform
 import shutil
 import sys
@@ -16,21 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from burnish import __version__, images, rollout, runtime, vision_build
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
-from burnish.config import EMBEDDED, ConfigError, located, nearest
+from burnish.config import ConfigError, located, nearest
 from burnish.forecast import check_memory
 from burnish.guard import held_out
+from burnish.pipeline_folders import (
+    INDEX,
+    check_kin,
+    check_parts,
+    check_targets,
+    check_there,
+)
 from burnish.policies.base import Policy
 from burnish.progress import track
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_prefix
-from burnish.shelves import PolicyConfig, check_kernels, families, load_policy, policy_class
+from burnish.shelves import PolicyConfig, check_kernels, family_of, load_policy, policy_class
 from burnish.training import StageConfig
 from burnish.types import Guidance, Prompt
 
@@ -45,11 +50,12 @@ def check_inputs(config: RunConfig) -> None:
     """Read what the jobs of a run will read, and whether this machine can do them.
 
     Raises:
-        ConfigError: what `check_recipe` raises, an image of a prompt that cannot be used among
-            those looked at, or too little memory.
+        ConfigError: what `check_recipe` raises, a judge that does not answer, an image of a prompt
+            that cannot be used among those looked at, or too little memory.
     """
     check_recipe(config)
     check_places(config, runtime.choose_device(config.runtime.device).type)
+    _check_judges(config)
     check_memory(config)
     # Last, as it takes longest.
     _look_at_images(config)
@@ -63,14 +69,8 @@ def check_recipe(config: RunConfig) -> None:
             prompt with more source images than the family reads.
     """
     for key, path in _models(config).items():
-        if not (located(path) / "model_index.json").is_file():
-            advice = f"pass {key}=DIR"
-            if path.startswith(EMBEDDED):
-                advice = f"make it with `burnish miniature build`, then {advice}"
-            raise ConfigError(
-                f"{key}: need a folder that a diffusers pipeline was saved in, got {path!r};"
-                f" {advice}"
-            )
+        check_there(key, path)
+        check_parts(key, located(path))
     _check_family(config)
     family = policy_class(config.policy.family)
     for key, path in _sets(config):
@@ -90,9 +90,11 @@ def check_recipe(config: RunConfig) -> None:
                 trains_null=stage.algorithm.trains_null,
                 where=f"stages.{name}.",
             )
-        _check_targets(name, stage, located(config.policy.path))
+        if stage.lora is not None and stage.lora.targets is not None:
+            base = located(config.policy.path)
+            check_targets(f"stages.{name}.lora", stage.lora.targets, base)
     for key, path in _models(config).items():
-        _check_kin(key, located(path), located(config.policy.path))
+        check_kin(key, located(path), located(config.policy.path))
     for key, reward in config.scorers():
         try:
             reward.check()
@@ -120,6 +122,15 @@ def check_places(config: RunConfig, device: str) -> None:
             )
 
 
+def _check_judges(config: RunConfig) -> None:
+    """Ask every judge that is elsewhere; many dimensions may share one."""
+    for key, reward in {repr(reward): (key, reward) for key, reward in config.scorers()}.values():
+        try:
+            reward.meet()
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+
+
 def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
     """The sets of prompts that measure, by the key that names each."""
     plan = config.evaluation
@@ -137,17 +148,15 @@ def _check_family(config: RunConfig) -> None:
     """Raise unless the run's family is that of its models, and can be guided as it is asked to."""
     family = policy_class(config.policy.family)
     for key, path in _models(config).items():
-        index = json.loads((located(path) / "model_index.json").read_text(encoding="utf-8"))
-        found = index.get("_class_name")
-        if found != family.pipeline_class.__name__:
-            others = {policy_class(name).pipeline_class.__name__: name for name in families()}
-            advice = f"set policy.family={others[found]}" if found in others else (
-                f"the families are {', '.join(others.values())}, and docs/extend.md tells how to "
-                "add one"
-            )  # fmt: skip
+        try:
+            found = family_of(located(path))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from None
+        if found != family.family:
             raise ConfigError(
                 f"{key}: need a {family.pipeline_class.__name__} for policy.family="
-                f"{family.family}, got a {found} in {path}; {advice}"
+                f"{family.family}, got a {policy_class(found).pipeline_class.__name__} in {path}; "
+                f"set policy.family={found}"
             )
     check_kernels(config.policy)
     scales = {"evaluation.guidance_scale": config.evaluation.guidance_scale}
@@ -194,45 +203,6 @@ def _check_adapters(name: str, stage: StageConfig) -> None:
             raise ConfigError(f"{key}: {error}") from None
 
 
-def _check_targets(name: str, stage: StageConfig, base: Path) -> None:
-    """Raise unless every target of a LoRA is the end of a module's name in the base."""
-    if stage.lora is None or stage.lora.targets is None:
-        return
-    modules = []
-    for file in sorted((base / "transformer").glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-        modules += [n.removesuffix(".weight") for n in names if n.endswith(".weight")]
-    for target in stage.lora.targets:
-        if not any(f".{module}".endswith(f".{target}") for module in modules):
-            known = sorted({module.rpartition(".")[2] for module in modules} - {"0", "1", "2"})
-            raise ConfigError(
-                f"stages.{name}.lora.targets: need ends of names of modules, got {target!r}, which "
-                f"matches none; did you mean {nearest(target, known) or known[0]!r}?"
-            )
-
-
-def _check_kin(key: str, folder: Path, base: Path) -> None:
-    """Raise where a teacher's settings already tell that it has another base; its weights are
-    compared when it is loaded."""
-    for part in ("scheduler/scheduler_config.json", "vae/config.json", "transformer/config.json"):
-        ours, theirs = (_settings(place / part) for place in (base, folder))
-        if ours is not None and theirs is not None and ours != theirs:
-            wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
-            raise ConfigError(
-                f"{key}: need models of one base, got another {part.split('/')[0]} in {folder} "
-                f"({', '.join(wrong[:3])}); take models that were trained from the same base"
-            )
-
-
-def _settings(path: Path) -> dict[str, Any] | None:
-    """What a component's file says of it, but for who wrote it."""
-    if not path.is_file():
-        return None
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {name: value for name, value in found.items() if not name.startswith("_")}
-
-
 def _models(config: RunConfig) -> dict[str, str]:
     """Every model of a run that the run does not make itself, by the key that names it."""
     found = {"policy.path": config.policy.path}
@@ -245,7 +215,7 @@ def _models(config: RunConfig) -> dict[str, str]:
 
 def _look_at_images(config: RunConfig) -> None:
     """Decode the images of every set, or of an even sample of a large one."""
-    plan = config.evaluation
+    plan, family = config.evaluation, policy_class(config.policy.family)
     sets = [PromptsConfig(path=path) for path in (plan.prompts, plan.knowledge) if path is not None]
     sets += [stage.prompts for stage in config.stages.values()]
     # Stages often share a set.
@@ -253,6 +223,8 @@ def _look_at_images(config: RunConfig) -> None:
         every = prompts.open()
         for place in track(spaced(range(len(every)), _LOOKED_AT), "images of prompts"):
             every.check(place)
+            if every.entries[place].task == "edit":
+                family.check_source_sizes(every[place])
 
 
 def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> None:
@@ -369,7 +341,7 @@ def _machine() -> Iterator[Finding]:
 def _drawing(model: str) -> Finding:
     """Load a model and draw one picture in two steps."""
     name = f"model {model}"
-    if not (located(model) / "model_index.json").is_file():
+    if not (located(model) / INDEX).is_file():
         advice = "make it with `burnish miniature build`, or install Burnish again"
         return Finding(name=name, is_fine=False, found="missing", advice=advice)
     try:

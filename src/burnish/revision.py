@@ -4,7 +4,8 @@ A run folder belongs to one configuration, because results of two must never be 
 decide no result that is there: what is said of the recipe, and which benches are taken and who
 votes in the arena, which only read what was trained. A finished run may be given those later, or
 others. How many processes train a stage decides none, either, so that a run may go on with another
-number. A study's arms do not know each other, so an arm that has changed is run again alone.
+number; nor who judges, before anything is measured. A study's arms do not know each other, so an
+arm that has changed is run again alone.
 """
 
 import shutil
@@ -17,6 +18,8 @@ from burnish.tracking import Run, lock
 
 _FREE = ("study", "evidence", "benches", "arena")
 """Settings that a run may be given at any time."""
+_JUDGES = ("judge", "edit_judge")
+"""Settings that a run may be given until something is measured."""
 
 
 def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]:
@@ -39,7 +42,9 @@ def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]
     if not (folder / "run.json").is_file():
         return []
     before = read_run(folder)
-    loose = (*_FREE, "stages") if arms else _FREE
+    loose = [*_FREE, *(["stages"] if arms else [])]
+    if not any(folder.glob("evaluation/*/DONE")):
+        loose += _JUDGES
     same = {name: getattr(config, name) for name in loose}
     processes = {"processes": config.runtime.processes}
     same["runtime"] = before.runtime.model_copy(update=processes)

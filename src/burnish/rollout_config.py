@@ -20,7 +20,7 @@ class RolloutConfig(Config):
     """How groups are drawn."""
 
     num_steps: int = Field(default=10, ge=1)
-    guidance_scale: float = Field(default=3.0, ge=0)
+    guidance_scale: float = Field(default=3.0, ge=1)
     """1 draws without guidance, and the unconditional branch is not run."""
     negative_prompt: str = ""
     """What guidance leads away from; empty is the empty prompt of the pipeline."""

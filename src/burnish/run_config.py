@@ -18,7 +18,7 @@ from burnish.rewards.base import RewardConfig
 from burnish.runtime import RuntimeConfig
 from burnish.shelves import AnyBench, AnyReward, PolicyConfig
 from burnish.training import StageConfig
-from burnish.types import Guidance
+from burnish.types import Guidance, Task
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
 """Of runs, stages, merges, benches: what can name a folder everywhere."""
@@ -88,6 +88,8 @@ class RunConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     judge: AnyReward
     """Scores the held-out pictures."""
+    edit_judge: AnyReward | None = None
+    """Scores those of edits; None is `judge`, which should then know edits, too."""
     benches: Mapping[str, AnyBench] = {}
     """What the base and every policy that is able takes, under names of yours."""
     arena: CrowdConfig | None = None
@@ -175,8 +177,15 @@ class RunConfig(Config):
     def scorers(self) -> Iterator[tuple[str, RewardConfig]]:
         """All that score, by the key that names each."""
         yield "judge", self.judge
+        if self.edit_judge is not None:
+            yield "edit_judge", self.edit_judge
         for name, stage in self.stages.items():
             yield from ((f"stages.{name}.{key}", reward) for key, reward in stage.scorers())
+
+    @property
+    def judges(self) -> dict[Task, RewardConfig]:
+        """Who scores held-out pictures, by their task."""
+        return {"t2i": self.judge, "edit": self.edit_judge or self.judge}
 
     def policies(self) -> tuple[str, ...]:
         """All that the run makes: results of stages, and merges."""

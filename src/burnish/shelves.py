@@ -17,6 +17,7 @@ from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
 from burnish.buckets import MULTIPLE, SQUARE, Buckets
 from burnish.config import Config, ConfigError, located, shelf
+from burnish.pipeline_folders import read_index
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import Attention, check_attention, set_attention
 from burnish.rewards.base import RewardConfig
@@ -132,6 +133,22 @@ def policy_class(family: str) -> type[Policy[Any, Any]]:
         if isinstance(member, type) and getattr(member, "family", None) == family:
             return member
     raise ConfigError(f"need a policy class in {module.__name__}, got none of family {family}")
+
+
+def family_of(folder: Path) -> str:
+    """The family that reads a pipeline's folder.
+
+    Raises:
+        ConfigError: it is no such folder, or no family reads it.
+    """
+    found = read_index(folder).get("_class_name")
+    known = {policy_class(name).pipeline_class.__name__: name for name in families()}
+    if found not in known:
+        raise ConfigError(
+            f"need a model of a known family, got a {found} in {folder}; the families are "
+            f"{', '.join(known.values())}, and docs/extend.md tells how to add one"
+        )
+    return known[found]
 
 
 def check_kernels(config: PolicyConfig) -> None:

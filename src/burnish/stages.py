@@ -29,7 +29,7 @@ from burnish.benching import (
     model_facts,
     read_replies,
 )
-from burnish.config import located
+from burnish.config import ConfigError, located
 from burnish.curation import measure_prompts, num_drawn, write_kept
 from burnish.evaluation import Row, measure, read_scores, write_rows
 from burnish.ledger import digest_of, pin
@@ -37,6 +37,7 @@ from burnish.merging import merge_into
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
+from burnish.rewards.base import ByTask
 from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig
 from burnish.runtime import Runtime
 from burnish.shelves import load_policy
@@ -173,7 +174,13 @@ def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageCon
 
 
 def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
-    stage = config.stages[name]
+    stage, wanted = config.stages[name], config.runtime.processes
+    if rt.world_size != wanted:
+        raise ConfigError(
+            f"need {wanted} processes for runtime.processes={wanted}, got {rt.world_size}; start "
+            f"them with torchrun, or begin or resume the run with "
+            f"runtime.processes={rt.world_size}"
+        )
     place = job_folder(folder, f"train/{name}")
     with rt.main_first():
         # By its own words, so that a run can be moved; what it refers to is looked up here.
@@ -203,7 +210,7 @@ def _measure_role(
     if plan.knowledge is not None and not is_best_of:
         knowledge = read_prompts(located(plan.knowledge))
         sets.append((_some(knowledge, tasks, plan.num_knowledge), 1))
-    judge = config.judge.build()
+    judge = ByTask(config.judges)
     rows: list[Row] = []
     for prompts, num_seeds in sets:
         rows += measure(

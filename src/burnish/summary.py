@@ -96,8 +96,11 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 def headline(config: RunConfig) -> str:
     """What the judge's scores are called."""
-    is_oracle = config.judge.kind == "oracle"
-    return HEADLINE if is_oracle else getattr(config.judge, "dimension", "score")
+    names = {
+        HEADLINE if getattr(judge, "kind", "") == "oracle" else getattr(judge, "dimension", "score")
+        for judge in config.judges.values()
+    }
+    return names.pop() if len(names) == 1 else "score"
 
 
 def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +19,18 @@ from burnish import checkpoint, images, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import HEADLINE, read_scores
+from burnish.exporting import deployed_model
 from burnish.forecast import forecast
 from burnish.galleries import galleries
 from burnish.policies.parts.pipelines import PipelinePolicy
-from burnish.preflight import check_inputs
+from burnish.preflight import check_inputs, check_recipe
 from burnish.prompts import read_prompts, write_prompts
+from burnish.rewards.base import ByTask
 from burnish.run_config import RunConfig
 from burnish.shelves import families, load_policy, policy_class
 from burnish.stages import all_scores, run_job
 from burnish.summary import summarise
-from burnish.types import Prompt
+from burnish.types import Prompt, ScoreRequest
 
 # Stages of a step teach nobody anything.
 pytestmark = pytest.mark.filterwarnings("ignore::burnish.fixed_states.FixedStatesWarning")
@@ -314,6 +319,98 @@ def test_more_sources_than_a_family_reads_are_told_before_it_is_read(tmp_path: P
     plan = config.evaluation.model_copy(update={"prompts": str(plain)})
     with pytest.raises(ConfigError, match=rf"^stages\.edit_teacher\.prompts: {said}"):
         check_inputs(config.model_copy(update={"evaluation": plan}))
+
+
+def test_sources_that_a_family_cannot_read_are_told_before_it_is_read(tmp_path: Path) -> None:
+    """Of the model there is only its index."""
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    small, flat = (
+        images.encode_png(Image.new("RGB", size)) for size in ((200, 63), (64 * 8 + 1, 64))
+    )
+    for source, size in ((small, "200 x 63"), (flat, "513 x 64")):
+        own = [replace(prompt, sources=(source,)) for prompt in edits("train", 4)]
+        write_prompts(tmp_path / "own.jsonl", own)
+        config = recipe_of_edits("flux2_klein", tmp_path, tmp_path / "own.jsonl")
+        with pytest.raises(ConfigError, match=rf"need source images of 64 pixels .*got {size}"):
+            check_inputs(config)
+
+
+BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "no tokenizer": (lambda m: shutil.rmtree(m / "tokenizer"), "need the Qwen2Tokenizer"),
+    "empty tokenizer": (
+        lambda m: [file.unlink() for file in (m / "tokenizer").iterdir()] and None,
+        "need the Qwen2Tokenizer",
+    ),
+    "no scheduler": (lambda m: shutil.rmtree(m / "scheduler"), "need the FlowMatchEuler"),
+    "no weights": (
+        lambda m: (m / "vae/diffusion_pytorch_model.safetensors").unlink(),
+        "need weights as safetensors in .*vae, got no file",
+    ),
+    "cut off": (
+        lambda m: os.truncate(m / "transformer/diffusion_pytorch_model.safetensors", 5000),
+        "need readable weights in .*transformer",
+    ),
+    "broken settings": (
+        lambda m: (m / "vae/config.json").write_text("{") and None,
+        "need JSON in .*vae/config",
+    ),
+    "broken index": (
+        lambda m: (m / "model_index.json").write_text("[") and None,
+        "need JSON in .*model_index",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_a_part_that_is_missing_or_broken_is_told_before_it_is_read(
+    name: str, tmp_path: Path
+) -> None:
+    """Without its tokenizer a pipeline may load, and take every word for an unknown one."""
+    model = tmp_path / "model"
+    policy_class("flux2_klein").tiny().save(model)
+    check_recipe(recipe("flux2_klein", model))
+    breaking, said = BREAKS[name]
+    breaking(model)
+    with pytest.raises(ConfigError, match=rf"^policy\.path: {said}"):
+        check_recipe(recipe("flux2_klein", model))
+
+
+def test_a_path_that_is_no_folder_is_told_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match="hf download black-forest-labs/FLUX --local-dir DIR"):
+        check_recipe(recipe("flux2_klein", Path("black-forest-labs/FLUX")))
+    with pytest.raises(ConfigError, match="a single file has no encoders"):
+        check_recipe(recipe("flux2_klein", tmp_path / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_folder_is_drawn_from_by_the_family_that_reads_it(family: str, tmp_path: Path) -> None:
+    policy_class(family).tiny().save(tmp_path)
+    assert deployed_model(str(tmp_path))[1].policy.family == family
+
+
+def test_as_many_processes_as_the_recipe_says(tmp_path: Path) -> None:
+    policy_class("flux2_klein").tiny().save(tmp_path / "model")
+    config = recipe("flux2_klein", tmp_path / "model", runtime={"processes": 2, "device": "cpu"})
+    with pytest.raises(ConfigError, match=r"need 2 processes .*got 1; start them with torchrun"):
+        run_job(config, tmp_path / "run", "train/grpo_teacher", runtime.ALONE)
+
+
+def test_edits_may_have_a_judge_of_their_own(tmp_path: Path) -> None:
+    config = recipe("flux2_klein", tmp_path, edit_judge={"kind": "oracle", "dimension": "quality"})
+    assert [judge.dimension for judge in config.judges.values()] == ["composite", "quality"]
+    asked = [
+        ScoreRequest(prompt=prompt, image=torch.full((3, 64, 64), 0.5))
+        for prompt in [
+            *edits("train", 2),
+            *read_prompts(located("embedded:prompts/train.jsonl"))[:2],
+            *edits("train", 1),
+        ]
+    ]
+    found = ByTask(config.judges).score(asked)
+    by_task = {task: judge.build() for task, judge in config.judges.items()}
+    assert found == [by_task[one.prompt.task].score([one])[0] for one in asked]
+    assert "edit_judge" in dict(config.scorers())
 
 
 def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> None:

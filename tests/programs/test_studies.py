@@ -372,6 +372,18 @@ def test_a_run_is_given_nothing_that_would_change_its_results(tmp_path: Path) ->
         assert (run / "config.yaml").read_bytes() == before
 
 
+def test_who_judges_may_change_until_something_is_measured(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 0)
+    other = make_config(tmp_path, edit_judge={"kind": "oracle"})
+    before = (run / "config.yaml").read_bytes()
+    assert revision.take_up(other, run) == []
+    assert (run / "config.yaml").read_bytes() == before
+    for marker in run.glob("evaluation/*/DONE"):
+        marker.unlink()
+    assert revision.take_up(other, run) == []
+    Run.create(run, other)
+
+
 def test_the_course_puts_the_reward_of_a_span_beside_the_look_at_its_end(tmp_path: Path) -> None:
     runs = {seed: make_run(tmp_path, seed) for seed in (0, 1)}
     for seed, run in runs.items():

@@ -805,3 +805,13 @@ def test_the_token_is_sent_and_stands_in_no_setting(
     with pytest.raises(ConfigError, match="status 400") as caught:
         remote.score(pictures(2))
     assert "canary" not in str(caught.value)
+
+
+def test_a_judge_is_met_before_a_run(fake: Any, build: Callable[..., Remote]) -> None:
+    """Server, model, digits and golden picture; what a question would find out later."""
+    build(fake).meet()
+    with pytest.raises(ConfigError, match="need the model 'other'"):
+        build(fake, model="other").meet()
+    gone = {"url": "http://127.0.0.1:9", "retries": 0}
+    with pytest.raises(ConfigError, match=r"need a judge at http://127\.0\.0\.1:9, got none"):
+        build(fake, **gone).meet()

@@ -660,18 +660,23 @@ def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
     cpu = runtime.RuntimeConfig(device="cpu")
     monkeypatch.setattr(runtime, "usable_cores", lambda: 4)
-    assert [p["OMP_NUM_THREADS"] for p in launcher.places(cpu, 9)] == ["1"] * 4
-    assert len(launcher.places(cpu, 3)) == 3
-    two = launcher.places(runtime.RuntimeConfig(device="cpu", threads=2), 9)
+    many = [f"train/{number}" for number in range(9)]
+    assert [p["OMP_NUM_THREADS"] for p in launcher.places(cpu, many)] == ["1"] * 4
+    assert len(launcher.places(cpu, many[:3])) == 3
+    two = launcher.places(runtime.RuntimeConfig(device="cpu", threads=2), many)
     assert [p["OMP_NUM_THREADS"] for p in two] == ["2", "2"]
-    assert "OMP_NUM_THREADS" not in launcher.places(cpu, 1)[0]
+    assert "OMP_NUM_THREADS" not in launcher.places(cpu, many[:1])[0]
+    # Training has processes of its own, measuring has one.
+    pairs = runtime.RuntimeConfig(device="cpu", processes=2)
+    assert len(launcher.places(pairs, many)) == 2
+    assert len(launcher.places(pairs, ["measure/base", "measure/a", "measure/b"])) == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = launcher.places(runtime.RuntimeConfig(), 9)
+    gpus = launcher.places(runtime.RuntimeConfig(), many)
     assert gpus == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert launcher.places(runtime.RuntimeConfig(), 9)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert launcher.places(runtime.RuntimeConfig(), many)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
 
 
 def test_what_depends_on_a_new_result_is_made_again(tmp_path: Path) -> None:
@@ -704,6 +709,9 @@ if "note" in plan:
 if "fail" in plan:
     time.sleep(1)
     sys.exit("something before\\nburnish: need a, got b; do c")
+if "together" in plan:
+    # As torchrun tells of one process that refuses its input, and of another that it leaves.
+    sys.exit("burnish: need a, got b\\nburnish: connection closed\\n  exitcode  : 2 (pid: 7) \\n")
 if "deaf" in plan:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (folder / f"{job}.ready").touch()
@@ -817,6 +825,13 @@ def test_a_failure_ends_the_others(launched: Launch, tmp_path: Path) -> None:
     assert caught.value.exit_code == 1
     assert not children(tmp_path)
     assert "start c" not in (tmp_path / "events").read_text()
+
+
+def test_of_several_processes_the_first_error_counts(launched: Launch) -> None:
+    """And its exit code, which torchrun only tells of."""
+    with pytest.raises(JobError, match=r"^a: need a, got b$") as caught:
+        launched({"a": ()}, a="together")
+    assert caught.value.exit_code == 2
 
 
 def test_a_killed_job_is_told(launched: Launch, tmp_path: Path) -> None:

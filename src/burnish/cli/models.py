@@ -45,7 +45,7 @@ def merge(
     from burnish import runtime
     from burnish.adapters import read_adapter, write_adapter
     from burnish.merging import MergeConfig, merge_adapters, merge_into
-    from burnish.shelves import PolicyConfig, load_policy
+    from burnish.shelves import PolicyConfig, family_of, load_policy
 
     if out.exists():
         raise ConfigError(f"need a folder that does not exist yet, got {out}; change --out")
@@ -58,7 +58,8 @@ def merge(
     folders = [pipeline_folder(model) for model in models]
     rt = runtime.start()
     # Nothing is drawn, so that any resolution does.
-    policy = load_policy(PolicyConfig(path=base, resolution=64), located(base), rt)
+    plain = PolicyConfig(family=family_of(located(base)), path=base, resolution=64)
+    policy = load_policy(plain, located(base), rt)
     merge_into(policy, folders, config)
     policy.save(out)
     print(f"Model: {out}")

@@ -28,6 +28,10 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     force: Force = False,
+    prepare: Annotated[
+        bool,
+        typer.Option("--prepare", help="Make the folder, and only print the jobs."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run a recipe: train, measure, report.
@@ -35,7 +39,7 @@ def run(
     Start the same command again to resume a run that was stopped. `burnish recipes` lists the
     recipes, and KEY=VALUE changes any setting of theirs.
     """
-    _run(recipe, overrides, out, force, as_json)
+    _run(recipe, overrides, out, force, as_json, prepare=prepare)
 
 
 @app.command(epilog="Example: burnish grpo stages.teacher.steps=20 --out runs/grpo-short")
@@ -63,15 +67,26 @@ def distill(
 
 
 def _run(
-    recipe: str, overrides: Sequence[str] | None, out: Path | None, force: bool, as_json: bool
+    recipe: str,
+    overrides: Sequence[str] | None,
+    out: Path | None,
+    force: bool,
+    as_json: bool,
+    *,
+    prepare: bool = False,
 ) -> None:
     path = recipe_path(recipe)
     from burnish.run_config import RunConfig
 
     config = load(RunConfig, path, overrides or ())
-    folder = out or Path("runs") / config.name
+    folder = (out or Path("runs") / config.name).resolve()
+    if prepare:
+        make_folder(config, folder)
+        for job in launcher.pending(folder, config.jobs(), force=force):
+            print(shlex.join(launcher.command(config.runtime, folder, job)))
+        return
     carry_out(config, folder, force=force)
-    _finish(folder.resolve(), as_json)
+    _finish(folder, as_json)
 
 
 def carry_out(
@@ -89,18 +104,9 @@ def carry_out(
         force: drop what is there.
         before: called when the folder exists and no job runs yet.
     """
-    from burnish import preflight, revision, runtime
-    from burnish.tracking import Run
-
-    preflight.check_inputs(config)
-    device = runtime.choose_device(config.runtime.device)
-    dtype = runtime.choose_dtype(config.runtime.dtype, device)
-    here = runtime.Runtime(device=device, dtype=dtype).describe()
-    # Absolute, because the settings of a stage hold the folders of its teachers.
     folder = folder.resolve()
     is_new = not folder.exists()
-    revision.take_up(config, folder)
-    Run.create(folder, config, command=shlex.join(["burnish", *sys.argv[1:]]), environment=here)
+    make_folder(config, folder)
     if before is not None:
         before()
     try:
@@ -110,6 +116,21 @@ def carry_out(
             # Or else the corrected command would find the folder of another run.
             shutil.rmtree(folder)
         raise
+
+
+def make_folder(config: "RunConfig", folder: Path) -> None:
+    """Make the folder of a run, or take it up, after checking all that can be checked."""
+    from burnish import preflight, revision, runtime
+    from burnish.tracking import Run
+
+    preflight.check_inputs(config)
+    device = runtime.choose_device(config.runtime.device)
+    dtype = runtime.choose_dtype(config.runtime.dtype, device)
+    here = runtime.Runtime(device=device, dtype=dtype).describe()
+    # Absolute, because the settings of a stage hold the folders of its teachers.
+    folder = folder.resolve()
+    revision.take_up(config, folder)
+    Run.create(folder, config, command=shlex.join(["burnish", *sys.argv[1:]]), environment=here)
 
 
 def _has_results(folder: Path) -> bool:

@@ -8,6 +8,7 @@ prompt, in sampling and, with gradient, in training.
 """
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
+from burnish import images
 from burnish.buckets import Buckets, Size
 from burnish.config import ConfigError
 from burnish.types import Labelled, Prompt, Task
@@ -76,6 +78,12 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
 
     max_sources: ClassVar[int] = 0
     """Source images of one edit, at most; 0 where the family does no edits."""
+
+    min_source_side: ClassVar[int] = 1
+    """Pixels of a source image's shorter side, at least."""
+
+    max_source_ratio: ClassVar[float] = math.inf
+    """Longer side of a source image to its shorter one, at most."""
 
     transformer: nn.Module
     """The only part that is trained."""
@@ -204,6 +212,23 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
                     f"need at most {cls.max_sources} source images of a prompt for {cls.family}, "
                     f"got {prompt.num_sources} of {prompt.id!r}; leave some out, or take another "
                     "family"
+                )
+
+    @classmethod
+    def check_source_sizes(cls, prompt: Prompt) -> None:
+        """Look, before weights are read, whether the sources of an edit have sizes to be read in.
+
+        Raises:
+            burnish.config.ConfigError: one has not.
+        """
+        for source in prompt.sources:
+            width, height = images.size(source, where=f"source of prompt {prompt.id!r}")
+            short, long = sorted((width, height))
+            if short < cls.min_source_side or long > cls.max_source_ratio * short:
+                raise ConfigError(
+                    f"need source images of {cls.min_source_side} pixels a side or more, and of at "
+                    f"most {cls.max_source_ratio:g} to 1, for {cls.family}, got {width} x {height} "
+                    f"of prompt {prompt.id!r}; scale or cut it"
                 )
 
     @classmethod

@@ -115,6 +115,9 @@ class Flux2KleinPolicy(JointPolicy):
     tasks: ClassVar[tuple[Task, ...]] = ("t2i", "edit")
     # As its makers say of [klein]: https://docs.bfl.ai/guides/prompting_editing_overview
     max_sources: ClassVar[int] = 4
+    # Beyond these its pipeline refuses a source.
+    min_source_side: ClassVar[int] = 64
+    max_source_ratio: ClassVar[float] = 8.0
     patch: ClassVar[int] = _PATCH
     is_masked: ClassVar[bool] = False
     block_classes: ClassVar[tuple[str, ...]] = (

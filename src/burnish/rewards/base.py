@@ -39,6 +39,24 @@ class Reward(ABC):
         """One score per request, in order; never raises for a bad image, but returns `Failed`."""
 
 
+class ByTask(Reward):
+    """Another opinion for each task."""
+
+    def __init__(self, configs: "Mapping[Task, RewardConfig]") -> None:
+        """Build the rewards; one that several tasks share is built once."""
+        made = {repr(config): config.build() for config in configs.values()}
+        self._rewards = {task: made[repr(config)] for task, config in configs.items()}
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        found: dict[int, Score] = {}
+        for task, reward in self._rewards.items():
+            own = [row for row, one in enumerate(requests) if one.prompt.task == task]
+            if own:
+                scores = reward.score([requests[row] for row in own])
+                found |= zip(own, scores, strict=True)
+        return [found[row] for row in range(len(requests))]
+
+
 class RewardConfig(Config, ABC):
     """Base of the one config of each file on the shelf; its `kind` is the file's name."""
 
@@ -78,6 +96,13 @@ class RewardConfig(Config, ABC):
 
         Raises:
             ConfigError: it would not.
+        """
+
+    def meet(self) -> None:
+        """Look, before a run, whether who answers elsewhere is there.
+
+        Raises:
+            ConfigError: nobody is.
         """
 
     def inputs(self) -> Sequence[Path]:

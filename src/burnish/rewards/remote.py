@@ -98,6 +98,9 @@ class RemoteConfig(RewardConfig):
             )
         return self
 
+    def meet(self) -> None:
+        self.build().meet()
+
     def build(self) -> "Remote":
         rubric = Rubric(self.dimension, Rubric.read(located(self.rubric)).text)
         patience = Patience(self.timeout, self.retries, self.pause, self.failures, self.cool_down)
@@ -130,6 +133,14 @@ class Remote(Reward):
         self._agreed: Agreed | None = None
         self._losses = 0
         """Lost connections that the agreement has seen."""
+
+    def meet(self) -> None:
+        """Shake hands, as otherwise at the first question.
+
+        Raises:
+            ConfigError: as `score`.
+        """
+        self._agreement(Deadline(self._config.deadline))
 
     def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """One score per request, in order.

@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import importlib
 import inspect
-import json
 import shutil
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from burnish import activations, vision_build
 from burnish.buckets import MULTIPLE, Buckets, Size
 from burnish.config import ConfigError
 from burnish.guidance import compose
+from burnish.pipeline_folders import read_index
 from burnish.policies.base import Guided, Policy, Prefix, Work, copied
 from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
@@ -286,12 +286,7 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
 
 def _checked_index(pipeline_class: type, folder: Path) -> dict[str, Any]:
     """What a pipeline folder says of its components: library and class by name."""
-    index = Path(folder) / "model_index.json"
-    if not index.is_file():
-        raise ConfigError(
-            f"need a diffusers pipeline folder with model_index.json, got {folder}; check the path"
-        )
-    found: dict[str, Any] = json.loads(index.read_text())
+    found = read_index(folder)
     name = found.get("_class_name")
     if name != pipeline_class.__name__:
         raise ConfigError(
