@@ -5,6 +5,7 @@ model draws and not what the base does.
 """
 
 import contextlib
+import gc
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,10 @@ from burnish import images
 from burnish.adapters import adapted, read_adapter
 from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_yaml
 from burnish.model_card import SAMPLES, model_card
-from burnish.policies.base import Policy
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, STAGE, RunConfig
-from burnish.runtime import Runtime
-from burnish.shelves import PolicyConfig, family_of, load_policy
+from burnish.runtime import ALONE, Runtime
+from burnish.shelves import PolicyConfig, family_of, load_policy, policy_class
 from burnish.stages import is_complete, model_folder
 from burnish.summary import read_run
 from burnish.tracking import RunError, write_atomic, write_json, writing
@@ -54,14 +54,16 @@ def export(
     config = read_run(folder)
     _check(config, folder, policy, out, as_lora=as_lora)
     unfinished = out.with_name(f".{out.name}.tmp")
-    model = load_policy(config.policy, model_folder(folder, STAGE + policy), rt)
+    family = policy_class(config.policy.family)
+    model = model_folder(folder, STAGE + policy)
     with writing(out), contextlib.ExitStack() as stack:
         shutil.rmtree(unfinished, ignore_errors=True)
         stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
         if as_lora:
             shutil.copytree(folder / "stages" / policy / "lora", unfinished)
         else:
-            model.save(unfinished)
+            # Nothing is drawn yet.
+            load_policy(config.policy, model, ALONE).save(unfinished)
         check_export(config, policy, model, unfinished, rt, as_lora=as_lora)
         _write_pictures(folder, policy, unfinished / SAMPLES)
         card = model_card(
@@ -69,9 +71,9 @@ def export(
             folder,
             policy,
             licence=licence,
-            guidance_argument=model.guidance_argument,
-            size_arguments=model.size_arguments,
-            null_prompt=model.null_prompt,
+            guidance_argument=family.guidance_argument,
+            size_arguments=family.size_arguments,
+            null_prompt=family.null_prompt,
             as_lora=as_lora,
             has_pictures=(unfinished / SAMPLES).is_file(),
         )
@@ -196,29 +198,27 @@ def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: 
 
 
 def check_export(
-    config: RunConfig,
-    policy: str,
-    model: Policy[Any, Any],
-    folder: Path,
-    rt: Runtime,
-    *,
-    as_lora: bool,
+    config: RunConfig, policy: str, model: Path, out: Path, rt: Runtime, *, as_lora: bool
 ) -> None:
     """Draw with a fresh pipeline of the export what the model draws, and the base does not.
+
+    Args:
+        config: of the run.
+        policy: a stage or merge.
+        model: its folder in the run.
+        out: folder of the export.
+        rt: device, which one pipeline after another is on.
+        as_lora: whether the export is a LoRA.
 
     Raises:
         RunError: it draws something else, or what the base draws.
     """
-    base = load_policy(config.policy, located(config.policy.path), rt)
-    before = _drawn(config, policy, base)
+    base = located(config.policy.path)
+    wanted, before = (_drawn(config, policy, folder, rt) for folder in (model, base))
     if as_lora:
-        fresh = base
-        own = {name: tensor.cpu() for name, tensor in base.transformer.state_dict().items()}
-        merged = adapted(own, read_adapter(folder), where=str(folder))
-        fresh.transformer.load_state_dict(merged)
+        found = _drawn(config, policy, base, rt, lora=out)
     else:
-        fresh = load_policy(config.policy, folder, rt)
-    found, wanted = _drawn(config, policy, fresh), _drawn(config, policy, model)
+        found = _drawn(config, policy, out, rt)
     moved, missed = (float((other - wanted).abs().mean()) for other in (before, found))
     if missed >= 0.01 * moved:
         raise RunError(
@@ -228,21 +228,31 @@ def check_export(
 
 
 @torch.no_grad()
-def _drawn(config: RunConfig, policy: str, model: Any) -> Tensor:
-    """Clean latents of the first held-out prompt by the pipeline's own call, which casts and moves
-    nothing: all of it gets one type and one place first."""
+def _drawn(
+    config: RunConfig, policy: str, folder: Path, rt: Runtime, *, lora: Path | None = None
+) -> Tensor:
+    """Clean latents of the first held-out prompt by the own call of a folder's pipeline, which
+    casts and moves nothing: all of it gets one type and one place first."""
+    # Parts of the pipeline before this one know each other in circles.
+    gc.collect()
+    model: Any = load_policy(config.policy, folder, rt)
+    if lora is not None:
+        own = {name: tensor.cpu() for name, tensor in model.transformer.state_dict().items()}
+        merged = adapted(own, read_adapter(lora), where=str(lora))
+        model.transformer.load_state_dict(merged)
     for network in model.networks().values():
         nn.Module.to(network, model.device, model.dtype)
     task = config.tasks(policy)[0]
     every = read_prompts(located(config.evaluation.prompts))
     guidance = config.deployed(policy)
-    return model.pipeline_latents(
+    latents: Tensor = model.pipeline_latents(
         every.select(lambda prompt: prompt.task == task)[0],
         model.noise([torch.Generator().manual_seed(0)]),
         num_steps=config.evaluation.num_steps,
         guidance_scale=guidance.scale,
         negative_prompt=guidance.negative_prompt,
-    ).float()
+    )
+    return latents.float().cpu()
 
 
 def _write_pictures(folder: Path, policy: str, path: Path) -> None:

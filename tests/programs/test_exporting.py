@@ -2,6 +2,7 @@
 
 import inspect
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from burnish import cli, exporting, images, runtime
 from burnish.config import ConfigError, parse
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.run_config import RunConfig
+from burnish.shelves import load_policy
 from burnish.stages import run_job
 from burnish.tracking import Run, RunError
 
@@ -162,6 +164,25 @@ def test_pictures_of_base_and_model_stand_beside_the_card(run: Path, tmp_path: P
     out = exporting.export(copy, "student", tmp_path / "out", runtime.start(), licence="mit")
     assert images.read(out / "samples.png").size == (8 * 66 - 2, 2 * 66 - 2)
     assert "![The base above, this model below](samples.png)" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("policy", "as_lora"), [("student", False), ("teacher", True)])
+def test_one_pipeline_at_a_time_is_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str, as_lora: bool
+) -> None:
+    """As a device that trained one may have no room for two."""
+    seen: list[weakref.ref[Any]] = []
+
+    def load_alone(*settings: Any) -> Any:
+        assert all(one() is None for one in seen)
+        found = load_policy(*settings)
+        seen.extend(weakref.ref(network) for network in found.networks().values())
+        return found
+
+    monkeypatch.setattr(exporting, "load_policy", load_alone)
+    rt, out = runtime.start(), tmp_path / "out"
+    exporting.export(run, policy, out, rt, licence="mit", as_lora=as_lora)
+    assert len(seen) == 3 * (3 if as_lora else 4)
 
 
 def test_an_export_that_draws_something_else_is_refused(
