@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,6 +27,13 @@ def begin(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
 def finish(config: RunConfig, folder: Path) -> Path:
     assert begin(config, folder).wait(timeout=600) == 0
     return folder / "stages" / "stage"
+
+
+def run_together(program: str, processes: int, *arguments: str) -> None:
+    """Run a program of the tests in several processes that talk to each other."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*start, "--standalone", program, *arguments], env=env, check=True, timeout=300)
 
 
 def distance(one: Path, other: Path) -> float:

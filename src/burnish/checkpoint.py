@@ -38,8 +38,8 @@ JSON = Any
 """What JSON holds: mappings with text keys, lists, text, numbers, booleans, None."""
 
 _MARKER = "COMPLETE"
-_TABLES = ("qmap", "absmax")
-"""How names of what moments in 8 bits are read by begin, which has other shapes than its weight."""
+_SHARE = "shard-"
+"""How names of files of spread tensors begin; a group's cannot, as it is one word before a dot."""
 _NAME = re.compile(r"step-(\d{6,})|\.step-(\d{6,})\.old")
 _GROUP = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -59,7 +59,10 @@ class Checkpoint:
     step: int
     folder: Path
     tensors: Mapping[str, Mapping[str, Shaped[Tensor, "..."]]]
+    """By group; none of a spread one."""
     state: JSON
+    is_spread: bool = False
+    """Whether its tensors are shares, which `burnish.spread_checkpoint` reads."""
 
 
 def save(
@@ -85,27 +88,75 @@ def save(
     for group in tensors:
         if not _GROUP.fullmatch(group):
             raise CheckpointError(f"need a group name like `policy`, got {group!r}; rename it")
-    target = folder / f"step-{step:06d}"
-    temporary = folder / f".{target.name}.tmp"
+    needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
+    with placing(folder, step, num_bytes=needed, keep=keep) as place:
+        for group, named in tensors.items():
+            _write(named, place / f"{group}.safetensors")
+        complete(place, step, facts(sorted(place.iterdir())), state)
+    return folder / f"step-{step:06d}"
+
+
+@contextlib.contextmanager
+def placing(folder: Path, step: int, *, num_bytes: int, keep: int) -> Iterator[Path]:
+    """An empty folder for the files of a checkpoint, which gets the name of its step at the end.
+
+    Args:
+        folder, step, keep: as for `save`.
+        num_bytes: that will be written.
+
+    Raises:
+        CheckpointError: as `save`.
+    """
+    target, place = folder / f"step-{step:06d}", unfinished(folder, step)
     with _saving(target):
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
-        needed = sum(tensor.nbytes for group in tensors.values() for tensor in group.values())
         free = shutil.disk_usage(folder).free
-        if needed > free:
+        if num_bytes > free:
             raise CheckpointError(
-                f"need {needed >> 20} MiB to write {target}, {free >> 20} MiB are free; free some"
-                " disk space and start the same command again"
+                f"need {num_bytes >> 20} MiB to write {target}, {free >> 20} MiB are free; free "
+                "some disk space and start the same command again"
             )
         try:
-            _write(temporary, step, tensors, state)
-            _put_in_place(temporary, target)
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir()
+            yield place
+            _put_in_place(place, target)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(place, ignore_errors=True)
             raise
         past = [old for old in steps(folder) if old <= step]
         drop(folder, set(steps(folder)) - set(past[-keep:]))
-    return target
+
+
+def unfinished(folder: Path, step: int) -> Path:
+    """Where a checkpoint is while it is written."""
+    return folder / f".step-{step:06d}.tmp"
+
+
+def facts(files: Iterable[Path]) -> dict[str, Any]:
+    """Size and hash of files that were written, by name; they are on the disk then."""
+    found = {}
+    for path in files:
+        _sync(path)
+        found[path.name] = {"bytes": path.stat().st_size, "sha256": _hash(path)}
+    return found
+
+
+def complete(place: Path, step: int, files: Mapping[str, Any], state: JSON) -> None:
+    """Write down what a checkpoint is made of, and that it is whole.
+
+    Args:
+        place: where it is while it is written.
+        step: of it.
+        files: that hold its tensors, see `facts`.
+        state: as for `save`.
+    """
+    write_json(place / "state.json", state)
+    every = {**files, **facts([place / "state.json"])}
+    write_json(place / "manifest.json", {"format": FORMAT, "step": step, "files": every})
+    write_atomic(place / _MARKER, _hash(place / "manifest.json") + "\n")
+    _sync(place)
 
 
 def drop(folder: Path, steps: Iterable[int]) -> None:
@@ -155,9 +206,10 @@ def load(path: Path) -> Checkpoint:
         CheckpointError: missing, incomplete, changed, or written by another version.
     """
     manifest = _verified_manifest(path)
+    is_spread = any(name.startswith(_SHARE) for name in manifest["files"])
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in manifest["files"]:
-        if name.endswith(".safetensors"):
+        if name.endswith(".safetensors") and not is_spread:
             try:
                 tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(
                     path / name
@@ -165,66 +217,9 @@ def load(path: Path) -> Checkpoint:
             except (SafetensorError, OSError, ValueError) as error:
                 raise _damaged(path, f"{name} cannot be read ({error})") from None
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(step=manifest["step"], folder=path, tensors=tensors, state=state)
-
-
-def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], JSON]:
-    """The state of AdamW and its like as tensors `<parameter>.<name>` and JSON."""
-    packed = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entries in packed["state"].items():
-        for name, value in _flat(entries):
-            if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value
-            else:
-                values.setdefault(str(index), {})[name] = value
-    groups = [{k: _number(v) for k, v in group.items()} for group in packed["param_groups"]]
-    return tensors, {"param_groups": groups, "values": values}
-
-
-def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Of one parameter; some optimizers keep tensors of other shapes than its own in a group."""
-    for name, value in entries.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value)
-        else:
-            yield name, value
-
-
-def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, state: JSON) -> None:
-    """Put back what `optimizer_state` gave into an optimizer of the same parameters in order.
-
-    Raises:
-        CheckpointError: the parameters of the optimizer have other numbers or shapes.
-    """
-    parameters = [value for group in optimizer.param_groups for value in group["params"]]
-    entries: dict[int, dict[str, Any]] = {
-        int(index): dict(values) for index, values in state["values"].items()
-    }
-    for key, value in tensors.items():
-        index, name = key.split(".", 1)
-        shape = parameters[int(index)].shape if int(index) < len(parameters) else None
-        is_moment = value.ndim > 0 and not name.startswith(_TABLES)
-        if shape is None or (is_moment and value.shape != shape):
-            raise CheckpointError(
-                f"need the optimizer of the checkpoint, parameter {index} has shape"
-                f" {shape and tuple(shape)} and its saved {name} {tuple(value.shape)};"
-                " resume with the settings it was saved with"
-            )
-        entries.setdefault(int(index), {})[name] = value
-    # JSON has no tuples, and Adam's betas are one.
-    groups = [
-        {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
-        for group in state["param_groups"]
-    ]
-    try:
-        optimizer.load_state_dict({"state": entries, "param_groups": groups})
-    except ValueError as error:
-        raise CheckpointError(
-            f"need the optimizer of the checkpoint, {' '.join(str(error).split())}; resume with the"
-            " settings it was saved with"
-        ) from None
+    return Checkpoint(
+        step=manifest["step"], folder=path, tensors=tensors, state=state, is_spread=is_spread
+    )
 
 
 def random_state(
@@ -267,11 +262,6 @@ def load_random_state(
     random.setstate((version, tuple(words), next_gauss))
 
 
-def _number(value: Any) -> Any:
-    """A setting of a parameter group as JSON has it; a learning rate may be a tensor."""
-    return value.item() if isinstance(value, Tensor) else value
-
-
 @contextlib.contextmanager
 def _saving(target: Path) -> Iterator[None]:
     """One class of error for all that can go wrong while files are written."""
@@ -284,26 +274,13 @@ def _saving(target: Path) -> Iterator[None]:
         raise CheckpointError(str(error)) from error.__cause__
 
 
-def _write(temporary: Path, step: int, tensors: Mapping[str, Tensors], state: JSON) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for group, named in tensors.items():
-        path = temporary / f"{group}.safetensors"
-        try:
-            safetensors.torch.save_file(_separate(named), path)
-        except SafetensorError as error:
-            # The library hides the number of the system's error in its text.
-            number = re.search(r"os error (\d+)", str(error))
-            raise OSError(int(number[1]) if number else 0, str(error)) from error
-        _sync(path)
-    write_json(temporary / "state.json", state)
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)}
-        for path in sorted(temporary.iterdir())
-    }
-    write_json(temporary / "manifest.json", {"format": FORMAT, "step": step, "files": files})
-    write_atomic(temporary / _MARKER, _hash(temporary / "manifest.json") + "\n")
-    _sync(temporary)
+def _write(named: Tensors, path: Path) -> None:
+    try:
+        safetensors.torch.save_file(_separate(named), path)
+    except SafetensorError as error:
+        # The library hides the number of the system's error in its text.
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else 0, str(error)) from error
 
 
 def _put_in_place(temporary: Path, target: Path) -> None:

@@ -8,7 +8,7 @@ is renewed at every step follows them.
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,8 +16,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish import checkpoint
+from burnish import checkpoint, spread_checkpoint
+from burnish.checkpoint import Checkpoint
 from burnish.config import Config, ConfigError
+from burnish.optimizer_states import load_optimizer_state, optimizer_state
 from burnish.policies.base import Policy
 from burnish.runtime import Runtime
 from burnish.sharding import full, like, local
@@ -143,39 +145,50 @@ class State:
         return {
             "policy": {name: p.detach() for name, p in self.policy.trainable()},
             "average": dict(zip(names, self.average, strict=True)) if self.average else {},
-            "optimizer": checkpoint.optimizer_state(self.optimizer)[0],
+            "optimizer": optimizer_state(self.optimizer)[0],
         }
 
     def save(self, run: Run, rt: Runtime) -> None:
-        """Write a checkpoint of the step that comes next, whole, so that any number of processes
-        can take it up; all must come here."""
-        state = {"optimizer": checkpoint.optimizer_state(self.optimizer)[1]}
-        tensors = {
-            group: {name: _gathered(tensor, rt) for name, tensor in named.items()}
-            for group, named in self.tensors().items()
-        }
-        if rt.is_main:
-            checkpoint.save(run.checkpoints, self.step, tensors, state, keep=CHECKPOINTS)
+        """Write a checkpoint of the step that comes next, which any number of processes can take
+        up; all must come here."""
+        state = {"optimizer": optimizer_state(self.optimizer)[1]}
+        place, step, tensors = run.checkpoints, self.step, self.tensors()
+        if rt.is_sharded:
+            spread_checkpoint.save(place, step, tensors, state, rt, keep=CHECKPOINTS)
+        elif rt.is_main:
+            checkpoint.save(place, step, tensors, state, keep=CHECKPOINTS)
 
     def restore(self, run: Run, rt: Runtime) -> None:
         """Continue where the newest whole checkpoint was written, if there is one; all processes
         must come here."""
         found = checkpoint.latest(run.checkpoints)
         if found is not None:
+            tensors = self._shared_out(found)
             with torch.no_grad():
                 for name, parameter in self.policy.trainable():
-                    parameter.copy_(like(found.tensors["policy"][name], parameter))
+                    parameter.copy_(tensors["policy"][name])
                 for (name, _), mean in zip(self.policy.trainable(), self.average, strict=False):
-                    mean.copy_(like(found.tensors["average"][name], mean))
-            parameters = [parameter for _, parameter in self.policy.trainable()]
-            tensors = {
-                key: like(tensor, parameters[int(key.partition(".")[0])])
-                for key, tensor in found.tensors["optimizer"].items()
-            }
-            checkpoint.load_optimizer_state(self.optimizer, tensors, found.state["optimizer"])
+                    mean.copy_(tensors["average"][name])
+            load_optimizer_state(self.optimizer, tensors["optimizer"], found.state["optimizer"])
             self.step = found.step
         if rt.is_main:
             run.rewind(self.step - 1)
+
+    def _shared_out(self, found: Checkpoint) -> Mapping[str, Mapping[str, Tensor]]:
+        """The tensors of a checkpoint, spread as the weights that they belong to are."""
+        named = dict(self.policy.trainable())
+        ordered = list(named.values())
+
+        def owner(group: str, key: str) -> Tensor:
+            # Moments have the number of their weight, and what they are.
+            return ordered[int(key.partition(".")[0])] if group == "optimizer" else named[key]
+
+        if found.is_spread:
+            return spread_checkpoint.read(found.folder, owner)
+        return {
+            group: {key: like(tensor, owner(group, key)) for key, tensor in own.items()}
+            for group, own in found.tensors.items()
+        }
 
 
 def _gathered(tensor: Tensor, rt: Runtime) -> Tensor:

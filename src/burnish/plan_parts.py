@@ -21,6 +21,7 @@ from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
 from burnish.rewards.base import Place, RewardConfig
 from burnish.run_config import RunConfig
+from burnish.spread_checkpoint import FILE_BYTES
 from burnish.training import StageConfig
 
 _RUNNING: tuple[Phase, ...] = PHASES[1:-1]
@@ -158,9 +159,14 @@ def host_parts(
         name="teacher that is read ahead", num_bytes=size, during=PHASES[1:], is_sharded=True
     )
     yield dataclasses.replace(ahead, num_bytes=sharding.share(ahead))
-    name = "checkpoint, until it is written"
-    size = _checkpoint_bytes(policy, stage)
-    yield Part(name=name, num_bytes=size, during=("optimizer step",), is_common=True)
+    if sharding.world_size > 1:
+        # A tensor is a file's at least, which is copied from the device and put together.
+        size = 3 * max(FILE_BYTES, max(p.nbytes for p in policy.transformer.parameters()))
+        name = "file of a checkpoint, until it is written"
+        yield Part(name=name, num_bytes=size, during=("optimizer step",))
+    else:
+        name, size = "checkpoint, until it is written", _checkpoint_bytes(policy, stage)
+        yield Part(name=name, num_bytes=size, during=("optimizer step",), is_common=True)
     # What was trained is mapped from its file.
     again = _converted(config, _others(policy))
     name = "pipeline that is read again"

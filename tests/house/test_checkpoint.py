@@ -26,14 +26,13 @@ from burnish.checkpoint import (
     CheckpointWarning,
     latest,
     load,
-    load_optimizer_state,
     load_random_state,
-    optimizer_state,
     random_state,
     save,
     steps,
 )
 from burnish.optimization import OptimizerConfig
+from burnish.optimizer_states import load_optimizer_state, optimizer_state
 from burnish.runtime import generator, seeded
 
 

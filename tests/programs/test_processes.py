@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests import spread_teacher
-from tests.jobs import begin, distance, finish
+from tests import spread_teacher, spread_weights
+from tests.jobs import begin, distance, finish, run_together
 
-from burnish import checkpoint, images
+from burnish import checkpoint, images, spread_checkpoint
 from burnish.config import ConfigError, parse
 from burnish.preflight import check_inputs
 from burnish.prompts import write_prompts
@@ -111,10 +109,10 @@ def test_spread_weights_are_trained_as_whole_ones(
     together = finish(spread, tmp_path / "spread")
     assert distance(alone / "model", together / "model") < TOLERANCE
     assert distance(alone / "model", model) > 10 * TOLERANCE
-    # A checkpoint is whole, however many processes wrote it.
+    # A checkpoint is the same, however many processes wrote it.
     names = [p.name for p in sorted((alone / "checkpoints").glob("step-*"))]
     for group, tensors in checkpoint.load(alone / "checkpoints" / names[-1]).tensors.items():
-        theirs = checkpoint.load(together / "checkpoints" / names[-1]).tensors[group]
+        theirs = spread_checkpoint.whole(together / "checkpoints" / names[-1])[group]
         assert tensors.keys() == theirs.keys()
         for name, tensor in tensors.items():
             assert float((tensor - theirs[name]).abs().max()) < TOLERANCE, name
@@ -176,15 +174,30 @@ def test_a_teacher_is_spread_like_its_student(models: dict[str, Path], tmp_path:
         for parameter in policy.transformer.parameters():
             parameter.mul_(1.5)
     policy.save(tmp_path / "teacher")
-    places = [str(place) for place in (model, tmp_path / "teacher", answer)]
-    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([*run, spread_teacher.__file__, *places], env=env, check=True, timeout=300)
+    run_together(spread_teacher.__file__, 3, *map(str, (model, tmp_path / "teacher", answer)))
     told = json.loads(answer.read_text())
     kept = [own["kept"] for own in told["processes"]]
     assert sum(kept) == told["whole"] and max(kept) < 0.36 * told["whole"]
     assert len(set(kept)) > 1, "as these sizes are no multiples of three"
     assert max(own["gap"] for own in told["processes"]) < TOLERANCE
+
+
+def test_shares_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
+    """By more, by fewer, by one; and a share that is damaged is told as of any checkpoint."""
+    for task, count in (("save", 3), ("read", 2), ("read", 1)):
+        run_together(spread_weights.__file__, count, task, str(tmp_path))
+    assert checkpoint.steps(tmp_path) == [2, 3]
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    told, expected = spread_checkpoint.whole(found.folder), spread_weights.wanted(3)
+    assert told.keys() == expected.keys()
+    for group, own in expected.items():
+        assert all(torch.equal(told[group][name], tensor) for name, tensor in own.items())
+    file = sorted(found.folder.glob("shard-00002-*"))[0]
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.warns(checkpoint.CheckpointWarning, match="shard-00002-.* was changed"):
+        older = checkpoint.latest(tmp_path)
+    assert older is not None and older.step == 2
 
 
 def test_what_shares_prefixes_is_not_spread(model: Path) -> None:
@@ -202,12 +215,14 @@ def test_what_shares_prefixes_is_not_spread(model: Path) -> None:
         check_inputs(both)
 
 
+@pytest.mark.parametrize("sharding", ["none", "full"])
 def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(
-    model: Path, tmp_path: Path
+    sharding: str, model: Path, tmp_path: Path
 ) -> None:
-    alone = finish(recipe("nft", model, 1), tmp_path / "alone")
+    policy = {"share_prefix": sharding == "none"}
+    alone = finish(recipe("nft", model, 1, policy=policy), tmp_path / "alone")
     folder = tmp_path / "cut"
-    torchrun = begin(recipe("nft", model, 2), folder)
+    torchrun = begin(recipe("nft", model, 2, policy=policy, sharding=sharding), folder)
     rows = folder / "stages" / "stage" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while not read_rows(rows) and time.monotonic() < deadline:
@@ -217,7 +232,7 @@ def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(
     # All end with it.
     assert torchrun.wait(timeout=120) != 0
     assert not (folder / "stages" / "stage" / "DONE").exists() and len(read_rows(rows)) < 3
-    resumed = finish(recipe("nft", model, 3), folder)
+    resumed = finish(recipe("nft", model, 3, policy=policy, sharding=sharding), folder)
     assert [row["step"] for row in read_rows(rows)] == [0, 1, 2]
     assert distance(alone / "model", resumed / "model") < TOLERANCE
 

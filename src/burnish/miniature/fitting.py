@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from burnish import checkpoint
+from burnish.optimizer_states import load_optimizer_state, optimizer_state
 from burnish.runtime import Runtime
 
 
@@ -141,7 +142,7 @@ class _Fitting:
             named[group] = {str(n): value.detach() for n, value in enumerate(values)}
         state: dict[str, Any] = {"figures": self.figures}
         for name, optimizer in self._optimizers.items():
-            named[name], state[name] = checkpoint.optimizer_state(optimizer)
+            named[name], state[name] = optimizer_state(optimizer)
         checkpoint.save(self._folder, len(self.figures), named, state, keep=1)
 
     @torch.no_grad()
@@ -153,7 +154,7 @@ class _Fitting:
             for n, value in enumerate(values):
                 value.copy_(found.tensors[group][str(n)])
         for name, optimizer in self._optimizers.items():
-            checkpoint.load_optimizer_state(optimizer, found.tensors[name], found.state[name])
+            load_optimizer_state(optimizer, found.tensors[name], found.state[name])
         self.figures = found.state["figures"]
 
     @torch.no_grad()

@@ -1,0 +1,54 @@
+"""Weights, an average and moments that are spread: saved by some processes, read by others. Run by
+torchrun with `save` or `read` and the folder of checkpoints; what is read is compared here."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
+
+from burnish import checkpoint, spread_checkpoint
+from burnish.runtime import RuntimeConfig
+
+SHAPES = {"policy:a.weight": (7, 5), "policy:b": (1, 3), "average:a.weight": (7, 5)}
+SHAPES |= {"optimizer:0.exp_avg": (7, 5)}
+
+
+def wanted(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    found: dict[str, dict[str, torch.Tensor]] = {"optimizer": {"0.step": torch.tensor(float(step))}}
+    for number, (key, shape) in enumerate(SHAPES.items()):
+        group, name = key.split(":")
+        draws = torch.Generator().manual_seed(100 * step + number)
+        dtype = torch.bfloat16 if key == "policy:b" else torch.float32
+        found.setdefault(group, {})[name] = torch.randn(shape, generator=draws).to(dtype)
+    return found
+
+
+def main(task: str, folder: Path) -> None:
+    rt = RuntimeConfig(device="cpu", threads=1, sharding="full").build()
+    mesh = init_device_mesh("cpu", (rt.world_size,))
+    spread_checkpoint.FILE_BYTES = 60  # Two files of each process at least.
+
+    def spread(whole: torch.Tensor) -> torch.Tensor:
+        return distribute_tensor(whole, mesh, [Shard(0)]) if whole.ndim else whole
+
+    if task == "save":
+        for step in (1, 2, 3):
+            own = {group: {n: spread(t) for n, t in o.items()} for group, o in wanted(step).items()}
+            spread_checkpoint.save(folder, step, own, {"step": step}, rt, keep=2)
+    found = checkpoint.latest(folder)
+    assert found is not None and found.is_spread and found.step == found.state["step"] == 3
+    expected = wanted(3)
+    read = spread_checkpoint.read(found.folder, lambda group, name: spread(expected[group][name]))
+    for group, own in expected.items():
+        assert read[group].keys() == own.keys()
+        for name, tensor in own.items():
+            share = read[group][name]
+            assert isinstance(share, DTensor) == (tensor.ndim > 0)
+            full = share.full_tensor() if isinstance(share, DTensor) else share
+            assert torch.equal(full, tensor) and full.dtype == tensor.dtype, name
+    rt.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
