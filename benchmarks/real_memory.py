@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 from burnish import images
 from burnish.cli.recipes import recipe_path
@@ -208,6 +210,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    # Of every prompt that is longer than CLIP reads, each time it is read.
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
     print("| recipe | stage | GPUs | of each | when | most of it | host | disk |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     rows = []

@@ -158,7 +158,10 @@ def check_kernels(config: PolicyConfig) -> None:
         ConfigError: it cannot.
     """
     if config.attention != "native":
-        check_attention(config.attention, is_masked=policy_class(config.family).is_masked)
+        family = policy_class(config.family)
+        check_attention(
+            config.attention, is_chosen=family.chooses_attention, is_masked=family.is_masked
+        )
 
 
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:

@@ -887,9 +887,9 @@ def test_a_kernel_that_cannot_be_had_is_refused_before_weights_are_read(policy, 
     found = r"takes a mask" if policy.is_masked else r"is installed, got policy\.attention=flash"
     if name == "flash" or policy.is_masked:
         with pytest.raises(ConfigError, match=found):
-            check_attention(name, is_masked=policy.is_masked)
+            check_attention(name, is_chosen=True, is_masked=policy.is_masked)
     else:
-        check_attention(name, is_masked=policy.is_masked)
+        check_attention(name, is_chosen=True, is_masked=policy.is_masked)
 
 
 def test_offloaded_encoders_stay_behind(policy, tmp_path):
@@ -922,14 +922,20 @@ def test_compiled_blocks_change_no_velocity_and_no_gradient(policy, own):
     assert all(block._compiled_call_impl is not None for block in blocks)
 
 
+def processors(policy):
+    return [getattr(module, "processor", None) for module in policy.transformer.modules()]
+
+
 def test_another_kernel_of_attention_gives_the_same_velocity(policy, own):
     """Of those that can be chosen; where none can, that is said."""
     prefix = policy.prefix(policy.encode(own[:1]))
     expected = policy.velocity(start(policy, 1), levels(1), prefix)
-    if policy.family == "stable_diffusion3":
+    if not policy.chooses_attention:
+        assert not any(hasattr(one, "_attention_backend") for one in processors(policy))
         with pytest.raises(ConfigError, match=r"need policy\.attention=native"):
-            set_attention(policy.transformer, "_native_math")
+            check_attention("_native_math", is_chosen=False, is_masked=policy.is_masked)
         return
+    assert any(hasattr(one, "_attention_backend") for one in processors(policy))
     set_attention(policy.transformer, "_native_math")
     prefix = policy.prefix(policy.encode(own[:1]))
     same(policy.velocity(start(policy, 1), levels(1), prefix), expected)

@@ -104,6 +104,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     share_prefix: bool = True
     """Whether that is done where it can be; else every call reads its prompts again."""
 
+    chooses_attention: ClassVar[bool] = True
+    """Whether the kernel of attention can be chosen; else it is torch's own."""
+
     is_masked: ClassVar[bool] = True
     """Whether prompts of unequal length share a call of the transformer, with a mask."""
 

@@ -101,6 +101,7 @@ class StableDiffusion3Policy(JointPolicy):
     """A `diffusers.StableDiffusion3Pipeline` as a policy."""
 
     family: ClassVar[str] = "stable_diffusion3"
+    chooses_attention: ClassVar[bool] = False
     pipeline_class: ClassVar[type] = StableDiffusion3Pipeline
     tasks: ClassVar[tuple[Task, ...]] = ("t2i",)
     patch: ClassVar[int] = 1

@@ -51,16 +51,23 @@ def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str)
             module.compile(backend=backend)
 
 
-def check_attention(name: Attention, *, is_masked: bool) -> None:
+def check_attention(name: Attention, *, is_chosen: bool, is_masked: bool) -> None:
     """Look, before weights are read, whether a kernel of attention can be had.
 
     Args:
         name: of the kernel.
+        is_chosen: whether the family's transformer leaves a choice.
         is_masked: whether prompts of unequal length share a call.
 
     Raises:
-        ConfigError: it is not installed, or takes no mask where there is one.
+        ConfigError: there is no choice, or it is not installed, or takes no mask where there is
+            one.
     """
+    if not is_chosen:
+        raise ConfigError(
+            f"need policy.attention=native for this family, whose attention is torch's own, got "
+            f"{name}; leave it out"
+        )
     if is_masked and name in _WITHOUT_MASK:
         raise ConfigError(
             f"need an attention that takes a mask for this family, got policy.attention={name}; "
@@ -81,18 +88,9 @@ def check_attention(name: Attention, *, is_masked: bool) -> None:
 
 
 def set_attention(transformer: Any, name: Attention) -> None:
-    """Choose the kernel of one transformer's attention; diffusers' own switch is for all of them.
-
-    Raises:
-        ConfigError: the transformer leaves no choice.
-    """
+    """Choose the kernel of one transformer's attention; diffusers' own switch is for all."""
     found = [getattr(module, "processor", None) for module in transformer.modules()]
     processors: list[Any] = [one for one in found if hasattr(one, "_attention_backend")]
-    if not processors:
-        raise ConfigError(
-            f"need policy.attention=native for a {type(transformer).__name__}, whose attention is "
-            f"torch's own, got {name}; leave it out"
-        )
     from diffusers.models.attention_dispatch import AttentionBackendName
 
     for processor in processors:

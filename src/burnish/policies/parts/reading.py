@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from burnish import images
 from burnish.policies.parts.execution import visiting
+from burnish.tracking import writing
 from burnish.types import Prompt, Task
 
 MEMORY_BYTES = 1 << 30
@@ -261,15 +262,16 @@ def hash_module(module: nn.Module, *, is_rounded: bool = False) -> str:
 
 
 def _write(file: Path, row: EncodedPrompt) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     # Under another name first: several processes may share the folder, and any may be killed.
     unfinished = file.with_name(f"{file.name}.{os.getpid()}")
-    save_file(
-        {name: tensor.cpu().contiguous() for name, tensor in row.tensors().items()},
-        unfinished,
-        metadata={"shapes": json.dumps(row.shapes)},
-    )
-    unfinished.replace(file)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: tensor.cpu().contiguous() for name, tensor in row.tensors().items()},
+            unfinished,
+            metadata={"shapes": json.dumps(row.shapes)},
+        )
+        unfinished.replace(file)
 
 
 def _read_file(file: Path, key: str, kind: type[RowT], device: torch.device) -> RowT | None:
