@@ -235,7 +235,7 @@ def _drawn(
     casts and moves nothing: all of it gets one type and one place first."""
     # Parts of the pipeline before this one know each other in circles.
     gc.collect()
-    model: Any = load_policy(config.policy, folder, rt)
+    model: Any = load_policy(config.policy.drawing(rt.dtype), folder, rt)
     if lora is not None:
         own = {name: tensor.cpu() for name, tensor in model.transformer.state_dict().items()}
         merged = adapted(own, read_adapter(lora), where=str(lora))

@@ -33,7 +33,7 @@ from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
 from burnish.residency import Teachers
-from burnish.rollout import sample
+from burnish.rollout import read_ahead, sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.sharding import whole
@@ -222,6 +222,9 @@ class FixedStates(Watch):
             return
         for label, guidance in self._guidance.items():
             teacher = self._teachers.activate(label)
+            prompts = [*self._paths[label], *self._pictures[label]] if rt.is_main else []
+            with rt.autocast():
+                read_ahead(teacher, prompts, guidance)
             with whole(teacher), rt.autocast():
                 if rt.is_main:
                     places = [*self._on_paths(teacher, label), *self._on_pictures(policy, label)]

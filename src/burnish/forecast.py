@@ -86,7 +86,8 @@ def _plan(
     if lora not in known:
         kept = ready(_hollow(config.policy), stage.lora)
         is_rounded = sharding.world_size > 1 and rt.dtype != torch.float32
-        known[lora] = kept, ready(_gathered(config.policy), stage.lora) if is_rounded else kept
+        gathered = config.policy.drawing(rt.dtype)
+        known[lora] = kept, ready(_hollow(gathered), stage.lora) if is_rounded else kept
     policy, computing = known[lora]
     prompts, asked, away = stage.prompts.read(), counts(stage, footprint), stage.rollout
     found: list[Measured] = []
@@ -113,7 +114,7 @@ def _plan(
         *copied_parts(policy, footprint, name),
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),
-        *training_parts(computing, found, name, sharding),
+        *training_parts(computing, found, name, sharding, _read_together(stage, sharding)),
         *(judge_parts(policy, dict(stage.scorers()).values(), "cuda") if is_gpu else host),
     ]
     return Plan(
@@ -129,7 +130,7 @@ def _plan(
 
 def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     """Of the jobs that measure: a policy draws, and a judge scores."""
-    plan, policy = config.evaluation, _hollow(config.policy)
+    plan, policy = config.evaluation, _hollow(config.policy.drawing(rt.dtype))
     policy.transformer.requires_grad_(False)
     deployed = [config.deployed(name) for name in (BASE, *config.policies())]
     guidance = max(deployed, key=lambda own: own.scale)
@@ -193,14 +194,17 @@ def _hollow(config: PolicyConfig) -> Policy[Any, Any]:
     return policy
 
 
-def _gathered(config: PolicyConfig) -> Policy[Any, Any]:
-    """A policy whose weights are as `burnish.sharding` gathers them to compute in bfloat16."""
-    frozen = config.frozen_dtype or config.dtype
-    return _hollow(config.model_copy(update={"dtype": "bfloat16", "frozen_dtype": frozen}))
-
-
 def _of_task(prompts: PromptSet, task: str) -> PromptSet:
     return prompts.select(lambda prompt: prompt.task == task)
+
+
+def _read_together(stage: StageConfig, sharding: Sharding) -> int:
+    """Prompts that a process reads before it draws."""
+    own = -(-stage.prompts_per_step // sharding.world_size)
+    if stage.guard is None:
+        return own
+    kept = stage.guard.retention.num_prompts if stage.guard.retention else 0
+    return max(own, len(stage.prompts.tasks) * stage.guard.num_prompts + kept)
 
 
 def counts(stage: StageConfig, footprint: Footprint) -> Counts:

@@ -33,7 +33,7 @@ from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.rewards.base import Reward, RewardConfig
-from burnish.rollout import draw
+from burnish.rollout import draw, read_ahead
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
@@ -200,6 +200,12 @@ class Guard(Watch):
         """Whether the stage must end here."""
         ends = self._config.action != "warn"
         return ends and any(look["verdict"] == "hacked" for look in self.looks.rows)
+
+    def prepare(self, policy: Policy[Any, Any], rt: Runtime) -> None:
+        """Read the prompts, before the policy is gathered to draw."""
+        if rt.is_main:
+            with rt.autocast():
+                read_ahead(policy, [*self._prompts, *self._known.prompts], self._rollout.guidance)
 
     def look(
         self, policy: Policy[Any, Any], step: int, reward: float | None, rt: Runtime

@@ -38,9 +38,8 @@ class Watch(ABC):
         """Whether the stage must end here."""
         return False
 
-    def prepare(  # noqa: B027 - most have nothing to prepare.
-        self, policy: Policy[Any, Any], rt: Runtime
-    ) -> None:
+    @abstractmethod
+    def prepare(self, policy: Policy[Any, Any], rt: Runtime) -> None:
         """What must be done before a look and takes all processes; the policy may be spread.
 
         Args:

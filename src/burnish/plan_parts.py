@@ -116,9 +116,13 @@ def drawing_parts(found: Sequence[Drawn], num_prompts: int, key: str) -> Iterato
 
 
 def training_parts(
-    policy: Policy[Any, Any], found: Sequence[Measured], name: str, sharding: Sharding
+    policy: Policy[Any, Any],
+    found: Sequence[Measured],
+    name: str,
+    sharding: Sharding,
+    num_prompts: int,
 ) -> Iterator[Part]:
-    """What calls of the policy hold that train it."""
+    """What calls of the policy hold that train it; `num_prompts` are read together."""
     advice = f"lower stages.{name}.optimizer.micro_batch"
     fewer = f"train a LoRA, stages.{name}.lora={{rank: 32}}, with policy.dtype=bfloat16"
     rows: tuple[tuple[str, str, Phase, str], ...] = (
@@ -130,7 +134,10 @@ def training_parts(
         yield Part(name=what, num_bytes=_most(found, field), during=(phase,), advice=lower)
     if sharding.world_size > 1:
         whole = num_bytes(policy.transformer.parameters())
-        during = ("reading", "drawing", "decoding", "credit")
+        during: tuple[Phase, ...] = ("drawing", "decoding", "credit")
+        if 2 * num_prompts * _most(found, "row") > MEMORY_BYTES:
+            # What is not remembered is read again, beside them.
+            during = ("reading", *during)
         yield Part(name="all weights, gathered", num_bytes=whole, during=during, advice=fewer)
         yield Part(
             name="gathered blocks, gradients of one",

@@ -23,6 +23,7 @@ from torch import Tensor
 from burnish.adapters import Adapter, by_weight, read_adapter
 from burnish.borrowing import borrowed
 from burnish.config import ConfigError
+from burnish.headers import weight_files
 from burnish.policies.base import Policy
 from burnish.runtime import ALONE, Runtime
 from burnish.sharding import frozen, local, rows
@@ -168,16 +169,12 @@ class Stored:
             ConfigError: there are none, or one is damaged, or the LoRA is another model's.
         """
         self._plain: dict[str, Tensor] = {}
-        try:
-            for file in sorted((source.folder / "transformer").glob("*.safetensors")):
+        for file in weight_files(source.folder / "transformer"):
+            try:
                 self._plain |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:120]
-            raise ConfigError(f"need readable weights in {source.folder}, got {reason}") from None
-        if not self._plain:
-            raise ConfigError(
-                f"need a transformer as safetensors in {source.folder}, got none; save it again"
-            )
+            except (OSError, SafetensorError) as error:
+                reason = " ".join(str(error).split())[:120]
+                raise ConfigError(f"need readable weights in {file}, got {reason}") from None
         self._adapters: dict[str, Adapter] = {}
         if source.lora is not None:
             adapters = read_adapter(source.lora)

@@ -70,7 +70,7 @@ def sample(
         )
     groups: dict[int, Group] = {}
     with _drawing(policy):
-        _read(policy, prompts, config)
+        read_ahead(policy, prompts, config.guidance)
         for rows in _blocks(policy, prompts, max(1, config.micro_batch // config.group_size)):
             block = [prompts[row] for row in rows]
             members = [_members(policy, prompt, config, seed, step) for prompt in block]
@@ -122,7 +122,7 @@ def draw(
     )
     images: dict[int, Tensor] = {}
     with _drawing(policy):
-        _read(policy, prompts, config)
+        read_ahead(policy, prompts, config.guidance)
         for rows in _blocks(policy, prompts, micro_batch):
             block = [prompts[row] for row in rows]
             samples = [
@@ -133,13 +133,14 @@ def draw(
     return [images[row] for row in range(len(prompts))]
 
 
-def _read(policy: Policy[Any, Any], prompts: Sequence[Prompt], config: RolloutConfig) -> None:
-    """Have all prompts read at once, as encoders may have to come to the device for it."""
+def read_ahead(policy: Policy[Any, Any], prompts: Sequence[Prompt], guidance: Guidance) -> None:
+    """Have prompts read, and what guidance leads away from: all at once, as encoders may have to
+    come to the device for it, and before a transformer that is spread is gathered beside them."""
     for task in dict.fromkeys(prompt.task for prompt in prompts):
         asked = [prompt for prompt in prompts if prompt.task == task]
         policy.encode(asked)
-        if config.guidance_scale != 1:
-            policy.encode_null(asked, config.negative_prompt)
+        if guidance.scale != 1:
+            policy.encode_null(asked, guidance.negative_prompt)
 
 
 @contextlib.contextmanager

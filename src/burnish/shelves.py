@@ -10,9 +10,10 @@ from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import Field, field_validator
 
-from burnish import policies, runtime
+from burnish import policies
 from burnish.algorithms.base import AlgorithmConfig
 from burnish.bench.base import BenchConfig
 from burnish.buckets import MULTIPLE, SQUARE, Buckets
@@ -21,7 +22,7 @@ from burnish.pipeline_folders import read_index
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import Attention, check_attention, set_attention
 from burnish.rewards.base import RewardConfig
-from burnish.runtime import Runtime
+from burnish.runtime import DTYPES, Runtime
 
 if TYPE_CHECKING:
     from burnish.algorithms.distill import DistillConfig
@@ -110,6 +111,14 @@ class PolicyConfig(Config):
         """Sizes in which pictures are drawn."""
         return Buckets(self.resolution, self.aspects)
 
+    def drawing(self, dtype: torch.dtype) -> "PolicyConfig":
+        """As a policy is read that only draws, with matrix products of some type: as it will be
+        deployed in that type, and no larger."""
+        if DTYPES[self.dtype].itemsize <= dtype.itemsize:
+            return self
+        frozen = self.frozen_dtype or self.dtype
+        return self.model_copy(update={"dtype": "bfloat16", "frozen_dtype": frozen})
+
     @field_validator("aspects")
     @classmethod
     def _have_sizes(cls, aspects: tuple[str, ...], known: Any) -> tuple[str, ...]:
@@ -173,8 +182,8 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
         folder,
         resolution=config.resolution,
         device="cpu" if rt.is_sharded else rt.device,
-        dtype=runtime.DTYPES[config.dtype],
-        frozen_dtype=runtime.DTYPES[config.frozen_dtype or config.dtype],
+        dtype=DTYPES[config.dtype],
+        frozen_dtype=DTYPES[config.frozen_dtype or config.dtype],
         cache_folder=None if config.cache is None else located(config.cache),
         offload=config.offload,
     )

@@ -194,7 +194,7 @@ def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     path = config.policy.path if name == BASE else STAGE + name
-    policy = load_policy(config.policy, model_folder(folder, path), rt)
+    policy = load_policy(config.policy.drawing(rt.dtype), model_folder(folder, path), rt)
     for role in BASES if name == BASE else (name,):
         _measure_role(config, folder / "evaluation" / role, role, policy, rt)
 
@@ -251,7 +251,7 @@ def bench_places(folder: Path, policy: str, bench: str) -> tuple[Path, Path]:
 def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     path = config.policy.path if name == BASE else STAGE + name
     model = model_folder(folder, path)
-    policy = load_policy(config.policy, model, rt)
+    policy = load_policy(config.policy.drawing(rt.dtype), model, rt)
     plan = config.evaluation
     drawing = Drawing(
         config.deployed(name), plan.num_steps, plan.seed, str(rt.dtype), config.policy.buckets.names

@@ -29,7 +29,7 @@ from burnish.policies.parts.reading import hash_module
 from burnish.progress import progress
 from burnish.prompts import GroupSampler, PromptsConfig
 from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet, check_weights
-from burnish.rollout import sample
+from burnish.rollout import read_ahead, sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.sharding import Shards, whole
@@ -316,6 +316,7 @@ def _rollout(
     """The groups of a step, scored if there are rewards."""
     policy, plan = algorithm.behaviour(state.policy, config.rollout, prompts, state.step)
     draw = partial(sample, policy, prompts, plan, seed=seed, step=state.step)
+    read_ahead(policy, prompts, plan.guidance)
     with whole(policy):
         if not config.rewards:
             return draw()

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.family_recipes import DRAW, recipe
 
-from burnish import checkpoint, images, runtime
+from burnish import checkpoint, images, runtime, stages
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import HEADLINE, read_scores
@@ -394,6 +394,29 @@ def test_as_many_processes_as_the_recipe_says(tmp_path: Path) -> None:
     config = recipe("flux2_klein", tmp_path / "model", runtime={"processes": 2, "device": "cpu"})
     with pytest.raises(ConfigError, match=r"need 2 processes .*got 1; start them with torchrun"):
         run_job(config, tmp_path / "run", "train/grpo_teacher", runtime.ALONE)
+
+
+def test_what_only_draws_is_read_as_it_is_deployed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the precision of the matrix products; what is trained keeps its own."""
+    policy_class("flux2_klein").tiny().save(tmp_path / "model")
+    config = recipe("flux2_klein", tmp_path / "model")
+    kept: list[torch.dtype] = []
+
+    def note(*settings: Any) -> Any:
+        policy = load_policy(*settings)
+        kept.append(policy.dtype)
+        return policy
+
+    monkeypatch.setattr(stages, "load_policy", note)
+    for dtype in (torch.float32, torch.bfloat16):
+        rt = replace(runtime.ALONE, dtype=dtype)
+        run_job(config, tmp_path / str(dtype), "measure/base", rt)
+        run_job(config, tmp_path / str(dtype), "train/grpo_teacher", rt)
+    assert kept == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+    rounded = config.policy.model_copy(update={"dtype": "bfloat16"})
+    assert rounded.drawing(torch.float32) == rounded
 
 
 def test_edits_may_have_a_judge_of_their_own(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.residency import Source, Teachers
+from burnish.rollout import read_ahead
 from burnish.rollout_config import RolloutConfig
 from burnish.sharding import whole
 from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal, Task, Trajectory
@@ -242,6 +243,7 @@ class Distill(Algorithm):
             targets = [path.guided for _, path in paths]
         else:
             count, guidance = self._setting.micro_batch, self.guidance(label, step)
+            read_ahead(teacher, [group.prompt for group in groups], guidance)
             with whole(teacher):
                 pairs = evaluate_guided(teacher, signals, count, guidance)
             targets = [guided for guided, _ in pairs]

@@ -211,7 +211,7 @@ def _pictures(
     facts = benching.model_facts(model, drawing)
     pictures = folder / "pictures" / name
     if not benching.are_drawn(taken, pictures, facts):
-        policy = load_policy(deployed.policy, model, rt)
+        policy = load_policy(deployed.policy.drawing(rt.dtype), model, rt)
         benching.draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=name)
     return pictures
 

@@ -58,7 +58,7 @@ def sample(
     asked = [prompt for prompt in _asked(prompts, source or ()) for _ in range(count)]
     policy_class(plan.policy.family).check_sources(asked)
     rt = runtime.start()
-    drawer = load_policy(plan.policy, model_folder, rt)
+    drawer = load_policy(plan.policy.drawing(rt.dtype), model_folder, rt)
     with rt.autocast():
         drawn = rollout.draw(
             drawer,
