@@ -1,10 +1,14 @@
 """Weights, an average and moments that are spread: saved by some processes, read by others. Run by
-torchrun with `save` or `read` and the folder of checkpoints; what is read is compared here."""
+torchrun with `save`, `read` or `fail` and the folder of checkpoints; what is read is compared
+here."""
 
+import errno
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from burnish import checkpoint, spread_checkpoint
@@ -36,6 +40,18 @@ def main(task: str, folder: Path) -> None:
         for step in (1, 2, 3):
             own = {group: {n: spread(t) for n, t in o.items()} for group, o in wanted(step).items()}
             spread_checkpoint.save(folder, step, own, {"step": step}, rt, keep=2)
+    if task == "fail":
+        # One disk is full.
+        if not rt.is_main:
+            full = mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
+            mock.patch.object(HuggingFaceStorageWriter, "write_data", full).start()
+        own = {"policy": {"w": spread(torch.zeros(100, 9))}}
+        try:
+            spread_checkpoint.save(folder, 4, own, {}, rt, keep=2)
+        except checkpoint.CheckpointError as error:
+            assert "No space left on device" in str(error) and "\n" not in str(error)
+        else:
+            raise AssertionError("this must fail")
     found = checkpoint.latest(folder)
     assert found is not None and found.is_spread and found.step == found.state["step"] == 3
     expected = wanted(3)

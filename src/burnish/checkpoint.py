@@ -108,7 +108,7 @@ def placing(folder: Path, step: int, *, num_bytes: int, keep: int) -> Iterator[P
         CheckpointError: as `save`.
     """
     target, place = folder / f"step-{step:06d}", unfinished(folder, step)
-    with _saving(target):
+    with saving(target):
         folder.mkdir(parents=True, exist_ok=True)
         _tidy(folder)
         free = shutil.disk_usage(folder).free
@@ -263,7 +263,7 @@ def load_random_state(
 
 
 @contextlib.contextmanager
-def _saving(target: Path) -> Iterator[None]:
+def saving(target: Path) -> Iterator[None]:
     """One class of error for all that can go wrong while files are written."""
     try:
         with writing(target):

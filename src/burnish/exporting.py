@@ -89,7 +89,7 @@ class Deployment(Config):
 
     policy: PolicyConfig = PolicyConfig()
     num_steps: int = Field(default=40, ge=1)
-    guidance_scale: float = Field(default=4.0, ge=0)
+    guidance_scale: float = Field(default=4.0, ge=1)
     negative_prompt: str = ""
     seed: int = 0
     """Of the pictures by which it is measured."""

@@ -20,11 +20,17 @@ def weight_files(folder: Path) -> list[Path]:
     """The weights of a model's folder: the shards that its index names, or every file there.
 
     Raises:
-        ConfigError: a shard is missing, or there is no file.
+        ConfigError: a shard is missing, or there is no file, or a broken index.
     """
     files = sorted(folder.glob("*.safetensors"))
     for index in sorted(folder.glob(_INDEX))[:1]:
-        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            raise ConfigError(
+                f"need the names of weights and their files in {index}, got something else; copy "
+                "the folder again"
+            ) from None
         files = [folder / Path(name).name for name in sorted(set(named))]
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
@@ -48,7 +54,7 @@ def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], int]]:
                     one = stored.get_slice(name)
                     shape = tuple(one.get_shape())
                     yield name, shape, math.prod(shape) * _BYTES[one.get_dtype()]
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
             raise ConfigError(
                 f"need readable weights in {file}, got {reason}; copy the model again"

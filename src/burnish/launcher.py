@@ -39,8 +39,8 @@ _GRACE_SECONDS = 10.0
 _LINE_SECONDS = 10.0
 _TIED = "BURNISH_TIED_TO_STDIN"
 _ERROR = "burnish: "
-_EXIT = re.compile(r"\s*exitcode\s*: (?P<code>-?\d+) ")
-"""How torchrun tells of a process that failed."""
+_EXIT = re.compile(r"\s*exitcode\s*: (?P<code>(?!-15)-?\d+) ")
+"""How torchrun tells of a process that failed, but for those that it then ends itself."""
 _PROGRESS = re.compile(r"[^:]+: (?P<done>\d+)(/(?P<total>\d+))?, \d+ s\b")
 _KEEP_FREED = {name: str(1 << 30) for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")}
 
@@ -183,7 +183,7 @@ class _Child:
     """How much of the job is done."""
     notes: list[str] = field(default_factory=list)
     codes: list[int] = field(default_factory=list)
-    """With which processes of the job ended, where it has several."""
+    """Of the job's processes that failed, where it has several."""
 
     def read(self) -> None:
         """Take in the whole lines that were written since the last time."""
@@ -218,7 +218,7 @@ class _Child:
 
     def failure(self) -> JobError:
         """Why the job ended, in the words of the job where it had any."""
-        code = 2 if 2 in self.codes else self.process.returncode
+        code = next((own for own in self.codes if own < 0 or own == 2), self.process.returncode)
         if code < 0:
             name = signal.Signals(-code).name
             return JobError(

@@ -102,8 +102,11 @@ def check_kin(key: str, folder: Path, base: Path) -> None:
     """
     for part in _SHARED:
         ours, theirs = (_settings(place / part) for place in (base, folder))
-        if ours is not None and theirs is not None and ours != theirs:
-            wrong = sorted(n for n in ours.keys() | theirs.keys() if ours.get(n) != theirs.get(n))
+        if ours is not None and theirs is not None:
+            # A file of an older version lacks what is the default now.
+            wrong = sorted(n for n in ours.keys() & theirs.keys() if ours[n] != theirs[n])
+            if not wrong:
+                continue
             raise ConfigError(
                 f"{key}: need models of one base, got another {part.split('/')[0]} in {folder} "
                 f"({', '.join(wrong[:3])}); take models that were trained from the same base"
@@ -141,8 +144,10 @@ def _settings(path: Path) -> Mapping[str, Any] | None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:80]
         raise ConfigError(f"need JSON in {path}, got {reason}; copy the model again") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"need keys and values in {path}, got others; copy the model again")
     return found

@@ -32,7 +32,7 @@ from burnish.pipeline_folders import (
 from burnish.policies.base import Policy
 from burnish.progress import track
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
-from burnish.rewards.base import EVERY_CATEGORY, check_weights
+from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_prefix
 from burnish.shelves import PolicyConfig, check_kernels, family_of, load_policy, policy_class
@@ -46,8 +46,12 @@ _LOOKED_AT = 500
 _PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 
 
-def check_inputs(config: RunConfig) -> None:
+def check_inputs(config: RunConfig, jobs: Collection[str] | None = None) -> None:
     """Read what the jobs of a run will read, and whether this machine can do them.
+
+    Args:
+        config: of the run.
+        jobs: that are left to do; None is all of them.
 
     Raises:
         ConfigError: what `check_recipe` raises, a judge that does not answer, an image of a prompt
@@ -55,7 +59,7 @@ def check_inputs(config: RunConfig) -> None:
     """
     check_recipe(config)
     check_places(config, runtime.choose_device(config.runtime.device).type)
-    _check_judges(config)
+    _check_judges(config, config.jobs() if jobs is None else jobs)
     check_memory(config)
     # Last, as it takes longest.
     _look_at_images(config)
@@ -122,9 +126,18 @@ def check_places(config: RunConfig, device: str) -> None:
             )
 
 
-def _check_judges(config: RunConfig) -> None:
-    """Ask every judge that is elsewhere; many dimensions may share one."""
-    for key, reward in {repr(reward): (key, reward) for key, reward in config.scorers()}.values():
+def _check_judges(config: RunConfig, jobs: Collection[str]) -> None:
+    """Ask every judge that is elsewhere and will be needed; many dimensions may share one."""
+    needed: dict[str, tuple[str, RewardConfig]] = {}
+    for key, reward in config.scorers():
+        section, _, name = key.partition(".")
+        stage = name.partition(".")[0]
+        own = {f"train/{stage}", f"curate/{stage}"} if section == "stages" else {
+            job for job in jobs if job.startswith("measure/")
+        }  # fmt: skip
+        if own & {*jobs}:
+            needed[repr(reward)] = key, reward
+    for key, reward in needed.values():
         try:
             reward.meet()
         except ConfigError as error:

@@ -8,7 +8,7 @@ written, hashes, a marker, and one process that renames when all are done.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from burnish import checkpoint
-from burnish.checkpoint import JSON, Tensors
+from burnish.checkpoint import JSON, CheckpointError, Tensors
 from burnish.runtime import Runtime
 
 _SHARES = "shard-{:05d}-*.safetensors"
@@ -59,8 +60,14 @@ def save(
         writer = HuggingFaceStorageWriter(
             str(place), fqn_to_index_mapping=_files(named, rt), save_distributed=True
         )
-        dcp.save(named, storage_writer=writer)
-        shares = checkpoint.facts(sorted(place.glob(_SHARES.format(rt.rank + 1))))
+        with checkpoint.saving(place):
+            try:
+                dcp.save(named, storage_writer=writer)
+            except CheckpointException as error:
+                # No `Exception`, and of many lines.
+                reasons = [failure[0] for failure in error.failures.values()]
+                raise CheckpointError(f"need to write {place}, got {_one_line(reasons)}") from None
+            shares = checkpoint.facts(sorted(place.glob(_SHARES.format(rt.rank + 1))))
         every = rt.gather(shares)
         if rt.is_main:
             found = {name: fact for own in every for name, fact in own.items()}
@@ -99,6 +106,11 @@ def read(folder: Path, like: Callable[[str, str], Tensor]) -> dict[str, dict[str
 def whole(folder: Path) -> dict[str, dict[str, Tensor]]:
     """All of its tensors, whole, in the memory of this process."""
     return read(folder, lambda group, name: torch.empty(0))
+
+
+def _one_line(reasons: Sequence[BaseException]) -> str:
+    told = [" ".join(str(reason).split())[:120] for reason in reasons]
+    return f"{told[0]}; check its place and the free disk space, and start the same command again"
 
 
 def _files(named: Tensors, rt: Runtime) -> dict[str, int]:

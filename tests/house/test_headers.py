@@ -46,6 +46,13 @@ def test_what_is_missing_or_broken_is_said(sharded: Path, tmp_path: Path) -> Non
         weight_files(empty)
 
 
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"weight_map": 1}'])
+def test_a_broken_index_is_said(sharded: Path, text: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(ConfigError, match="need the names of weights and their files in"):
+        weight_files(sharded)
+
+
 @pytest.mark.parametrize(
     "dtype", [torch.float64, torch.float16, torch.int8, torch.bool, torch.float8_e4m3fn]
 )

@@ -22,12 +22,14 @@ from burnish.evaluation import HEADLINE, read_scores
 from burnish.exporting import deployed_model
 from burnish.forecast import forecast
 from burnish.galleries import galleries
+from burnish.pipeline_folders import check_kin
 from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs, check_recipe
 from burnish.prompts import read_prompts, write_prompts
 from burnish.rewards.base import ByTask
+from burnish.rewards.oracle import OracleConfig
 from burnish.run_config import RunConfig
-from burnish.shelves import families, load_policy, policy_class
+from burnish.shelves import PolicyConfig, families, load_policy, policy_class
 from burnish.stages import all_scores, run_job
 from burnish.summary import summarise
 from burnish.types import Prompt, ScoreRequest
@@ -358,6 +360,10 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda m: (m / "model_index.json").write_text("[") and None,
         "need JSON in .*model_index",
     ),
+    "strange index": (
+        lambda m: (m / "model_index.json").write_text("[]") and None,
+        "need keys and values in .*model_index",
+    ),
 }
 
 
@@ -373,6 +379,36 @@ def test_a_part_that_is_missing_or_broken_is_told_before_it_is_read(
     breaking(model)
     with pytest.raises(ConfigError, match=rf"^policy\.path: {said}"):
         check_recipe(recipe("flux2_klein", model))
+
+
+def test_settings_of_an_older_file_are_no_other_base(tmp_path: Path) -> None:
+    """It lacks what was added later and is the default; another value is another base."""
+    (tmp_path / "old").mkdir()
+    policy_class("flux2_klein").tiny().save(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "old", dirs_exist_ok=True)
+    file = tmp_path / "old" / "scheduler" / "scheduler_config.json"
+    facts = json.loads(file.read_text())
+    del facts["use_beta_sigmas"]
+    file.write_text(json.dumps(facts))
+    check_kin("teacher", tmp_path / "new", tmp_path / "old")
+    file.write_text(json.dumps(facts | {"shift": 7.5}))
+    with pytest.raises(ConfigError, match=r"another scheduler in .*new \(shift\)"):
+        check_kin("teacher", tmp_path / "new", tmp_path / "old")
+
+
+def test_only_judges_that_are_needed_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy_class("flux2_klein").tiny().save(tmp_path)
+    asked: list[str] = []
+    for number, dimension in enumerate(("alignment", "quality")):
+        own = {"kind": "oracle", "dimension": dimension}
+        config = recipe("flux2_klein", tmp_path, judge=own)
+        monkeypatch.setattr(OracleConfig, "meet", lambda self: asked.append(self.dimension))
+        check_inputs(config, [] if number else ["measure/base"])
+    assert asked == ["alignment"]
+    check_inputs(config, ["train/nft_teacher"])
+    assert asked == ["alignment", "composite"]
 
 
 def test_a_path_that_is_no_folder_is_told_with_what_to_do(tmp_path: Path) -> None:
@@ -400,21 +436,23 @@ def test_what_only_draws_is_read_as_it_is_deployed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the precision of the matrix products; what is trained keeps its own."""
-    policy_class("flux2_klein").tiny().save(tmp_path / "model")
-    config = recipe("flux2_klein", tmp_path / "model")
-    kept: list[torch.dtype] = []
+    config = recipe("flux2_klein", tmp_path)
+    asked: list[str] = []
 
-    def note(*settings: Any) -> Any:
-        policy = load_policy(*settings)
-        kept.append(policy.dtype)
-        return policy
+    class Enough(Exception):
+        pass
+
+    def note(settings: PolicyConfig, *_: Any) -> Any:
+        asked.append(settings.dtype)
+        raise Enough
 
     monkeypatch.setattr(stages, "load_policy", note)
     for dtype in (torch.float32, torch.bfloat16):
         rt = replace(runtime.ALONE, dtype=dtype)
-        run_job(config, tmp_path / str(dtype), "measure/base", rt)
-        run_job(config, tmp_path / str(dtype), "train/grpo_teacher", rt)
-    assert kept == [torch.float32, torch.float32, torch.bfloat16, torch.float32]
+        for job in ("measure/base", "train/grpo_teacher"):
+            with pytest.raises(Enough):
+                run_job(config, tmp_path / str(dtype), job, rt)
+    assert asked == ["float32", "float32", "bfloat16", "float32"]
     rounded = config.policy.model_copy(update={"dtype": "bfloat16"})
     assert rounded.drawing(torch.float32) == rounded
 

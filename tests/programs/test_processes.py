@@ -183,8 +183,9 @@ def test_a_teacher_is_spread_like_its_student(models: dict[str, Path], tmp_path:
 
 
 def test_shares_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
-    """By more, by fewer, by one; and a share that is damaged is told as of any checkpoint."""
-    for task, count in (("save", 3), ("read", 2), ("read", 1)):
+    """By more, by fewer, by one; what cannot be written leaves all as it was, and a share that is
+    damaged is told as of any checkpoint."""
+    for task, count in (("save", 3), ("read", 2), ("read", 1), ("fail", 2)):
         run_together(spread_weights.__file__, count, task, str(tmp_path))
     assert checkpoint.steps(tmp_path) == [2, 3]
     found = checkpoint.latest(tmp_path)

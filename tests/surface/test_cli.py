@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -652,6 +653,41 @@ def test_a_run_that_does_not_fit_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_prepared_and_not_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its jobs are told in their order, those of several processes as torchrun starts them."""
+    out = tmp_path / "run"
+    own = ["runtime.processes=2", "runtime.device=cpu", "--out", str(out), "--prepare"]
+    assert cli.main(["run", "smoke", *own, "--json"]) == 0
+    *lines, told = capsys.readouterr().out.splitlines()
+    jobs = json.loads(told)["jobs"]
+    assert [shlex.split(line) for line in lines] == list(jobs.values())
+    assert next(iter(jobs)) == "train/t2i_teacher" and "--nproc-per-node" in jobs["train/student"]
+    assert "torch.distributed.run" not in jobs["measure/base"]
+    assert (out / "run.json").is_file() and not (out / "stages").exists()
+    assert cli.main(["run", "smoke", *own, "--force"]) == 2
+    assert "need --prepare or --force, got both" in capsys.readouterr().err
+
+
+def test_a_size_or_a_scale_that_a_folder_cannot_draw_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from burnish.shelves import policy_class
+
+    for family in ("stable_diffusion3", "flux2_klein"):
+        policy_class(family).tiny().save(tmp_path / family)
+    index = tmp_path / "flux2_klein" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
+    for family, said in (
+        ("stable_diffusion3", "need sides of at most"),
+        ("flux2_klein", "need guidance_scale=1"),
+    ):
+        assert cli.main(["sample", "a cat", "--model", str(tmp_path / family)]) == 2
+        assert said in capsys.readouterr().err
+    assert cli.main(["sample", "a cat", "--guidance-scale", "0.5"]) == 2
+
+
 def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than there are jobs, and each told its share."""
     import torch
@@ -712,6 +748,8 @@ if "fail" in plan:
 if "together" in plan:
     # As torchrun tells of one process that refuses its input, and of another that it leaves.
     sys.exit("burnish: need a, got b\\nburnish: connection closed\\n  exitcode  : 2 (pid: 7) \\n")
+if "killed" in plan:
+    sys.exit("burnish: connection closed\\nexitcode  : -15 (pid: 7)\\nexitcode  : -9 (pid: 8)\\n")
 if "deaf" in plan:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (folder / f"{job}.ready").touch()
@@ -832,6 +870,13 @@ def test_of_several_processes_the_first_error_counts(launched: Launch) -> None:
     with pytest.raises(JobError, match=r"^a: need a, got b$") as caught:
         launched({"a": ()}, a="together")
     assert caught.value.exit_code == 2
+
+
+def test_of_several_processes_the_killed_one_is_told(launched: Launch) -> None:
+    """And not what the others say of their lost connection."""
+    with pytest.raises(JobError, match=r"^a: the process was killed by SIGKILL") as caught:
+        launched({"a": ()}, a="killed")
+    assert caught.value.exit_code == 1
 
 
 def test_a_killed_job_is_told(launched: Launch, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def sample(
         typer.Option(help="Picture to edit; again for each further one.", metavar="IMAGE"),
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=0, help="1 is no guidance; a stage's own if left out.")
+        float | None, typer.Option(min=1, help="1 is no guidance; a stage's own if left out.")
     ] = None,
     negative_prompt: Annotated[
         str | None, typer.Option(help="What guidance leads away from; a stage's own if left out.")
@@ -56,7 +56,10 @@ def sample(
         policy={"resolution": resolution, "aspects": None if aspect is None else [aspect]},
     )
     asked = [prompt for prompt in _asked(prompts, source or ()) for _ in range(count)]
-    policy_class(plan.policy.family).check_sources(asked)
+    family = policy_class(plan.policy.family)
+    family.check_sources(asked)
+    family.check_sizes(model_folder, plan.policy.buckets)
+    family.check_guidance(model_folder, plan.guidance.scale)
     rt = runtime.start()
     drawer = load_policy(plan.policy.drawing(rt.dtype), model_folder, rt)
     with rt.autocast():

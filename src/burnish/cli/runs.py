@@ -81,9 +81,15 @@ def _run(
     config = load(RunConfig, path, overrides or ())
     folder = (out or Path("runs") / config.name).resolve()
     if prepare:
+        if force:
+            raise ConfigError("need --prepare or --force, got both; run with --force to begin anew")
         make_folder(config, folder)
-        for job in launcher.pending(folder, config.jobs(), force=force):
-            print(shlex.join(launcher.command(config.runtime, folder, job)))
+        todo = launcher.pending(folder, config.jobs())
+        commands = {job: launcher.command(config.runtime, folder, job) for job in todo}
+        for command in commands.values():
+            print(shlex.join(command))
+        if as_json:
+            print(json.dumps({"folder": str(folder), "jobs": commands}))
         return
     carry_out(config, folder, force=force)
     _finish(folder, as_json)
@@ -106,7 +112,7 @@ def carry_out(
     """
     folder = folder.resolve()
     is_new = not folder.exists()
-    make_folder(config, folder)
+    make_folder(config, folder, force=force)
     if before is not None:
         before()
     try:
@@ -118,12 +124,12 @@ def carry_out(
         raise
 
 
-def make_folder(config: "RunConfig", folder: Path) -> None:
+def make_folder(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
     """Make the folder of a run, or take it up, after checking all that can be checked."""
     from burnish import preflight, revision, runtime
     from burnish.tracking import Run
 
-    preflight.check_inputs(config)
+    preflight.check_inputs(config, launcher.pending(folder, config.jobs(), force=force))
     device = runtime.choose_device(config.runtime.device)
     dtype = runtime.choose_dtype(config.runtime.dtype, device)
     here = runtime.Runtime(device=device, dtype=dtype).describe()
