@@ -39,7 +39,7 @@ JSON = Any
 
 _MARKER = "COMPLETE"
 _SHARE = "shard-"
-"""How names of files of spread tensors begin; a group's cannot, as it is one word before a dot."""
+"""How names of files of spread tensors begin."""
 _NAME = re.compile(r"step-(\d{6,})|\.step-(\d{6,})\.old")
 _GROUP = re.compile(r"[a-z0-9][a-z0-9_-]*")
 

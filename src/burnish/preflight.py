@@ -128,14 +128,14 @@ def check_places(config: RunConfig, device: str) -> None:
 
 def _check_judges(config: RunConfig, jobs: Collection[str]) -> None:
     """Ask every judge that is elsewhere and will be needed; many dimensions may share one."""
+    measures = any(job.startswith("measure/") for job in jobs)
     needed: dict[str, tuple[str, RewardConfig]] = {}
     for key, reward in config.scorers():
-        section, _, name = key.partition(".")
-        stage = name.partition(".")[0]
-        own = {f"train/{stage}", f"curate/{stage}"} if section == "stages" else {
-            job for job in jobs if job.startswith("measure/")
-        }  # fmt: skip
-        if own & {*jobs}:
+        section, *path = key.split(".")
+        is_needed = measures
+        if section == "stages":
+            is_needed = not {f"train/{path[0]}", f"curate/{path[0]}"}.isdisjoint(jobs)
+        if is_needed:
             needed[repr(reward)] = key, reward
     for key, reward in needed.values():
         try:
