@@ -196,6 +196,11 @@ def job(folder: Path, name: str) -> None:
         stages.run_job(config, folder, name, rt)
     finally:
         rt.close()
+    if rt.world_size > 1:
+        # The result is there: an abort of a library that is unloaded would end the others, too.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(0)
 
 
 @app.command(epilog="Example: burnish report runs/miniature")
