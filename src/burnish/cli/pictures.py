@@ -10,6 +10,7 @@ from burnish.cli.program import app
 from burnish.config import ConfigError
 
 if TYPE_CHECKING:
+    from burnish.exporting import Deployment
     from burnish.types import Prompt
 
 
@@ -46,7 +47,7 @@ def sample(
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
     from burnish import images, rollout, runtime, tracking
     from burnish.exporting import deployed_model
-    from burnish.shelves import load_policy, policy_class
+    from burnish.shelves import load_policy
 
     model_folder, defaults = deployed_model(model)
     plan = defaults.changed(
@@ -56,10 +57,7 @@ def sample(
         policy={"resolution": resolution, "aspects": None if aspect is None else [aspect]},
     )
     asked = [prompt for prompt in _asked(prompts, source or ()) for _ in range(count)]
-    family = policy_class(plan.policy.family)
-    family.check_sources(asked)
-    family.check_sizes(model_folder, plan.policy.buckets)
-    family.check_guidance(model_folder, plan.guidance.scale)
+    _check(plan, model_folder, asked)
     rt = runtime.start()
     drawer = load_policy(plan.policy.drawing(rt.dtype), model_folder, rt)
     with rt.autocast():
@@ -75,6 +73,16 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         tracking.write_atomic(out, images.encode_png(sheet))
     print(out)
+
+
+def _check(plan: "Deployment", folder: Path, prompts: "Sequence[Prompt]") -> None:
+    """Raise, before weights are read, unless a model can draw what it is asked."""
+    from burnish.shelves import policy_class
+
+    family = policy_class(plan.policy.family)
+    family.check_sources(prompts)
+    family.check_sizes(folder, plan.policy.buckets)
+    family.check_guidance(folder, plan.guidance.scale)
 
 
 def _asked(texts: Sequence[str], paths: Sequence[Path]) -> "list[Prompt]":
