@@ -80,11 +80,27 @@ def recipe(
     return parse(RunConfig, data)
 
 
+def cut_off(config: RunConfig, folder: Path) -> None:
+    """Kill one of the processes of a stage after its first step; all must end with it."""
+    torchrun = begin(config, folder)
+    stage = folder / "stages" / "stage"
+    deadline = time.monotonic() + 300
+    while not read_rows(stage / "metrics.jsonl") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    assert torchrun.wait(timeout=120) != 0
+    assert not (stage / "DONE").exists() and len(read_rows(stage / "metrics.jsonl")) < 3
+
+
 @pytest.mark.parametrize(("kind", "processes"), [("nft", 4), ("grpo", 2), ("distill", 2)])
 def test_several_processes_train_what_one_trains(
     kind: str, processes: int, model: Path, tmp_path: Path
 ) -> None:
+    """Also where one of fewer was killed before."""
     alone = finish(recipe(kind, model, 1), tmp_path / "alone")
+    if kind == "nft":
+        cut_off(recipe(kind, model, 2), tmp_path / "together")
     together = finish(recipe(kind, model, processes), tmp_path / "together")
     assert distance(alone / "model", together / "model") < TOLERANCE
     # The start is elsewhere: there is something to agree on.
@@ -220,18 +236,9 @@ def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(
     policy, sharding = {"share_prefix": False}, "full"
     alone = finish(recipe("nft", model, 1, policy=policy), tmp_path / "alone")
     folder = tmp_path / "cut"
-    torchrun = begin(recipe("nft", model, 2, policy=policy, sharding=sharding), folder)
-    rows = folder / "stages" / "stage" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while not read_rows(rows) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    workers = Path(f"/proc/{torchrun.pid}/task/{torchrun.pid}/children").read_text().split()
-    os.kill(int(workers[-1]), signal.SIGKILL)
-    # All end with it.
-    assert torchrun.wait(timeout=120) != 0
-    assert not (folder / "stages" / "stage" / "DONE").exists() and len(read_rows(rows)) < 3
+    cut_off(recipe("nft", model, 2, policy=policy, sharding=sharding), folder)
     resumed = finish(recipe("nft", model, 3, policy=policy, sharding=sharding), folder)
-    assert [row["step"] for row in read_rows(rows)] == [0, 1, 2]
+    assert [row["step"] for row in read_rows(resumed / "metrics.jsonl")] == [0, 1, 2]
     assert distance(alone / "model", resumed / "model") < TOLERANCE
 
 
