@@ -57,19 +57,11 @@ def check_there(key: str, path: str) -> None:
     )
 
 
-def check_parts(key: str, folder: Path) -> None:
-    """Raise unless every part that a pipeline names has its files, and its weights are whole.
-
-    Args:
-        key: that names it in a recipe.
-        folder: of the pipeline.
-    """
-    try:
-        for name, entry in read_index(folder).items():
-            if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
-                _check_part(folder / name, entry[1])
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
+def check_parts(folder: Path) -> None:
+    """Raise unless every part that a pipeline names has its files, and its weights are whole."""
+    for name, entry in read_index(folder).items():
+        if isinstance(entry, list) and len(entry) == 2 and entry[1] is not None:
+            _check_part(folder / name, entry[1])
 
 
 def _check_part(place: Path, kind: str) -> None:

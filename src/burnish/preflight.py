@@ -74,15 +74,14 @@ def check_recipe(config: RunConfig) -> None:
     """
     for key, path in _models(config).items():
         check_there(key, path)
-        check_parts(key, located(path))
+        with _under(key):
+            check_parts(located(path))
     _check_family(config)
     family = policy_class(config.policy.family)
     for key, path in _sets(config):
-        try:
+        with _under(key):
             every = read_prompts(located(path)).entries
             family.check_sources([entry for entry in every if entry.task in family.tasks])
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
     for name, stage in config.stages.items():
         _check_prompts(name, stage, family)
         _check_adapters(name, stage)
@@ -100,12 +99,19 @@ def check_recipe(config: RunConfig) -> None:
     for key, path in _models(config).items():
         check_kin(key, located(path), located(config.policy.path))
     for key, reward in config.scorers():
-        try:
+        with _under(key):
             reward.check()
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+
+
+@contextlib.contextmanager
+def _under(key: str) -> Iterator[None]:
+    """What is refused inside is told with the key that names it in a recipe."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from None
 
 
 def check_places(config: RunConfig, device: str) -> None:
@@ -138,10 +144,8 @@ def _check_judges(config: RunConfig, jobs: Collection[str]) -> None:
         if is_needed:
             needed[repr(reward)] = key, reward
     for key, reward in needed.values():
-        try:
+        with _under(key):
             reward.meet()
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
 
 
 def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -161,10 +165,8 @@ def _check_family(config: RunConfig) -> None:
     """Raise unless the run's family is that of its models, and can be guided as it is asked to."""
     family = policy_class(config.policy.family)
     for key, path in _models(config).items():
-        try:
+        with _under(key):
             found = family_of(located(path))
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
         if found != family.family:
             raise ConfigError(
                 f"{key}: need a {family.pipeline_class.__name__} for policy.family="
@@ -180,23 +182,17 @@ def _check_family(config: RunConfig) -> None:
                 f"{family.family}, got {strange[0]}; leave the task out, or take another family"
             )
         scales[f"stages.{name}.rollout.guidance_scale"] = stage.rollout.guidance_scale
-    try:
+    with _under("policy"):
         family.check_sizes(located(config.policy.path), config.policy.buckets)
-    except ConfigError as error:
-        raise ConfigError(f"policy: {error}") from None
     for key, scale in scales.items():
-        try:
+        with _under(key):
             family.check_guidance(located(config.policy.path), scale)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
 
 
 def _check_bench(key: str, config: BenchConfig) -> None:
     """A bench is taken at the end of a run, and should not fail there."""
-    try:
+    with _under(key):
         judge = config.build().judge()
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
     if judge is None:
         raise ConfigError(
             f"{key}: need a bench with a judge, got one without; name its server with `judge`, or "
@@ -243,23 +239,19 @@ def _look_at_images(config: RunConfig) -> None:
 def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> None:
     """Raise unless there are prompts for every task, enough for a step, of categories that have
     weights, none with more sources than the family reads."""
-    try:
+    with _under(f"stages.{name}.prompts"):
         chosen = stage.prompts.read()
         family.check_sources(chosen.entries)
         for entry in chosen.entries:
             stage.algorithm.pool(entry)
-    except ConfigError as error:
-        raise ConfigError(f"stages.{name}.prompts: {error}") from None
     try:
         if stage.guard is not None:
             held_out(stage.guard, stage.prompts.tasks, chosen.entries)
         stage.algorithm.check_prompts(chosen)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None
-    try:
+    with _under(f"stages.{name}.prompts_per_step"):
         GroupSampler(chosen, per_step=stage.prompts_per_step, seed=0, pool=stage.algorithm.pool)
-    except ConfigError as error:
-        raise ConfigError(f"stages.{name}.prompts_per_step: {error}") from None
     for task in stage.prompts.tasks if stage.rewards else ():
         try:
             categories = [e.category for e in chosen.entries if e.task == task]
