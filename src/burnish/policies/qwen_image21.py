@@ -29,7 +29,12 @@ from burnish.policies.parts.qwen_encoding import (
     QwenReader,
     encode_pixels,
 )
-from burnish.policies.parts.qwen_prefix import KeyValueStore, QwenPrefix
+from burnish.policies.parts.qwen_prefix import (
+    ExtractedCache,
+    KeyValueStore,
+    PrefixProcessor,
+    QwenPrefix,
+)
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.qwen_vae import decode_grid
 from burnish.policies.parts.qwen_whole import WholePrefix, whole_velocity
@@ -39,7 +44,6 @@ from burnish.types import MAX_SOURCES, Prompt, Task
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
 
-from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache  # noqa: E402
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipeline  # noqa: E402
 
 
@@ -75,6 +79,8 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
         super().__init__(pipeline, resolution=resolution, cache_folder=cache_folder)
         self.processor: Any = pipeline.processor
         self._channels = pipeline.transformer.config.in_channels
+        for block in pipeline.transformer.transformer_blocks:
+            block.attn.set_processor(PrefixProcessor())
 
     def _make_reader(self, cache_folder: Path | None) -> QwenReader:
         return QwenReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
@@ -151,7 +157,7 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
         # The transformer wants a target; the smallest one fills a single slot.
         target = sources.new_zeros(count, SLOT_TOKENS, self._channels)
         is_image = torch.cat([longest.is_image, longest.is_image.new_ones(1)]).to(self.device)
-        cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
+        cache = ExtractedCache(len(self.transformer.transformer_blocks))
         self.transformer(
             hidden_states=torch.cat([sources, target], dim=1).to(self.device, self.dtype),
             timestep=torch.zeros(count, device=self.device),
@@ -165,10 +171,9 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
             kv_cache_mode="extract",
             return_dict=False,
         )
-        layers = [layer.get() for layer in cache.layer_caches]
         return KeyValueStore.aligned(
-            keys=tuple(keys for keys, _ in layers),
-            values=tuple(values for _, values in layers),
+            keys=tuple(layer.keys for layer in cache.layers),
+            values=tuple(layer.values for layer in cache.layers),
             prompts=prompts,
             frequencies=self._frame_frequencies(),
         )
@@ -192,19 +197,18 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
             return prefix.in_calls(
                 partial(whole_velocity, self.transformer, self._like), latents, sigmas
             )
-        # The text itself is in the cache. What is passed here only stands for its length: it puts
-        # the target where the cached keys expect it and gives the padding mask its columns.
-        width, context = prefix.store.width, self.transformer.config.context_in_dim
+        # Text and sources are in the cache. What is passed here only puts the target where the
+        # cached keys expect it.
+        position, context = prefix.store.position, self.transformer.config.context_in_dim
         blank = torch.zeros(1, 1, context, device=self.device, dtype=self.dtype)
-        is_image = torch.arange(width + rows * columns // SLOT_TOKENS, device=self.device) >= width
+        slots = torch.arange(position + rows * columns // SLOT_TOKENS, device=self.device)
         (velocity,) = self.transformer(
             hidden_states=latents.flatten(1, 2).to(self.device, self.dtype),
             timestep=sigmas.to(self.device),
-            encoder_hidden_states=blank.expand(batch, width, context),
-            encoder_hidden_states_mask=prefix.valid(),
+            encoder_hidden_states=blank.expand(batch, position, context),
             img_shapes=[[(1, rows, columns)]] * batch,
-            img_mask=is_image.expand(batch, -1),
-            kv_cache=prefix.cache(),
+            img_mask=(slots >= position).expand(batch, -1),
+            kv_cache=prefix.cache(rows * columns),
             kv_cache_mode="cached",
             return_dict=False,
         )

@@ -4,22 +4,33 @@ The transformer is causal over text and source images and modulates both from t 
 and values depend neither on the noisy latents nor on the noise level. They are stored once per
 prompt; a batch of samples refers to them by row index.
 
-Prompts differ in length, but one call of the transformer has one layout, in which the target
-image's frame position is the number of prefix tokens. A shorter prompt would see the target too far
-away. Rotary embeddings are relative, and a target's height and width positions are absolute, so
-turning the stored keys forward on the frame axis puts every prompt at its true distance.
+Prompts differ in length, but one call of the transformer puts the target of all its samples at one
+frame position. A shorter prompt would see the target too far away. Rotary embeddings are relative,
+and a target's height and width positions are absolute, so turning the stored keys forward on the
+frame axis puts every prompt at its true distance. That position is the longest prompt's own: an
+image advances it by its longer side, and the transformer knows fewer positions than a few large
+images have tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from burnish import vision_build
 from burnish.policies.base import Prefix
-from burnish.policies.parts.qwen_encoding import QwenPrompt
+from burnish.policies.parts.qwen_encoding import SLOT_TOKENS, QwenPrompt
+
+# Before the import below: it fails where torch and torchvision are unequal builds.
+vision_build.ensure_torchvision()
+
+from diffusers.models.transformers.transformer_qwenimage21 import (  # noqa: E402
+    QwenImage21AttnProcessor,
+)
 
 
 def turn_frame_axis(
@@ -45,10 +56,7 @@ def turn_frame_axis(
 
 @dataclass(frozen=True, eq=False)
 class KeyValueStore:
-    """Keys and values of every layer, one row per prompt, padded on the right.
-
-    The keys are aligned to a target whose frame position is `width`, the padded number of tokens.
-    """
+    """Keys and values of every layer, one row per prompt, padded on the right."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -56,6 +64,8 @@ class KeyValueStore:
     """Valid tokens of each prompt."""
     frequencies: Float[Tensor, " pair"]
     """Angular frequencies of the frame axis."""
+    position: int
+    """Frame position of the target that the keys are aligned to."""
 
     @property
     def width(self) -> int:
@@ -72,28 +82,26 @@ class KeyValueStore:
         frequencies: Float[Tensor, " pair"],
     ) -> "KeyValueStore":
         """Take keys as the transformer embedded them, with every prompt starting at position 0."""
-        width = keys[0].shape[1]
-        steps = [float(width - prompt.target_position) for prompt in prompts]
+        position = max(prompt.target_position for prompt in prompts)
+        steps = [float(position - prompt.target_position) for prompt in prompts]
         if any(steps):
             offsets = torch.tensor(steps, device=keys[0].device)
             keys = tuple(turn_frame_axis(layer, offsets, frequencies) for layer in keys)
-        return cls(keys, values, tuple(prompt.num_tokens for prompt in prompts), frequencies)
+        lengths = tuple(prompt.num_tokens for prompt in prompts)
+        return cls(keys, values, lengths, frequencies, position)
 
-    def widen(self, width: int) -> "KeyValueStore":
-        """The same prompts, padded and aligned to `width` tokens."""
-        extra = width - self.width
-        if extra == 0:
-            return self
-        steps = torch.full((len(self.lengths),), float(extra), device=self.keys[0].device)
-        return KeyValueStore(
-            keys=tuple(
-                F.pad(turn_frame_axis(keys, steps, self.frequencies), (0, 0, 0, 0, 0, extra))
-                for keys in self.keys
-            ),
-            values=tuple(F.pad(values, (0, 0, 0, 0, 0, extra)) for values in self.values),
-            lengths=self.lengths,
-            frequencies=self.frequencies,
-        )
+    def widen(self, width: int, position: int) -> "KeyValueStore":
+        """The same prompts, padded to `width` tokens and aligned to another position."""
+        keys, values = self.keys, self.values
+        if extra := position - self.position:
+            steps = torch.full((len(self.lengths),), float(extra), device=keys[0].device)
+            keys = tuple(turn_frame_axis(layer, steps, self.frequencies) for layer in keys)
+        if more := width - self.width:
+            keys, values = (
+                tuple(F.pad(layer, (0, 0, 0, 0, 0, more)) for layer in layers)
+                for layers in (keys, values)
+            )
+        return replace(self, keys=keys, values=values, position=position)
 
     @classmethod
     def stack(cls, stores: Sequence["KeyValueStore"]) -> "KeyValueStore":
@@ -101,13 +109,73 @@ class KeyValueStore:
         if len(stores) == 1:
             return stores[0]
         width = max(store.width for store in stores)
-        wide = [store.widen(width) for store in stores]
-        return cls(
+        position = max(store.position for store in stores)
+        wide = [store.widen(width, position) for store in stores]
+        return replace(
+            wide[0],
             keys=tuple(torch.cat(layer) for layer in zip(*(s.keys for s in wide), strict=True)),
             values=tuple(torch.cat(layer) for layer in zip(*(s.values for s in wide), strict=True)),
             lengths=tuple(length for store in wide for length in store.lengths),
-            frequencies=wide[0].frequencies,
         )
+
+
+class _ExtractedLayer:
+    """One layer's cache as it is filled."""
+
+    def store(self, k: Tensor, v: Tensor) -> None:
+        # Behind the prefix there is a target of one slot.
+        self.keys, self.values = k[:, :-SLOT_TOKENS], v[:, :-SLOT_TOKENS]
+
+
+class ExtractedCache:
+    """Duck-typed stand-in for diffusers' `QwenImage21KVCache` in extract mode, for a target of one
+    slot."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [_ExtractedLayer() for _ in range(num_layers)]
+
+    def get_layer(self, layer_idx: int) -> _ExtractedLayer:
+        """The cache of one block."""
+        return self.layers[layer_idx]
+
+
+class PrefixProcessor(QwenImage21AttnProcessor):
+    """Diffusers' own attention, beside a cache of ours.
+
+    One that is filled is handed all keys and values: a compiler would take the length of every
+    prefix for a constant, and compile the block again for it. One that is read brings its own mask,
+    as the transformer counts positions, of which a prefix has fewer than tokens.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        attention_mask: Any = None,
+        rotary_emb: Tensor | None = None,
+        layer_cache: Any = None,
+        kv_cache_mode: str | None = None,
+        cache_write_slice: slice | None = None,
+        segments: list[tuple[int, int, bool]] | None = None,
+        key_valid: Tensor | None = None,
+    ) -> Tensor:
+        cache: object = layer_cache
+        if isinstance(cache, _ExtractedLayer):
+            cache_write_slice = slice(None)
+        elif isinstance(cache, _GatheredLayer):
+            attention_mask = cache.mask
+        found: Tensor = super().__call__(
+            attn,
+            hidden_states,
+            attention_mask,
+            rotary_emb,
+            layer_cache,
+            kv_cache_mode,
+            cache_write_slice,
+            segments,
+            key_valid,
+        )
+        return found
 
 
 class _GatheredLayer:
@@ -117,8 +185,10 @@ class _GatheredLayer:
     gradient sums the samples' gradients into one row per prompt.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, rows: Tensor | None) -> None:
-        self.keys, self.values, self.rows = keys, values, rows
+    def __init__(
+        self, keys: Tensor, values: Tensor, rows: Tensor | None, mask: Tensor | None
+    ) -> None:
+        self.keys, self.values, self.rows, self.mask = keys, values, rows, mask
 
     def get(self) -> tuple[Tensor, Tensor]:
         if self.rows is None:
@@ -126,15 +196,15 @@ class _GatheredLayer:
         return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        raise AssertionError("a shared prefix is read-only; fill a QwenImage21KVCache instead")
+        raise AssertionError("a shared prefix is read-only; fill an ExtractedCache instead")
 
 
 class GatheredCache:
     """Duck-typed stand-in for diffusers' `QwenImage21KVCache` in cached mode."""
 
-    def __init__(self, store: KeyValueStore, rows: Tensor | None) -> None:
+    def __init__(self, store: KeyValueStore, rows: Tensor | None, mask: Tensor | None) -> None:
         self.layers = [
-            _GatheredLayer(keys, values, rows)
+            _GatheredLayer(keys, values, rows, mask)
             for keys, values in zip(store.keys, store.values, strict=True)
         ]
 
@@ -175,15 +245,16 @@ class QwenPrefix(Prefix):
         rows = tuple(starts[id(prefix.store)] + row for prefix in prefixes for row in prefix.rows)
         return cls(KeyValueStore.stack(stores), rows)
 
-    def cache(self) -> GatheredCache:
-        """What the transformer reads in cached mode."""
+    def cache(self, num_targets: int) -> GatheredCache:
+        """What the transformer reads in cached mode beside a target of so many tokens."""
         whole = self.rows == tuple(range(len(self.store.lengths)))
-        return GatheredCache(self.store, None if whole else self.index)
+        return GatheredCache(self.store, None if whole else self.index, self._mask(num_targets))
 
-    def valid(self) -> Bool[Tensor, "batch token"] | None:
+    def _mask(self, num_targets: int) -> Bool[Tensor, "batch 1 1 token"] | None:
         """True at real tokens; None where nothing is padded: attention is faster without a mask."""
         lengths = [self.store.lengths[row] for row in self.rows]
         if min(lengths) == self.store.width:
             return None
         limit = torch.tensor(lengths, device=self.index.device)
-        return torch.arange(self.store.width, device=self.index.device) < limit[:, None]
+        is_real = torch.arange(self.store.width, device=self.index.device) < limit[:, None]
+        return F.pad(is_real, (0, num_targets), value=True)[:, None, None]
