@@ -8,19 +8,20 @@ are made. The frozen parts are tiny: what is timed is the work of the transforme
 for it, prefix included.
 
 *Of peak* compares with a large matrix product on the same device, in the same precision. The
-floating-point operations are counted on the same calls with hollow weights, and never those of
-blocks that are computed again.
+floating-point operations are counted on the same calls with hollow weights, without those of
+blocks that are computed again; *with these* counts them, too: what the device did.
 """
 
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from grpo_step import make_prompts, shrink_sources
@@ -30,6 +31,7 @@ from burnish.activations import hollow, like
 from burnish.adapters import LoraConfig, attach
 from burnish.optimization import OptimizerConfig
 from burnish.policies.base import Policy
+from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.rollout import branches
 from burnish.runtime import Runtime, choose_device, choose_dtype
 from burnish.shelves import policy_class
@@ -60,6 +62,8 @@ SMALL: dict[str, Changes] = {
 GUIDANCE = {"qwen_image21": 1.0, "flux2_klein": 4.0}
 TEXT = "a portrait of a person with long brown hair in front of a lake at night " * 3
 LORA = LoraConfig(rank=32)
+WAYS = ((False, 1.0), (True, 1.0), (True, 0.5), (True, 0.0))
+"""Whether blocks are compiled, and the share of them that is computed again."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,16 @@ class Plan:
     steps: int
     repeats: int
     sizes: dict[str, Changes]
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether networks run under autocast."""
+        return self.rt.dtype != torch.float32
+
+    @property
+    def alone(self) -> "Plan":
+        """One picture in one step."""
+        return replace(self, batch=1, steps=1)
 
 
 def make_policy(family: str, plan: Plan, dtype: torch.dtype, *, is_hollow: bool = False) -> Any:
@@ -105,29 +119,41 @@ def conditions(policy: Any, task: Task, plan: Plan, references: int) -> tuple[An
     return found[0], found[1]
 
 
+def states(policy: Policy[Any, Any], plan: Plan) -> torch.Tensor:
+    """A micro-batch of noise."""
+    noise = policy.noise([torch.Generator().manual_seed(row) for row in range(plan.batch)])
+    return _as_weights(policy, noise)
+
+
 def rollout(policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan, scale: float) -> None:
     """One micro-batch of pictures of one prompt, without its decoding."""
-    noise = policy.noise([torch.Generator().manual_seed(row) for row in range(plan.batch)])
-    latents, rows = _as_weights(policy, noise), [0] * plan.batch
+    latents, rows = states(policy, plan), [0] * plan.batch
     with torch.no_grad(), plan.rt.autocast():
         prefix, null = branches(policy, both[0], None if scale == 1 else both[1])
         for sigma in torch.linspace(0.9, 0.1, plan.steps):
-            sigmas = sigma.expand(plan.batch).to(noise.device)
+            sigmas = sigma.expand(plan.batch).to(latents.device)
             if null is None:
                 policy.velocity(latents, sigmas, prefix.take(rows))
             else:
                 policy.guided(latents, sigmas, prefix.take(rows), null.take(rows), scale)
 
 
-def update(policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan) -> None:
-    """Forward and backward pass of one micro-batch of states of one prompt."""
-    noise = policy.noise([torch.Generator().manual_seed(row) for row in range(plan.batch)])
-    sigmas = torch.linspace(0.9, 0.5, plan.batch).to(noise.device)
+def forward(
+    policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan, latents: torch.Tensor
+) -> torch.Tensor:
+    """A loss at one micro-batch of states of one prompt."""
+    sigmas = torch.linspace(0.9, 0.5, plan.batch).to(latents.device)
     with plan.rt.autocast():
         prefix, _ = branches(policy, both[0], None)
-        latents = _as_weights(policy, noise)
         velocity = policy.velocity(latents, sigmas, prefix.take([0] * plan.batch))
-        loss = velocity.square().mean()
+        return velocity.square().mean()
+
+
+def update(
+    policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan, latents: torch.Tensor
+) -> None:
+    """Forward and backward pass of one micro-batch of states."""
+    loss = forward(policy, both, plan, latents)
     with plan.rt.attention():
         loss.backward()
 
@@ -144,32 +170,44 @@ def operations(work: Callable[[], None]) -> float:
     return float(counted.get_total_flops())
 
 
-def timed(work: Callable[[], None], plan: Plan) -> tuple[float, float]:
-    """Median seconds after a first call, and GiB on the device at the peak; no number where a GPU
-    has not so much memory, and of memory none on a CPU."""
+class Timed(NamedTuple):
+    """Of one piece of work."""
+
+    first: float
+    """Seconds of the first call, compiling included."""
+    seconds: float
+    """Median of the others."""
+    memory: float
+    """GiB on the device at the peak; of a CPU no number."""
+
+
+def timed(work: Callable[[], None], plan: Plan, warm_up: Callable[[], None] | None = None) -> Timed:
+    """Time and memory of some work; no numbers where a GPU has not so much memory."""
     try:
-        return _timed(work, plan)
+        return _timed(work, plan, warm_up or work)
     except torch.OutOfMemoryError:
-        return float("nan"), float("nan")
+        return Timed(math.nan, math.nan, math.nan)
 
 
-def _timed(work: Callable[[], None], plan: Plan) -> tuple[float, float]:
+def _timed(work: Callable[[], None], plan: Plan, warm_up: Callable[[], None]) -> Timed:
     is_gpu = plan.rt.device.type == "cuda"
     wait = torch.cuda.synchronize if is_gpu else (lambda: None)
     # On a CPU that of the process, so that other work on the machine counts little.
     clock = time.perf_counter if is_gpu else time.process_time
-    work()
-    if is_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = []
-    for _ in range(plan.repeats):
+
+    def once(work: Callable[[], None]) -> float:
         wait()
         start = clock()
         work()
         wait()
-        seconds.append(clock() - start)
-    peak = torch.cuda.max_memory_allocated() / (1 << 30) if is_gpu else float("nan")
-    return statistics.median(seconds), peak
+        return clock() - start
+
+    first = once(warm_up)
+    if is_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = statistics.median(once(work) for _ in range(plan.repeats))
+    peak = torch.cuda.max_memory_allocated() / (1 << 30) if is_gpu else math.nan
+    return Timed(first, seconds, peak)
 
 
 def peak_rate(plan: Plan) -> float:
@@ -182,7 +220,7 @@ def peak_rate(plan: Plan) -> float:
         for _ in range(10):
             left @ right
 
-    return 10 * 2 * side**3 / timed(work, plan)[0]
+    return 10 * 2 * side**3 / timed(work, plan).seconds
 
 
 def drawing(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
@@ -195,49 +233,64 @@ def drawing(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     for way in ("as it is", "compiled"):
         if way == "compiled":
             policy.compile_blocks()
-        seconds, memory = timed(lambda: rollout(policy, asked, plan, scale), plan)
-        yield _row(family, f"rollout, guidance {scale:g}", way, seconds, count, peak, memory)
+        found = timed(lambda: rollout(policy, asked, plan, scale), plan)
+        yield _row(family, f"rollout, guidance {scale:g}", way, found, peak, count)
 
 
 def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Updates of a LoRA beside weights of the device's precision, and of float32 weights."""
-    for lora, way in ((LORA, "LoRA"), (None, "all weights, 8-bit AdamW")):
+    for lora, name in ((LORA, "LoRA"), (None, "all weights, 8-bit AdamW")):
         dtype = plan.rt.dtype if lora else torch.float32
         twin = _trainable(make_policy(family, plan, dtype, is_hollow=True), None)
         asked = conditions(twin, "t2i", plan, 0)
         twin.transformer.requires_grad_(lora is None)
         if lora:
             # Its own products are a hundredth; what matters is that frozen weights need none.
-            for name, parameter in twin.transformer.named_parameters():
-                parameter.requires_grad_("norm" in name)
-        count = operations(lambda twin=twin, asked=asked: update(twin, asked, plan))
-        policy = _trainable(make_policy(family, plan, dtype), lora)
-        policy.transformer.enable_gradient_checkpointing()
-        kind = "adamw" if lora else "adamw_8bit"
-        parameters = [parameter for _, parameter in policy.trainable()]
-        optimizer = OptimizerConfig(kind=kind).build(parameters)
-
-        def work(policy: Any = policy, asked: Any = asked, optimizer: Any = optimizer) -> None:
-            update(policy, asked, plan)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        seconds, memory = timed(work, plan)
-        yield _row(family, "update, checkpointing", way, seconds, count, peak, memory)
-        del policy, optimizer, parameters, work
+            for own, parameter in twin.transformer.named_parameters():
+                parameter.requires_grad_("norm" in own)
+        hollow_states = states(twin, plan)
+        count = operations(lambda a=twin, b=asked, c=hollow_states: update(a, b, plan, c))
+        with torch.no_grad():
+            once = operations(lambda a=twin, b=asked, c=hollow_states: forward(a, b, plan, c))
+        policy = _trainable(make_policy(family, plan, dtype), lora, is_autocast=plan.is_narrow)
+        work = _step(policy, asked, plan, "adamw" if lora else "adamw_8bit")
+        for is_compiled, share in WAYS if lora else WAYS[1:2]:
+            if is_compiled:
+                policy.compile_blocks()
+            checkpoint_blocks(policy.transformer, policy.block_classes, share)
+            way = name + (", compiled" if is_compiled else "")
+            found = timed(work, plan)
+            task = f"update, {share:.0%} of blocks again"
+            yield _row(family, task, way, found, peak, count, count + share * once)
+        del policy, work
         gc.collect()
 
 
-def _trainable(policy: Any, lora: LoraConfig | None) -> Any:
+def _step(policy: Any, asked: Any, plan: Plan, kind: Any) -> Callable[[], None]:
+    """An update and the optimizer's step."""
+    parameters = [parameter for _, parameter in policy.trainable()]
+    optimizer = OptimizerConfig(kind=kind).build(parameters)
+    latents = states(policy, plan)
+
+    def work() -> None:
+        update(policy, asked, plan, latents)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+def _trainable(policy: Any, lora: LoraConfig | None, *, is_autocast: bool = False) -> Any:
     policy.transformer.train().requires_grad_(True)
     if lora is not None:
-        attach(policy.transformer, lora, policy.lora_targets)
+        attach(policy.transformer, lora, policy.lora_targets, is_autocast=is_autocast)
     return policy
 
 
 def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Edits of `qwen_image21`, whose prefix holds the references, or is none."""
     shared = make_policy("qwen_image21", plan, plan.rt.dtype)
+    checkpoint_blocks(shared.transformer, shared.block_classes, True)
     full = type(shared)(shared.pipeline, resolution=plan.resolution)
     full.share_prefix = False
     twin = make_policy("qwen_image21", plan, plan.rt.dtype, is_hollow=True)
@@ -247,46 +300,53 @@ def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
             found = {}
             for way, policy in (("shared prefix", shared), ("no prefix", full)):
                 policy.transformer.requires_grad_(name == "update").train(name == "update")
-                work: Callable[[], None] = partial(update, policy, asked, plan)
-                if name == "rollout":
-                    work = partial(rollout, policy, asked, plan, 1.0)
-                found[way] = timed(work, plan)
+
+                work, warm_up = (_edit(name, policy, asked, one) for one in (plan, plan.alone))
+                # With one picture: with all of them a call takes half a minute.
+                found[way] = timed(work, plan, warm_up)
                 policy.transformer.zero_grad(set_to_none=True)
-            ratio = found["no prefix"][0] / found["shared prefix"][0]
-            for way, (seconds, memory) in found.items():
-                work_name = f"edit {name}, {references} references"
-                row = _row("qwen_image21", work_name, way, seconds, float("nan"), peak, memory)
+            ratio = found["no prefix"].seconds / found["shared prefix"].seconds
+            for way, one in found.items():
+                row = _row("qwen_image21", f"edit {name}, {references} references", way, one, peak)
                 yield row | {"ratio": ratio if way == "shared prefix" else 1.0}
 
 
+def _edit(name: str, policy: Any, asked: Any, plan: Plan) -> Callable[[], None]:
+    if name == "rollout":
+        return partial(rollout, policy, asked, plan, 1.0)
+    return partial(update, policy, asked, plan, states(policy, plan))
+
+
 def _row(
-    family: str, work: str, way: str, seconds: float, count: float, peak: float, memory: float
-) -> dict[str, Any]:
-    rate = count / seconds
+    family: str, work: str, way: str, found: Timed, peak: float, count: float = math.nan,
+    done: float = math.nan,
+) -> dict[str, Any]:  # fmt: skip
+    rate = count / found.seconds
     return {
         "family": family,
         "work": work,
         "way": way,
-        "seconds": seconds,
+        **found._asdict(),
         "teraflops": rate / 1e12,
         "of_peak": rate / peak,
-        "memory": memory,
-        "ratio": float("nan"),
+        "done_of_peak": done / found.seconds / peak,
+        "ratio": math.nan,
     }
 
 
 HEAD = """\
-| model | work | way | s | TFLOP/s | of peak | GiB at the peak | faster |
-|---|---|---|---|---|---|---|---|"""
+| model | work | way | first s | s | TFLOP/s | of peak | with these | GiB at the peak | faster |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def line(row: dict[str, Any]) -> str:
     def shown(value: float, text: str) -> str:
-        return "" if value != value else text.format(value)
+        return "" if math.isnan(value) else text.format(value)
 
-    cells = [row["family"], row["work"], row["way"]]
+    cells = [row["family"], row["work"], row["way"], shown(row["first"], "{:.1f}")]
     cells += [shown(row["seconds"], "{:.2f}") or "does not fit"]
     cells += [shown(row["teraflops"], "{:.2f}"), shown(row["of_peak"], "{:.0%}")]
+    cells.append(shown(row["done_of_peak"], "{:.0%}"))
     cells += [shown(row["memory"], "{:.1f}"), shown(row["ratio"], "{:.2f}x")]
     return f"| {' | '.join(cells)} |"
 

@@ -1,16 +1,24 @@
 """The memory that a stage was planned to need, and what its process came to.
 
-    python benchmarks/planning.py [--recipe miniature] [--steps 2] [KEY=VALUE ...] [--json]
+    python benchmarks/planning.py [--recipe miniature] [--stage NAME ...] [--steps 2]
+        [--drawn TEACHERS] [KEY=VALUE ...] [--json]
 
 Each stage of a recipe is trained for a few steps in a process of its own, from the base; where it
 has teachers, the base stands for them. The evaluation draws one micro-batch of each set and task.
+
+`--drawn` is for the recipes of real models: it writes a model of the published sizes with random
+weights and prompts, and so many teachers alike, up to four. A stage with rewards needs another
+judge than these recipes name.
+
 `held` is the peak of the process's resident memory, `planned` what `burnish doctor --recipe` says
 that it needs, allowance included. On a GPU both are without the context that a process has there.
 """
 
 import argparse
 import json
+import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_memory import CATEGORIES, draw_weights, write_inputs
 
 from burnish import runtime
 from burnish.algorithms.distill import DistillConfig
@@ -44,6 +53,8 @@ def shortened(config: RunConfig, name: str, steps: int) -> StageConfig:
         base = str(located(config.policy.path))
         teachers = {
             label: teacher.model_copy(update={"path": base})
+            if teacher.path.startswith("stage:")
+            else teacher
             for label, teacher in stage.algorithm.teachers.items()
         }
         # Guided teachers, from whom the unguided student has something to learn.
@@ -89,31 +100,62 @@ def draw_once(config: RunConfig, policy: Policy[Any, Any], rt: Runtime) -> None:
             )
 
 
+def drawn(recipe: str, folder: Path, count: int) -> list[str]:
+    """Write a model with random weights and its teachers; the settings that name them."""
+    given = write_inputs(recipe, folder)
+    config = load(RunConfig, recipe_path(recipe), given)
+    draw_weights(config.policy.family, folder / "model", runtime.choose_device("auto"))
+    for number in range(count):
+        # The same bytes on the disk under another name.
+        shutil.copytree(folder / "model", folder / f"teacher{number}", copy_function=os.link)
+    labels = [f"{task}/{category}" for category in CATEGORIES for task in ("edit", "t2i")]
+    teachers = [
+        f"{label}: {{path: {folder / f'teacher{place % count}'}, guidance_scale: 4.0}}"
+        for place, label in enumerate(labels)
+    ]
+    return [*given, f"stages.student.algorithm.teachers={{{', '.join(teachers)}}}"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--recipe", default="miniature")
+    parser.add_argument("--stage", nargs="+", help="instead of all, and `evaluation`")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--drawn", type=int, metavar="TEACHERS", help="a model of random weights")
     parser.add_argument("--json", action="store_true", help="one object as the last line")
     parser.add_argument("--one", metavar="STAGE", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     arguments = parser.parse_args()
-    config = load(RunConfig, recipe_path(arguments.recipe), arguments.overrides)
     if arguments.one:
+        config = load(RunConfig, recipe_path(arguments.recipe), arguments.overrides)
         print(json.dumps({"held": held(config, arguments.one, arguments.steps)}))
         return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.drawn:
+            given = drawn(arguments.recipe, Path(folder), arguments.drawn)
+            arguments.overrides = [*given, *arguments.overrides]
+        compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Plan and train every stage, and print both."""
+    config = load(RunConfig, recipe_path(arguments.recipe), arguments.overrides)
     device = runtime.choose_device(config.runtime.device).type
     print("| stage | planned MiB | held MiB | planned / held |\n|---|---|---|---|")
     rows = []
     for plan in forecast(config, device):
+        if arguments.stage and plan.stage not in arguments.stage:
+            continue
         command = [sys.executable, __file__, "--recipe", arguments.recipe, "--one", plan.stage]
         command += ["--steps", str(arguments.steps), *arguments.overrides]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         context = PROCESS_BYTES[device] if device == "cuda" else 0
         row = {"stage": plan.stage, "planned": plan.needed - context}
         row |= json.loads(done.stdout.splitlines()[-1])
         rows.append(row)
         cells = [f"{row[key] / 2**20:.0f}" for key in ("planned", "held")]
-        print(f"| {plan.stage} | {' | '.join(cells)} | {row['planned'] / row['held']:.2f} |")
+        cells.append(f"{row['planned'] / row['held']:.2f}")
+        print(f"| {plan.stage} | {' | '.join(cells)} |", flush=True)
     if arguments.json:
         print(json.dumps({"rows": rows}))
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from burnish import images
@@ -34,6 +36,7 @@ RECIPES = (
     "qwen_image21",
     "stable_diffusion3",
 )
+CATEGORIES = ("general", "portrait")
 Sizes = dict[str, Any]
 _QWEN_TEXT: Sizes = {"vocab_size": 152064, "num_attention_heads": 28, "num_key_value_heads": 4}
 _QWEN25_VL: Sizes = {
@@ -161,6 +164,23 @@ def write_pipeline(family: str, folder: Path) -> None:
         path.write_text(json.dumps(_merged(kept, changes)))
 
 
+def draw_weights(family: str, folder: Path, device: torch.device) -> None:
+    """Give a pipeline folder random weights that fit its settings, in bfloat16."""
+    pipeline: Any = policy_class(family).tiny().pipeline
+    for name, network in pipeline.components.items():
+        if not isinstance(network, nn.Module):
+            continue
+        kind: Any = type(network)
+        for old in (folder / name).glob("*.safetensors"):
+            old.unlink()
+        with torch.device(device):
+            if hasattr(kind, "load_config"):
+                drawn = kind.from_config(kind.load_config(folder / name))
+            else:
+                drawn = kind(kind.config_class.from_pretrained(folder / name))
+        drawn.to(torch.bfloat16).save_pretrained(folder / name)
+
+
 def _merged(old: Sizes, changes: Sizes) -> Sizes:
     found = dict(old)
     if "num_hidden_layers" in changes:
@@ -177,21 +197,27 @@ def write_prompts(path: Path) -> None:
     source = path.parent / "source.png"
     source.write_bytes(images.encode_png(Image.fromarray(pixels)))
     text = "two hundred words " * 40
-    rows = [{"id": str(row), "text": text, "category": "general"} for row in range(32)]
+    rows = [{"id": str(row), "text": text, "category": CATEGORIES[row % 2]} for row in range(32)]
     for row in rows[16:]:
         row |= {"task": "edit", "source": source.name}
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def write_inputs(recipe: str, folder: Path) -> list[str]:
+    """What a recipe has to be given, and the settings that give it."""
+    plain = load(RunConfig, recipe_path(recipe), [])
+    model, prompts = folder / "model", folder / "prompts.jsonl"
+    write_pipeline(plain.policy.family, model)
+    write_prompts(prompts)
+    stages = [f"stages.{stage}.prompts.path={prompts}" for stage in plain.stages]
+    return [f"policy.path={model}", f"evaluation.prompts={prompts}", *stages]
+
+
 def plans(name: str, overrides: Sequence[str]) -> Iterator[dict[str, Any]]:
-    plain = load(RunConfig, recipe_path(name), [])
     with tempfile.TemporaryDirectory() as folder:
-        model, prompts = Path(folder) / "model", Path(folder) / "prompts.jsonl"
-        write_pipeline(plain.policy.family, model)
-        write_prompts(prompts)
-        given = [f"policy.path={model}", f"evaluation.prompts={prompts}", *overrides]
-        given += [f"stages.{stage}.prompts.path={prompts}" for stage in plain.stages]
-        for plan in forecast(load(RunConfig, recipe_path(name), given), "cuda"):
+        given = write_inputs(name, Path(folder))
+        config = load(RunConfig, recipe_path(name), [*given, *overrides])
+        for plan in forecast(config, "cuda"):
             yield {
                 "recipe": name,
                 "stage": plan.stage,

@@ -35,7 +35,7 @@ import grpo_step
 import numpy as np
 import scaling
 import torch
-from device import REAL, Plan, conditions, make_policy, operations, rollout, update
+from device import REAL, Plan, conditions, make_policy, operations, rollout, states, update
 
 from burnish.runtime import Runtime, choose_device
 
@@ -141,7 +141,8 @@ def counted(sizes: dict[str, int], assumed: Assumed) -> tuple[float, float, floa
     asked = conditions(policy, "t2i", plan, 0)
     drawing = operations(lambda: rollout(policy, asked, plan, 4.0))
     policy.transformer.train().requires_grad_(True)
-    training = sizes["states"] * operations(lambda: update(policy, asked, plan))
+    latents = states(policy, plan)
+    training = sizes["states"] * operations(lambda: update(policy, asked, plan, latents))
     peak = 1e12 * assumed.peak_teraflops
     weights = sum(parameter.numel() for parameter in policy.transformer.parameters())
     return (
@@ -194,9 +195,9 @@ def figures(path: Path, sizes: dict[str, int]) -> tuple[float, float]:
     an optimizer step for every micro-batch."""
     found = json.loads(path.read_text().splitlines()[-1])
     rows = {(row["family"], row["work"], row["way"]): row["seconds"] for row in found["rows"]}
-    drawing = rows.get(("flux2_klein", "rollout, guidance 4", "as it is"), math.nan)
-    way = "all weights, 8-bit AdamW"
-    training = rows.get(("flux2_klein", "update, checkpointing", way), math.nan)
+    drawing = rows.get(("flux2_klein", "rollout, guidance 4", "compiled"), math.nan)
+    way = "all weights, 8-bit AdamW, compiled"
+    training = rows.get(("flux2_klein", "update, 100% of blocks again", way), math.nan)
     if math.isnan(drawing + training) or found["settings"]["resolution"] != 1024:
         raise SystemExit(
             f"need flux2_klein drawn and trained at 1024 pixels in {path}, got no such rows; run "

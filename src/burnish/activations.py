@@ -254,20 +254,26 @@ class Saved(contextlib.ExitStack):
         return tensor
 
 
+def _is_widened(operation: str) -> bool:
+    """Whether this torch computes an operation in float32 under autocast of a GPU."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operation, "AutocastCUDA"))
+
+
 class GpuPrecision(TorchFunctionMode):
     """What autocast computes in float32 on a GPU and not on a CPU, on whatever device.
 
     Hollow tensors stand on the CPU, also in the plan of a GPU. Reference: the list of float32
     operations in the documentation of `torch.amp`, and what torch registers for `AutocastCUDA`
-    beside it; those that the networks here call.
+    beside it; those that the networks here call. `rms_norm` came later than the others.
     """
 
     _FLOAT32 = frozenset(
         (
             *("cumsum", "exp", "log", "norm", "normalize", "pow", "prod", "reciprocal", "rsqrt"),
-            *("group_norm", "interpolate", "layer_norm", "log_softmax", "rms_norm", "softmax"),
+            *("group_norm", "interpolate", "layer_norm", "log_softmax", "softmax"),
             *("softplus", "sum"),
             *("__pow__", "__rdiv__", "__rpow__", "__rtruediv__"),
+            *(("rms_norm",) if _is_widened("aten::rms_norm") else ()),
         )
     )
 

@@ -54,7 +54,9 @@ class Adapter:
         return weight[rows].float() + learnt
 
 
-def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None:
+def attach(
+    transformer: Any, config: LoraConfig, targets: Sequence[str], *, is_autocast: bool = False
+) -> None:
     """Put trainable float32 factors beside the weights of a diffusers transformer, frozen now.
 
     The second factor is zero, so that nothing changes yet; the first is drawn from the global
@@ -64,11 +66,14 @@ def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None
         transformer: changed in place.
         config: rank and strength.
         targets: endings of the names of modules, if the config has none.
+        is_autocast: whether it is called under autocast alone, which gives the factors what they
+            take; else every input is copied in float32 first.
 
     Raises:
         ConfigError: no module has such a name.
     """
     import peft  # It imports all of transformers.
+    from peft.tuners.lora import LoraLayer
 
     wanted = list(config.targets or targets)
     alpha = config.alpha or 2 * config.rank
@@ -84,6 +89,9 @@ def attach(transformer: Any, config: LoraConfig, targets: Sequence[str]) -> None
             f"lora.targets: need names of linear modules, got {', '.join(wanted)}, none of which "
             f"is one; take some of {', '.join(sorted(names))}"
         ) from None
+    for module in transformer.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = not is_autocast
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             # In bfloat16 most steps would be lost by rounding.

@@ -147,8 +147,7 @@ def _trained(
     known = [*own, *(p.grad for p in trained if p.grad is not None)]
     scale = counts.draw_scale if counts.trains_null else 1.0
     with Live(ignored=known, is_hollow=isinstance(one, Hollow)) as live:
-        is_again = bool(policy.transformer.is_gradient_checkpointing)
-        with Saved(ignored=own) as saved, _precision(rt, is_again=is_again):
+        with Saved(ignored=own) as saved, _precision(rt):
             prefixes = _branches(policy, both, counts.state_prompts, scale)
             velocity = _ask(policy, one.repeat(counts.states, 1, 1, 1), prefixes, scale)
             loss = velocity.square().mean()
@@ -186,27 +185,24 @@ def _ask(policy: Policy[Any, Any], latents: Tensor, prefixes: Any, scale: float)
 
 
 @contextlib.contextmanager
-def _precision(rt: Runtime, *, is_again: bool = False) -> Iterator[None]:
-    """As `Runtime.autocast`, on the CPU: there hollow tensors are, also in the plan of a GPU.
-
-    Where blocks are computed again, which no mode of ours reaches, a GPU's float32 statistics are
-    left out: less than a hundredth.
-    """
+def _precision(rt: Runtime) -> Iterator[None]:
+    """As `Runtime.autocast`, on the CPU: there hollow tensors are, also in the plan of a GPU."""
     if rt.device.type == "cpu":
         with rt.autocast():
             yield
         return
     is_narrow = rt.dtype != torch.float32
-    gpu = contextlib.nullcontext() if is_again else GpuPrecision()
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow), gpu:
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_narrow), GpuPrecision():
         yield
 
 
-def ready(policy: Policy[Any, Any], lora: LoraConfig | None) -> Policy[Any, Any]:
+def ready(
+    policy: Policy[Any, Any], lora: LoraConfig | None, *, is_autocast: bool = False
+) -> Policy[Any, Any]:
     """A hollow policy as a stage trains it."""
     policy.transformer.requires_grad_(True)
     if lora is not None:
         with on_meta():
-            attach(policy.transformer, lora, policy.lora_targets)
+            attach(policy.transformer, lora, policy.lora_targets, is_autocast=is_autocast)
         emptied(policy.transformer)
     return policy

@@ -6,6 +6,7 @@ asks it (`burnish.dry_run`). Each task is measured with its longest text and its
 image, as if all prompts of a batch were like that.
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 
 from burnish import images, planning, runtime
+from burnish.activations import GpuPrecision
 from burnish.algorithms.base import Footprint
 from burnish.config import ConfigError, located
 from burnish.dry_run import Counts, Measured, Pictures, measure, measure_drawing, ready
@@ -35,6 +37,7 @@ from burnish.plan_parts import (
 )
 from burnish.planning import Part, Plan, Sharding
 from burnish.policies.base import Policy
+from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
@@ -84,10 +87,13 @@ def _plan(
     )
     lora = None if stage.lora is None else stage.lora.model_dump_json()
     if lora not in known:
-        kept = ready(_hollow(config.policy), stage.lora)
-        is_rounded = sharding.world_size > 1 and rt.dtype != torch.float32
-        gathered = config.policy.drawing(rt.dtype)
-        known[lora] = kept, ready(_hollow(gathered), stage.lora) if is_rounded else kept
+        is_narrow = rt.dtype != torch.float32
+
+        def made(settings: PolicyConfig) -> Policy[Any, Any]:
+            return ready(_hollow(settings, rt), stage.lora, is_autocast=is_narrow)
+
+        kept, gathered = made(config.policy), config.policy.drawing(rt.dtype)
+        known[lora] = kept, made(gathered) if sharding.world_size > 1 and is_narrow else kept
     policy, computing = known[lora]
     prompts, asked, away = stage.prompts.read(), counts(stage, footprint), stage.rollout
     found: list[Measured] = []
@@ -130,7 +136,7 @@ def _plan(
 
 def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     """Of the jobs that measure: a policy draws, and a judge scores."""
-    plan, policy = config.evaluation, _hollow(config.policy.drawing(rt.dtype))
+    plan, policy = config.evaluation, _hollow(config.policy.drawing(rt.dtype), rt)
     policy.transformer.requires_grad_(False)
     deployed = [config.deployed(name) for name in (BASE, *config.policies())]
     guidance = max(deployed, key=lambda own: own.scale)
@@ -180,7 +186,7 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
     )
 
 
-def _hollow(config: PolicyConfig) -> Policy[Any, Any]:
+def _hollow(config: PolicyConfig, rt: Runtime) -> Policy[Any, Any]:
     """A policy as `burnish.shelves.load_policy` makes it, without memory."""
     policy: Any = policy_class(config.family).hollow(
         located(config.path),
@@ -189,8 +195,8 @@ def _hollow(config: PolicyConfig) -> Policy[Any, Any]:
         frozen_dtype=DTYPES[config.frozen_dtype or config.dtype],
     )
     policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
-    if config.checkpointing:
-        policy.transformer.enable_gradient_checkpointing()
+    again = GpuPrecision if rt.device.type == "cuda" else contextlib.nullcontext
+    checkpoint_blocks(policy.transformer, policy.block_classes, config.checkpointing, again=again)
     return policy
 
 

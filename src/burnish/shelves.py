@@ -20,7 +20,12 @@ from burnish.buckets import MULTIPLE, SQUARE, Buckets
 from burnish.config import Config, ConfigError, located, shelf
 from burnish.pipeline_folders import read_index
 from burnish.policies.base import Policy
-from burnish.policies.parts.execution import Attention, check_attention, set_attention
+from burnish.policies.parts.execution import (
+    Attention,
+    check_attention,
+    checkpoint_blocks,
+    set_attention,
+)
 from burnish.rewards.base import RewardConfig
 from burnish.runtime import DTYPES, Runtime
 
@@ -86,9 +91,9 @@ class PolicyConfig(Config):
     frozen_dtype: Literal["float32", "bfloat16"] | None = None
     """Likewise, of all that is never trained: encoders, VAE, teachers, the start that `kl_weight`
     compares with; None is as `dtype`."""
-    checkpointing: bool = False
-    """Compute a block again in the backward pass instead of keeping what it computed: far less
-    memory, a third more work in an update."""
+    checkpointing: bool | Annotated[float, Field(ge=0, le=1)] = False
+    """Compute blocks again in the backward pass instead of keeping what they computed: far less
+    memory, a third more work in an update. A number is the share of the blocks, evenly spread."""
     cache: str | None = None
     """Folder where what the encoders made of a prompt outlives the process, for this run and others
     with the same encoders; None keeps it in memory."""
@@ -193,8 +198,7 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
                 network.to(rt.device)
     policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
     transformer: Any = policy.transformer.requires_grad_(False)
-    if config.checkpointing:
-        transformer.enable_gradient_checkpointing()
+    checkpoint_blocks(transformer, policy.block_classes, config.checkpointing)
     if config.attention != "native":
         set_attention(transformer, config.attention)
     if config.compile:

@@ -204,7 +204,8 @@ def _made_ready(
     algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
     if config.lora is not None:
         with runtime.seeded(seed, "lora"):
-            attach(policy.transformer, config.lora, policy.lora_targets)
+            is_autocast = rt.dtype != torch.float32
+            attach(policy.transformer, config.lora, policy.lora_targets, is_autocast=is_autocast)
     return policy, algorithm, Shards(policy, rt), before
 
 

@@ -1,5 +1,6 @@
 """Plans and reality, for every model family: what is counted without memory is what is held."""
 
+import contextlib
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -16,6 +17,7 @@ from burnish.adapters import LoraConfig, attach
 from burnish.buckets import Buckets
 from burnish.dry_run import Counts, Measured, measure, measure_drawing, ready
 from burnish.optimization import Kind, OptimizerConfig, State, state_bytes
+from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.runtime import Runtime
 from burnish.shelves import families, policy_class
 from burnish.types import Prompt
@@ -145,13 +147,13 @@ def test_less_waits_for_the_backward_pass_where_blocks_are_computed_again(
     rt = Runtime(device=torch.device(device), dtype=torch.bfloat16)
     empty = ready(pair[1], None)
     own = asked(empty.tasks[0])
-    plain = measure(empty, own, "", COUNTS, rt)
-    empty.transformer.enable_gradient_checkpointing()
-    try:
-        again = measure(empty, own, "", COUNTS, rt)
-    finally:
-        empty.transformer.disable_gradient_checkpointing()
-    assert 0 < again.saved < 0.8 * plain.saved
+    again = GpuPrecision if device == "cuda" else contextlib.nullcontext
+    saved = []
+    for share in (False, 0.5, True):
+        checkpoint_blocks(empty.transformer, empty.block_classes, share, again=again)
+        saved.append(measure(empty, own, "", COUNTS, rt).saved)
+    checkpoint_blocks(empty.transformer, empty.block_classes, False)
+    assert 0 < saved[2] < saved[1] < saved[0] and saved[2] < 0.8 * saved[0]
 
 
 def test_activations_are_linear_in_the_micro_batch(pair: tuple[Any, Any, Path]) -> None:

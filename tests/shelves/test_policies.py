@@ -20,7 +20,13 @@ from burnish.config import ConfigError
 from burnish.flow import shift_sigmas
 from burnish.policies.base import Policy
 from burnish.policies.parts import pipelines, reading
-from burnish.policies.parts.execution import check_attention, set_attention, visiting
+from burnish.policies.parts.execution import (
+    check_attention,
+    checkpoint_blocks,
+    set_attention,
+    visiting,
+)
+from burnish.policies.parts.qwen_encoding import SLOT_TOKENS
 from burnish.policies.parts.reading import EncodedPrompt
 from burnish.types import MAX_SOURCES, Prompt
 
@@ -313,14 +319,14 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(policy, prompts):
         kept.append(sum(storages.values()))
         return gradient(policy, loss)
 
-    plain = once()
-    policy.transformer.enable_gradient_checkpointing()
-    try:
-        again = once()
-    finally:
-        policy.transformer.disable_gradient_checkpointing()
-    assert (again - plain).norm() <= 1e-5 * plain.norm()
-    assert kept[1] < 0.7 * kept[0]
+    found = []
+    for share in (False, 0.5, True):
+        checkpoint_blocks(policy.transformer, policy.block_classes, share)
+        found.append(once())
+    checkpoint_blocks(policy.transformer, policy.block_classes, False)
+    for again in found[1:]:
+        assert (again - found[0]).norm() <= 1e-5 * found[0].norm()
+    assert kept[2] < kept[1] < kept[0] and kept[2] < 0.7 * kept[0]
 
 
 def test_the_unconditional_branch_runs_only_where_guidance_asks_for_it(policy, prompts):
@@ -731,6 +737,34 @@ def test_qwen_source_alpha_is_not_lost_in_translation():
 # --- What only the families of Qwen-Image promise ---------------------------------------------
 
 
+@torch.no_grad()
+def test_a_prefix_has_more_tokens_than_the_transformer_knows_positions():
+    """As four references of a megapixel do: an image advances the position by one side."""
+    policy = shelves.policy_class("qwen_image21").tiny()
+    side, references = 64, 3
+    source = png(0)
+    asked = [replace(EDIT[0], text=text, sources=(source,) * references) for text in ("a", "a b c")]
+    condition = policy.encode(asked)
+    rows = []
+    for row in condition.prompts:
+        # Every image takes as many slots as a large one does.
+        starts = row.is_image & ~row.is_image.roll(1)
+        counts = torch.where(starts, side**2 // SLOT_TOKENS, (~row.is_image).long())
+        large = {
+            "embedding": row.embedding.repeat_interleave(counts, dim=0),
+            "is_image": row.is_image.repeat_interleave(counts),
+            "source": torch.randn(references * side**2, row.source.shape[1]),
+            "shapes": ((1, side, side),) * references,
+        }
+        rows.append(replace(row, **large))
+    large = type(condition)(tuple(rows))
+    assert rows[0].num_tokens > len(policy.transformer.pos_embed.freqs[0])
+    found = []
+    for policy.share_prefix in (True, False):
+        found.append(policy.velocity(start(policy, 2), levels(2), policy.prefix(large)))
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-5)
+
+
 @pytest.fixture(params=["qwen_image", "qwen_image_edit"])
 def streams(request, small_sources) -> type[Policy]:
     return shelves.policy_class(request.param)
@@ -920,6 +954,27 @@ def test_compiled_blocks_change_no_velocity_and_no_gradient(policy, own):
     ]
     assert blocks
     assert all(block._compiled_call_impl is not None for block in blocks)
+
+
+def test_few_pieces_of_code_serve_every_length_and_size(policy, own):
+    """Blocks that are computed again use the same one, also where another was made in between."""
+    policy.transformer.requires_grad_(True)
+    checkpoint_blocks(policy.transformer, policy.block_classes, True)
+    policy.compile_blocks("aot_eager")
+
+    def loss(rows: list[int], words: int, size: Size | None = None) -> torch.Tensor:
+        asked = [replace(prompt, text=prompt.text + " red" * words) for prompt in own[:2]]
+        prefix = policy.prefix(policy.encode(asked)).take(rows)
+        noise = start(policy, len(rows), size=size)
+        return policy.velocity(noise, levels(len(rows)), prefix).square().mean()
+
+    torch._dynamo.reset()
+    gradient(policy, loss([0, 1], 0) + loss([0, 1, 0], 1, TALL))
+    made = []
+    for words in (2, 3, 8):
+        gradient(policy, loss([0, 1, 0], words))
+        made.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert made[0] == made[1] == made[2]
 
 
 def processors(policy):

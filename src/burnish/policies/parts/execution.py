@@ -1,11 +1,14 @@
 """How the networks of a policy are run: where, by which kernel of attention, compiled or not."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from burnish.config import ConfigError
 
@@ -22,6 +25,8 @@ Attention = Literal[
 ]
 """Kernels of attention by diffusers' names: those that have a backward pass and are installed, and
 not fetched from a hub when they are first asked for."""
+_COMPILED = 64
+"""Pieces of code that a block may be compiled to."""
 _WITHOUT_MASK = ("flash", "_flash_3", "_native_flash")
 
 
@@ -46,9 +51,52 @@ def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[No
 def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str) -> None:
     """Have every repeated block compiled when it is first called, one alone: all are alike, so that
     the code of one serves all of them."""
-    for module in transformer.modules():
-        if type(module).__name__ in classes:
-            module.compile(backend=backend)
+    import torch._dynamo.config  # Slow, and most runs compile nothing.
+
+    # Beyond so many, blocks would silently run as they are. A run with a teacher has them with and
+    # without gradient, adapters, a prefix and padding, in pictures of several sizes.
+    torch._dynamo.config.recompile_limit = max(_COMPILED, torch._dynamo.config.recompile_limit)
+    # Else the code that served a call longest ago is asked last, so that a block could be computed
+    # again by other code than before, which keeps other tensors.
+    compiler: Any = torch._C
+    compiler._dynamo.eval_frame._set_lru_cache(False)
+    for module in _blocks(transformer, classes):
+        module.compile(backend=backend)
+
+
+def checkpoint_blocks(
+    transformer: Any,
+    classes: Sequence[str],
+    share: bool | float,
+    *,
+    again: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> None:
+    """Have a share of the repeated blocks, evenly spread, computed again in the backward pass, and
+    what the others compute kept.
+
+    Args:
+        transformer: of diffusers, changed in place.
+        classes: names of its blocks' classes.
+        share: 0 keeps everything, 1 nothing but what goes into a block.
+        again: opens what blocks are to be computed again in.
+    """
+    if not share:
+        transformer.disable_gradient_checkpointing()
+        return
+    for place, block in enumerate(_blocks(transformer, classes)):
+        block.is_kept = math.floor((place + 1) * share) == math.floor(place * share)
+    transformer.enable_gradient_checkpointing(partial(_checkpointed, again))
+
+
+def _checkpointed(again: Callable[[], Any], block: Any, *inputs: Any) -> Any:
+    if block.is_kept:
+        return block(*inputs)
+    contexts = contextlib.nullcontext(), again()
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+
+
+def _blocks(transformer: nn.Module, classes: Sequence[str]) -> Iterator[Any]:
+    return (module for module in transformer.modules() if type(module).__name__ in classes)
 
 
 def check_attention(name: Attention, *, is_chosen: bool, is_masked: bool) -> None:
