@@ -1,6 +1,6 @@
 """How much of a device the networks of real models use: drawing, training, edits with references.
 
-    python benchmarks/device.py [--model qwen_image21 flux2_klein] [--work editing] [--json]
+    python benchmarks/device.py [--model qwen_image21 flux2_klein] [--work editing] [--out FILE]
 
 On a GPU: the 7.1 B transformer of Qwen-Image 2.1 and the 3.9 B one of FLUX.2 [klein] 4B Base, with
 random weights, in bfloat16. On a CPU: both much smaller, in float32, which shows how the figures
@@ -16,15 +16,15 @@ import argparse
 import gc
 import json
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from grpo_step import make_prompts, shrink_sources
+from timing import Timed, peak_rate, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.activations import hollow, like
@@ -62,8 +62,12 @@ SMALL: dict[str, Changes] = {
 GUIDANCE = {"qwen_image21": 1.0, "flux2_klein": 4.0}
 TEXT = "a portrait of a person with long brown hair in front of a lake at night " * 3
 LORA = LoraConfig(rank=32)
-WAYS = ((False, 1.0), (True, 1.0), (True, 0.5), (True, 0.0))
-"""Whether blocks are compiled, and the share of them that is computed again."""
+WAYS: tuple[tuple[LoraConfig | None, tuple[tuple[bool, float], ...]], ...] = (
+    (LORA, ((False, 1.0), (True, 1.0))),
+    (None, ((True, 1.0),)),
+    (LORA, ((True, 0.5), (True, 0.0))),
+)
+"""What is trained; whether blocks are compiled, and the share of them that is computed again."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,9 @@ class Plan:
     def is_narrow(self) -> bool:
         """Whether networks run under autocast."""
         return self.rt.dtype != torch.float32
+
+    def timed(self, work: Callable[[], None], warm_up: Callable[[], None] | None = None) -> Timed:
+        return timed(work, self.rt.device, self.repeats, warm_up)
 
     @property
     def alone(self) -> "Plan":
@@ -170,59 +177,6 @@ def operations(work: Callable[[], None]) -> float:
     return float(counted.get_total_flops())
 
 
-class Timed(NamedTuple):
-    """Of one piece of work."""
-
-    first: float
-    """Seconds of the first call, compiling included."""
-    seconds: float
-    """Median of the others."""
-    memory: float
-    """GiB on the device at the peak; of a CPU no number."""
-
-
-def timed(work: Callable[[], None], plan: Plan, warm_up: Callable[[], None] | None = None) -> Timed:
-    """Time and memory of some work; no numbers where a GPU has not so much memory."""
-    try:
-        return _timed(work, plan, warm_up or work)
-    except torch.OutOfMemoryError:
-        return Timed(math.nan, math.nan, math.nan)
-
-
-def _timed(work: Callable[[], None], plan: Plan, warm_up: Callable[[], None]) -> Timed:
-    is_gpu = plan.rt.device.type == "cuda"
-    wait = torch.cuda.synchronize if is_gpu else (lambda: None)
-    # On a CPU that of the process, so that other work on the machine counts little.
-    clock = time.perf_counter if is_gpu else time.process_time
-
-    def once(work: Callable[[], None]) -> float:
-        wait()
-        start = clock()
-        work()
-        wait()
-        return clock() - start
-
-    first = once(warm_up)
-    if is_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    seconds = statistics.median(once(work) for _ in range(plan.repeats))
-    peak = torch.cuda.max_memory_allocated() / (1 << 30) if is_gpu else math.nan
-    return Timed(first, seconds, peak)
-
-
-def peak_rate(plan: Plan) -> float:
-    """Operations a second of a large matrix product."""
-    side = 8192 if plan.rt.device.type == "cuda" else 1536
-    left, right = (torch.randn(side, side, device=plan.rt.device) for _ in range(2))
-    left, right = left.to(plan.rt.dtype), right.to(plan.rt.dtype)
-
-    def work() -> None:
-        for _ in range(10):
-            left @ right
-
-    return 10 * 2 * side**3 / timed(work, plan).seconds
-
-
 def drawing(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Text to image, as it is and compiled."""
     scale, dtype = GUIDANCE[family], plan.rt.dtype
@@ -233,13 +187,14 @@ def drawing(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     for way in ("as it is", "compiled"):
         if way == "compiled":
             policy.compile_blocks()
-        found = timed(lambda: rollout(policy, asked, plan, scale), plan)
+        found = plan.timed(lambda: rollout(policy, asked, plan, scale))
         yield _row(family, f"rollout, guidance {scale:g}", way, found, peak, count)
 
 
 def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Updates of a LoRA beside weights of the device's precision, and of float32 weights."""
-    for lora, name in ((LORA, "LoRA"), (None, "all weights, 8-bit AdamW")):
+    for lora, ways in WAYS:
+        name = "LoRA" if lora else "all weights, 8-bit AdamW"
         dtype = plan.rt.dtype if lora else torch.float32
         twin = _trainable(make_policy(family, plan, dtype, is_hollow=True), None)
         asked = conditions(twin, "t2i", plan, 0)
@@ -254,12 +209,12 @@ def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
             once = operations(lambda a=twin, b=asked, c=hollow_states: forward(a, b, plan, c))
         policy = _trainable(make_policy(family, plan, dtype), lora, is_autocast=plan.is_narrow)
         work = _step(policy, asked, plan, "adamw" if lora else "adamw_8bit")
-        for is_compiled, share in WAYS if lora else WAYS[1:2]:
+        for is_compiled, share in ways:
             if is_compiled:
                 policy.compile_blocks()
             checkpoint_blocks(policy.transformer, policy.block_classes, share)
             way = name + (", compiled" if is_compiled else "")
-            found = timed(work, plan)
+            found = plan.timed(work)
             task = f"update, {share:.0%} of blocks again"
             yield _row(family, task, way, found, peak, count, count + share * once)
         del policy, work
@@ -303,7 +258,7 @@ def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
 
                 work, warm_up = (_edit(name, policy, asked, one) for one in (plan, plan.alone))
                 # With one picture: with all of them a call takes half a minute.
-                found[way] = timed(work, plan, warm_up)
+                found[way] = plan.timed(work, warm_up)
                 policy.transformer.zero_grad(set_to_none=True)
             ratio = found["no prefix"].seconds / found["shared prefix"].seconds
             for way, one in found.items():
@@ -376,7 +331,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="pictures or states at once")
     parser.add_argument("--steps", type=int, default=10, help="of the sampler")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print one JSON object as last line")
+    parser.add_argument("--out", type=Path, help="a JSON file, written again after every row")
     arguments = parser.parse_args()
     device = choose_device(arguments.device)
     is_gpu = device.type == "cuda"
@@ -391,18 +346,19 @@ def main() -> None:
         sizes=REAL if is_gpu else SMALL,
     )
     shrink_sources(plan.resolution)
-    peak = peak_rate(plan)
+    peak = peak_rate(plan.rt.device, plan.rt.dtype, plan.repeats)
     name = torch.cuda.get_device_name(device) if is_gpu else "one thread of a CPU"
     print(f"{name}: a large matrix product in {plan.rt.dtype} has {peak / 1e12:.2f} TFLOP/s\n")
     print(HEAD)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    found = {"device": name, "resolution": plan.resolution, "batch": plan.batch}
+    found |= {"steps": plan.steps, "peak": peak, "rows": rows}
     for row in measured(arguments.model, arguments.work, plan, peak):
         rows.append(row)
         # At once, as a machine may be gone before the last one.
         print(line(row), flush=True)
-    if arguments.json:
-        settings = vars(arguments) | {"resolution": plan.resolution}
-        print(json.dumps({"device": name, "settings": settings, "peak": peak, "rows": rows}))
+        if arguments.out is not None:
+            arguments.out.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _asked(policy: Policy[Any, Any], rt: Runtime) -> Iterator[tuple[Tensor, Live
     drawn = policy.noise([torch.Generator().manual_seed(0)], policy.buckets.largest)
     # A step makes its states of what came before, which is hollow if the weights are.
     one = like(drawn) if is_hollow else drawn
-    with torch.no_grad(), _precision(rt), Live(ignored=own, is_hollow=is_hollow) as live:
+    with torch.no_grad(), precision(rt), Live(ignored=own, is_hollow=is_hollow) as live:
         yield one, live
 
 
@@ -147,7 +147,7 @@ def _trained(
     known = [*own, *(p.grad for p in trained if p.grad is not None)]
     scale = counts.draw_scale if counts.trains_null else 1.0
     with Live(ignored=known, is_hollow=isinstance(one, Hollow)) as live:
-        with Saved(ignored=own) as saved, _precision(rt):
+        with Saved(ignored=own) as saved, precision(rt):
             prefixes = _branches(policy, both, counts.state_prompts, scale)
             velocity = _ask(policy, one.repeat(counts.states, 1, 1, 1), prefixes, scale)
             loss = velocity.square().mean()
@@ -185,7 +185,7 @@ def _ask(policy: Policy[Any, Any], latents: Tensor, prefixes: Any, scale: float)
 
 
 @contextlib.contextmanager
-def _precision(rt: Runtime) -> Iterator[None]:
+def precision(rt: Runtime) -> Iterator[None]:
     """As `Runtime.autocast`, on the CPU: there hollow tensors are, also in the plan of a GPU."""
     if rt.device.type == "cpu":
         with rt.autocast():

@@ -5,6 +5,7 @@ one call of the pipeline shares one set of images; a picture's size does not fol
 unless `buckets` say so; noise is drawn in float32; a drawn image's alpha is dropped.
 """
 
+import contextlib
 import math
 from collections.abc import Hashable, Sequence
 from functools import partial
@@ -20,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from burnish import runtime, vision_build
 from burnish.buckets import Size
 from burnish.config import ConfigError
+from burnish.policies.parts.execution import uncompiled
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.qwen_assembly import assemble
 from burnish.policies.parts.qwen_encoding import (
@@ -29,12 +31,7 @@ from burnish.policies.parts.qwen_encoding import (
     QwenReader,
     encode_pixels,
 )
-from burnish.policies.parts.qwen_prefix import (
-    ExtractedCache,
-    KeyValueStore,
-    PrefixProcessor,
-    QwenPrefix,
-)
+from burnish.policies.parts.qwen_prefix import KeyValueStore, PrefixProcessor, QwenPrefix
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.qwen_vae import decode_grid
 from burnish.policies.parts.qwen_whole import WholePrefix, whole_velocity
@@ -44,6 +41,7 @@ from burnish.types import MAX_SOURCES, Prompt, Task
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
 
+from diffusers.models.transformers.transformer_qwenimage21 import QwenImage21KVCache  # noqa: E402
 from diffusers.pipelines.qwenimage21.pipeline_qwenimage21 import QwenImage21Pipeline  # noqa: E402
 
 
@@ -157,23 +155,26 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
         # The transformer wants a target; the smallest one fills a single slot.
         target = sources.new_zeros(count, SLOT_TOKENS, self._channels)
         is_image = torch.cat([longest.is_image, longest.is_image.new_ones(1)]).to(self.device)
-        cache = ExtractedCache(len(self.transformer.transformer_blocks))
-        self.transformer(
-            hidden_states=torch.cat([sources, target], dim=1).to(self.device, self.dtype),
-            timestep=torch.zeros(count, device=self.device),
-            encoder_hidden_states=pad_sequence(
-                [prompt.embedding for prompt in prompts], batch_first=True
-            ).to(self.device, self.dtype),
-            encoder_hidden_states_mask=slots < lengths[:, None] if is_padded else None,
-            img_shapes=[[*longest.shapes, (1, 2, 2)]] * count,
-            img_mask=is_image.expand(count, -1),
-            kv_cache=cache,
-            kv_cache_mode="extract",
-            return_dict=False,
-        )
+        cache = QwenImage21KVCache(len(self.transformer.transformer_blocks))
+        # A compiler would take lengths and the number of sources for constants.
+        with uncompiled() if self._compiler else contextlib.nullcontext():
+            self.transformer(
+                hidden_states=torch.cat([sources, target], dim=1).to(self.device, self.dtype),
+                timestep=torch.zeros(count, device=self.device),
+                encoder_hidden_states=pad_sequence(
+                    [prompt.embedding for prompt in prompts], batch_first=True
+                ).to(self.device, self.dtype),
+                encoder_hidden_states_mask=slots < lengths[:, None] if is_padded else None,
+                img_shapes=[[*longest.shapes, (1, 2, 2)]] * count,
+                img_mask=is_image.expand(count, -1),
+                kv_cache=cache,
+                kv_cache_mode="extract",
+                return_dict=False,
+            )
+        layers = [layer.get() for layer in cache.layer_caches]
         return KeyValueStore.aligned(
-            keys=tuple(layer.keys for layer in cache.layers),
-            values=tuple(layer.values for layer in cache.layers),
+            keys=tuple(keys for keys, _ in layers),
+            values=tuple(values for _, values in layers),
             prompts=prompts,
             frequencies=self._frame_frequencies(),
         )

@@ -3,6 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ Attention = Literal[
 not fetched from a hub when they are first asked for."""
 _COMPILED = 64
 """Pieces of code that a block may be compiled to."""
+_is_uncompiled: ContextVar[bool] = ContextVar("is_uncompiled", default=False)
 _WITHOUT_MASK = ("flash", "_flash_3", "_native_flash")
 
 
@@ -64,6 +66,17 @@ def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str)
         module.compile(backend=backend)
 
 
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Inside, blocks run as they are, and so will those of them that are computed again."""
+    before = _is_uncompiled.set(True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        _is_uncompiled.reset(before)
+
+
 def checkpoint_blocks(
     transformer: Any,
     classes: Sequence[str],
@@ -91,7 +104,14 @@ def checkpoint_blocks(
 def _checkpointed(again: Callable[[], Any], block: Any, *inputs: Any) -> Any:
     if block.is_kept:
         return block(*inputs)
-    contexts = contextlib.nullcontext(), again()
+    is_uncompiled = _is_uncompiled.get()
+
+    @contextlib.contextmanager
+    def once_more() -> Iterator[None]:
+        with again(), uncompiled() if is_uncompiled else contextlib.nullcontext():
+            yield
+
+    contexts = contextlib.nullcontext(), once_more()
     return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from burnish import vision_build
 from burnish.policies.base import Prefix
-from burnish.policies.parts.qwen_encoding import SLOT_TOKENS, QwenPrompt
+from burnish.policies.parts.qwen_encoding import QwenPrompt
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
@@ -119,33 +119,9 @@ class KeyValueStore:
         )
 
 
-class _ExtractedLayer:
-    """One layer's cache as it is filled."""
-
-    def store(self, k: Tensor, v: Tensor) -> None:
-        # Behind the prefix there is a target of one slot.
-        self.keys, self.values = k[:, :-SLOT_TOKENS], v[:, :-SLOT_TOKENS]
-
-
-class ExtractedCache:
-    """Duck-typed stand-in for diffusers' `QwenImage21KVCache` in extract mode, for a target of one
-    slot."""
-
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [_ExtractedLayer() for _ in range(num_layers)]
-
-    def get_layer(self, layer_idx: int) -> _ExtractedLayer:
-        """The cache of one block."""
-        return self.layers[layer_idx]
-
-
 class PrefixProcessor(QwenImage21AttnProcessor):
-    """Diffusers' own attention, beside a cache of ours.
-
-    One that is filled is handed all keys and values: a compiler would take the length of every
-    prefix for a constant, and compile the block again for it. One that is read brings its own mask,
-    as the transformer counts positions, of which a prefix has fewer than tokens.
-    """
+    """Diffusers' own attention, with the mask that a gathered cache brings: the transformer makes
+    one of as many tokens as it counts positions, of which a prefix has fewer."""
 
     def __call__(
         self,
@@ -160,14 +136,10 @@ class PrefixProcessor(QwenImage21AttnProcessor):
         key_valid: Tensor | None = None,
     ) -> Tensor:
         cache: object = layer_cache
-        if isinstance(cache, _ExtractedLayer):
-            cache_write_slice = slice(None)
-        elif isinstance(cache, _GatheredLayer):
-            attention_mask = cache.mask
         found: Tensor = super().__call__(
             attn,
             hidden_states,
-            attention_mask,
+            cache.mask if isinstance(cache, _GatheredLayer) else attention_mask,
             rotary_emb,
             layer_cache,
             kv_cache_mode,
@@ -196,7 +168,7 @@ class _GatheredLayer:
         return self.keys.index_select(0, self.rows), self.values.index_select(0, self.rows)
 
     def store(self, k: Tensor, v: Tensor) -> None:
-        raise AssertionError("a shared prefix is read-only; fill an ExtractedCache instead")
+        raise AssertionError("a shared prefix is read-only; fill a QwenImage21KVCache instead")
 
 
 class GatheredCache:
