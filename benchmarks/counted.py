@@ -59,10 +59,9 @@ def rows(family: str, plan: Plan) -> Iterator[tuple[str, dict[str, float]]]:
     policy = make_policy(family, plan, dtype, is_hollow=True)
     policy.transformer.requires_grad_(False)
     asked = conditions(policy, "t2i", plan, 0)
-    yield (
-        f"rollout, guidance {scale:g}",
-        counted(policy, partial(rollout, policy, asked, plan, scale)),
-    )
+    for policy.batch_guidance in (True, False) if scale != 1 else (True,):
+        name = f"rollout, guidance {scale:g}" + (", in two calls" * (not policy.batch_guidance))
+        yield name, counted(policy, partial(rollout, policy, asked, plan, scale))
     policy = make_policy(family, plan, dtype, is_hollow=True)
     ready(policy, LORA, is_autocast=True).transformer.train()
     latents = states(policy, plan)

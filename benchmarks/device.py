@@ -187,8 +187,10 @@ def drawing(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     for way in ("as it is", "compiled"):
         if way == "compiled":
             policy.compile_blocks()
-        found = plan.timed(lambda: rollout(policy, asked, plan, scale))
-        yield _row(family, f"rollout, guidance {scale:g}", way, found, peak, count)
+        for policy.batch_guidance in (True, False) if scale != 1 else (True,):
+            found = plan.timed(lambda: rollout(policy, asked, plan, scale))
+            done = way if policy.batch_guidance else f"{way}, guidance in two calls"
+            yield _row(family, f"rollout, guidance {scale:g}", done, found, peak, count)
 
 
 def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:

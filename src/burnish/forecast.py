@@ -195,6 +195,7 @@ def _hollow(config: PolicyConfig, rt: Runtime) -> Policy[Any, Any]:
         frozen_dtype=DTYPES[config.frozen_dtype or config.dtype],
     )
     policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
+    policy.batch_guidance = config.batch_guidance
     again = GpuPrecision if rt.device.type == "cuda" else contextlib.nullcontext
     checkpoint_blocks(policy.transformer, policy.block_classes, config.checkpointing, again=again)
     return policy

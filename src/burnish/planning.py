@@ -29,8 +29,8 @@ FRAGMENTATION = 1.1
 """Factor on all tensors for what an allocator cannot fill, and for workspaces."""
 GIBIBYTE = 1 << 30
 PROCESS_BYTES: Mapping[str, int] = {"cuda": GIBIBYTE, "cpu": round(0.75 * GIBIBYTE)}
-"""What a process holds before the first tensor: the CUDA context with its kernels; on a CPU,
-Python with the libraries."""
+"""What a process holds before the first tensor: the CUDA context with its kernels, and the
+workspaces of cuBLAS; on a CPU, Python with the libraries."""
 
 
 @dataclass(frozen=True)

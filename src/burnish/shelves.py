@@ -91,7 +91,7 @@ class PolicyConfig(Config):
     frozen_dtype: Literal["float32", "bfloat16"] | None = None
     """Likewise, of all that is never trained: encoders, VAE, teachers, the start that `kl_weight`
     compares with; None is as `dtype`."""
-    checkpointing: bool | Annotated[float, Field(ge=0, le=1)] = False
+    checkpointing: bool | float = False
     """Compute blocks again in the backward pass instead of keeping what they computed: far less
     memory, a third more work in an update. A number is the share of the blocks, evenly spread."""
     cache: str | None = None
@@ -104,6 +104,9 @@ class PolicyConfig(Config):
     """Compute what a prompt is to the transformer once for all its samples and steps, where a
     family can. False reads it again in every call, which is slower, most of all for edits, and lets
     the weights be spread over processes."""
+    batch_guidance: bool = True
+    """Ask for both velocities of a guided one in one call. False asks one after the other, which
+    takes half the memory of drawing and of a guided teacher."""
     compile: bool = False
     """Have torch compile the repeated block: faster after minutes of compiling, and equal but for
     rounding."""
@@ -123,6 +126,17 @@ class PolicyConfig(Config):
             return self
         frozen = self.frozen_dtype or self.dtype
         return self.model_copy(update={"dtype": "bfloat16", "frozen_dtype": frozen})
+
+    @field_validator("checkpointing", mode="before")
+    @classmethod
+    def _is_share(cls, value: Any) -> Any:
+        # Of a union each member would be told of.
+        if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
+            raise ValueError(
+                f"need true, false or a share of the blocks from 0 to 1, got {value}; 0.5 computes "
+                "half of them again"
+            )
+        return value
 
     @field_validator("aspects")
     @classmethod
@@ -197,6 +211,7 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
             if name != "transformer":
                 network.to(rt.device)
     policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
+    policy.batch_guidance = config.batch_guidance
     transformer: Any = policy.transformer.requires_grad_(False)
     checkpoint_blocks(transformer, policy.block_classes, config.checkpointing)
     if config.attention != "native":

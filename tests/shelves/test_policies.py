@@ -350,6 +350,12 @@ def test_the_unconditional_branch_runs_only_where_guidance_asks_for_it(policy, p
     if policy.rescales_guidance:
         wanted = wanted * conditional.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True)
     torch.testing.assert_close(both.guided, wanted, rtol=0, atol=1e-4)
+    before = len(rows)
+    policy.batch_guidance = False
+    apart = policy.guided(latents, sigmas, prefix, null, 3.0)
+    assert max(rows[before:]) <= 3 < 6 == sum(rows[before:])
+    for one, other in zip(apart, both, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
 
 
 def test_a_family_of_edits_tells_how_many_sources_it_reads(policy):

@@ -217,9 +217,13 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         if scale == 1:
             conditional = self.velocity(latents, sigmas, prefix)
             return Guided(conditional, conditional, conditional)
-        both = self.join([prefix, null_prefix])
-        velocities = self.velocity(torch.cat([latents, latents]), torch.cat([sigmas, sigmas]), both)
-        conditional, unconditional = velocities.chunk(2)
+        if self.batch_guidance:
+            both = self.join([prefix, null_prefix])
+            twice = torch.cat([latents, latents]), torch.cat([sigmas, sigmas])
+            conditional, unconditional = self.velocity(*twice, both).chunk(2)
+        else:
+            conditional = self.velocity(latents, sigmas, prefix)
+            unconditional = self.velocity(latents, sigmas, null_prefix)
         guided = compose(conditional, unconditional, scale, self.rescales_guidance)
         return Guided(guided, conditional, unconditional)
 
