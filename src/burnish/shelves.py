@@ -105,8 +105,8 @@ class PolicyConfig(Config):
     family can. False reads it again in every call, which is slower, most of all for edits, and lets
     the weights be spread over processes."""
     batch_guidance: bool = True
-    """Ask for both velocities of a guided one in one call. False asks one after the other, which
-    takes half the memory of drawing and of a guided teacher."""
+    """Ask for both velocities of a guided one in one call. False asks one after the other where no
+    gradient is wanted, so that drawing and guided teachers hold half as much beside weights."""
     compile: bool = False
     """Have torch compile the repeated block: faster after minutes of compiling, and equal but for
     rounding."""
@@ -133,8 +133,8 @@ class PolicyConfig(Config):
         # Of a union each member would be told of.
         if not isinstance(value, bool | int | float) or not 0 <= value <= 1:
             raise ValueError(
-                f"need true, false or a share of the blocks from 0 to 1, got {value}; 0.5 computes "
-                "half of them again"
+                f"need true, false or a share of the blocks from 0 to 1, got {value!r}; 0.5 "
+                "computes half of them again"
             )
         return value
 

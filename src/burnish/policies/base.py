@@ -105,7 +105,8 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
     """Whether that is done where it can be; else every call reads its prompts again."""
 
     batch_guidance: bool = True
-    """Whether a guided velocity is one call of the transformer; else it is two, in less memory."""
+    """Whether a guided velocity without gradient is one call of the transformer; else it is two, in
+    less memory."""
 
     chooses_attention: ClassVar[bool] = True
     """Whether the kernel of attention can be chosen; else it is torch's own."""

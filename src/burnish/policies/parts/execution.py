@@ -53,17 +53,22 @@ def visiting(networks: Sequence[nn.Module], device: torch.device) -> Iterator[No
 def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str) -> None:
     """Have every repeated block compiled when it is first called, one alone: all are alike, so that
     the code of one serves all of them."""
-    import torch._dynamo.config  # Slow, and most runs compile nothing.
-
-    # Beyond so many, blocks would silently run as they are. A run with a teacher has them with and
-    # without gradient, adapters, a prefix and padding, in pictures of several sizes.
-    torch._dynamo.config.recompile_limit = max(_COMPILED, torch._dynamo.config.recompile_limit)
+    _allow_many()
     # Else the code that served a call longest ago is asked last, so that a block could be computed
     # again by other code than before, which keeps other tensors.
     compiler: Any = torch._C
     compiler._dynamo.eval_frame._set_lru_cache(False)
     for module in _blocks(transformer, classes):
         module.compile(backend=backend)
+
+
+def _allow_many() -> None:
+    """Let a block have more pieces of code in this thread than torch's eight, beyond which it would
+    silently run as it is: a run with a teacher has them with and without gradient, adapters and
+    padding, in pictures of several sizes."""
+    import torch._dynamo.config  # Slow, and most runs compile nothing.
+
+    torch._dynamo.config.recompile_limit = max(_COMPILED, torch._dynamo.config.recompile_limit)
 
 
 @contextlib.contextmanager
@@ -108,11 +113,16 @@ def _checkpointed(again: Callable[[], Any], block: Any, *inputs: Any) -> Any:
 
     @contextlib.contextmanager
     def once_more() -> Iterator[None]:
+        if block._compiled_call_impl is not None:
+            # The backward pass of a GPU has a thread of its own.
+            _allow_many()
         with again(), uncompiled() if is_uncompiled else contextlib.nullcontext():
             yield
 
-    contexts = contextlib.nullcontext(), once_more()
-    return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: contexts)
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), once_more()
+
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def _blocks(transformer: nn.Module, classes: Sequence[str]) -> Iterator[Any]:

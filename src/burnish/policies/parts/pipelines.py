@@ -217,7 +217,8 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
         if scale == 1:
             conditional = self.velocity(latents, sigmas, prefix)
             return Guided(conditional, conditional, conditional)
-        if self.batch_guidance:
+        # With gradient always: processes that share spread weights must make equally many calls.
+        if self.batch_guidance or torch.is_grad_enabled():
             both = self.join([prefix, null_prefix])
             twice = torch.cat([latents, latents]), torch.cat([sigmas, sigmas])
             conditional, unconditional = self.velocity(*twice, both).chunk(2)
