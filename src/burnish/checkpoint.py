@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import warnings
@@ -19,9 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
-import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError
 from torch import Tensor
@@ -220,46 +217,6 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(
         step=manifest["step"], folder=path, tensors=tensors, state=state, is_spread=is_spread
     )
-
-
-def random_state(
-    generators: Mapping[str, torch.Generator] | None = None,
-) -> tuple[dict[str, Tensor], JSON]:
-    """The state of the global random generators and of the named ones, as tensors and JSON."""
-    tensors = {"torch": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        tensors[f"cuda.{index}"] = torch.cuda.get_rng_state(index)
-    for name, generator in (generators or {}).items():
-        tensors[f"generator.{name}"] = generator.get_state()
-    _, keys, position, has_gauss, gauss = np.random.get_state()
-    tensors["numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.int64))
-    state = {
-        "numpy": [int(position), int(has_gauss), float(gauss)],
-        "python": random.getstate(),
-    }
-    return tensors, state
-
-
-def load_random_state(
-    tensors: Tensors, state: JSON, generators: Mapping[str, torch.Generator] | None = None
-) -> None:
-    """Put back what `random_state` gave, the named generators in place."""
-    torch.set_rng_state(tensors["torch"])
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        if f"cuda.{index}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
-    for name, generator in (generators or {}).items():
-        if f"generator.{name}" not in tensors:
-            raise CheckpointError(
-                f"need the random generator {name!r} in the checkpoint, it holds none of that name;"
-                " resume with the version and the settings it was saved with"
-            )
-        generator.set_state(tensors[f"generator.{name}"])
-    position, has_gauss, gauss = state["numpy"]
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state(("MT19937", keys, position, has_gauss, gauss))
-    version, words, next_gauss = state["python"]
-    random.setstate((version, tuple(words), next_gauss))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from tests.family_recipes import recipe
 from tests.jobs import distance, finish
 from torch import Tensor
 
-from burnish import checkpoint, images, planning
+from burnish import images, planning
 from burnish.config import parse
 from burnish.forecast import forecast
 from burnish.optimization import OptimizerConfig
@@ -154,13 +154,6 @@ def test_a_judge_says_what_it_says_on_a_cpu(small_judge: Path) -> None:
     for here, there in zip(*found, strict=True):
         assert isinstance(here, Scored) and isinstance(there, Scored)
         assert there.value == pytest.approx(here.value, abs=1e-2) and there.note == here.note
-
-
-def test_random_numbers_go_on_where_they_were(gpu: torch.device) -> None:
-    kept = checkpoint.random_state()
-    first = torch.rand(4, device=gpu)
-    checkpoint.load_random_state(*kept)
-    assert torch.equal(torch.rand(4, device=gpu), first)
 
 
 def test_several_gpus_train_what_one_trains(tmp_path: Path) -> None:
