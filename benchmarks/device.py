@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.activations import hollow, like
 from burnish.adapters import LoraConfig, attach
+from burnish.dry_run import ready
 from burnish.optimization import OptimizerConfig
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
@@ -81,11 +82,6 @@ class Plan:
     steps: int
     repeats: int
     sizes: dict[str, Changes]
-
-    @property
-    def is_narrow(self) -> bool:
-        """Whether networks run under autocast."""
-        return self.rt.dtype != torch.float32
 
     def timed(self, work: Callable[[], None], warm_up: Callable[[], None] | None = None) -> Timed:
         return timed(work, self.rt.device, self.repeats, warm_up)
@@ -146,22 +142,15 @@ def rollout(policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan, scale: 
                 policy.guided(latents, sigmas, prefix.take(rows), null.take(rows), scale)
 
 
-def forward(
+def update(
     policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan, latents: torch.Tensor
-) -> torch.Tensor:
-    """A loss at one micro-batch of states of one prompt."""
+) -> None:
+    """Forward and backward pass of one micro-batch of states of one prompt."""
     sigmas = torch.linspace(0.9, 0.5, plan.batch).to(latents.device)
     with plan.rt.autocast():
         prefix, _ = branches(policy, both[0], None)
         velocity = policy.velocity(latents, sigmas, prefix.take([0] * plan.batch))
-        return velocity.square().mean()
-
-
-def update(
-    policy: Policy[Any, Any], both: tuple[Any, Any], plan: Plan, latents: torch.Tensor
-) -> None:
-    """Forward and backward pass of one micro-batch of states."""
-    loss = forward(policy, both, plan, latents)
+        loss = velocity.square().mean()
     with plan.rt.attention():
         loss.backward()
 
@@ -200,27 +189,26 @@ def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     for lora, ways in WAYS:
         name = "LoRA" if lora else "all weights, 8-bit AdamW"
         dtype = plan.rt.dtype if lora else torch.float32
-        twin = _trainable(make_policy(family, plan, dtype, is_hollow=True), None)
+        twin = ready(make_policy(family, plan, dtype, is_hollow=True), lora)
         asked = conditions(twin, "t2i", plan, 0)
-        twin.transformer.requires_grad_(lora is None)
-        if lora:
-            # Its own products are a hundredth; what matters is that frozen weights need none.
-            for own, parameter in twin.transformer.named_parameters():
-                parameter.requires_grad_("norm" in own)
-        hollow_states = states(twin, plan)
-        count = operations(lambda a=twin, b=asked, c=hollow_states: update(a, b, plan, c))
-        with torch.no_grad():
-            once = operations(lambda a=twin, b=asked, c=hollow_states: forward(a, b, plan, c))
-        policy = _trainable(make_policy(family, plan, dtype), lora, is_autocast=plan.is_narrow)
+        counted = partial(update, twin, asked, plan, states(twin, plan))
+        twin.transformer.train()
+        count = operations(counted)
+        policy = make_policy(family, plan, dtype)
+        policy.transformer.train().requires_grad_(True)
+        if lora is not None:
+            is_narrow = plan.rt.dtype != torch.float32
+            attach(policy.transformer, lora, policy.lora_targets, is_autocast=is_narrow)
         work = _step(policy, asked, plan, "adamw" if lora else "adamw_8bit")
         for is_compiled, share in ways:
             if is_compiled:
                 policy.compile_blocks()
-            checkpoint_blocks(policy.transformer, policy.block_classes, share)
+            for one in (twin, policy):
+                checkpoint_blocks(one.transformer, one.block_classes, share)
             way = name + (", compiled" if is_compiled else "")
             found = plan.timed(work)
             task = f"update, {share:.0%} of blocks again"
-            yield _row(family, task, way, found, peak, count, count + share * once)
+            yield _row(family, task, way, found, peak, count, operations(counted))
         del policy, work
         gc.collect()
 
@@ -239,13 +227,6 @@ def _step(policy: Any, asked: Any, plan: Plan, kind: Any) -> Callable[[], None]:
     return work
 
 
-def _trainable(policy: Any, lora: LoraConfig | None, *, is_autocast: bool = False) -> Any:
-    policy.transformer.train().requires_grad_(True)
-    if lora is not None:
-        attach(policy.transformer, lora, policy.lora_targets, is_autocast=is_autocast)
-    return policy
-
-
 def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Edits of `qwen_image21`, whose prefix holds the references, or is none."""
     shared = make_policy("qwen_image21", plan, plan.rt.dtype)
@@ -259,11 +240,9 @@ def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
             found = {}
             for way, policy in (("shared prefix", shared), ("no prefix", full)):
                 policy.transformer.requires_grad_(name == "update").train(name == "update")
-
                 work, warm_up = (_edit(name, policy, asked, one) for one in (plan, plan.alone))
                 # With one picture: with all of them a call takes half a minute.
                 found[way] = plan.timed(work, warm_up)
-                policy.transformer.zero_grad(set_to_none=True)
             ratio = found["no prefix"].seconds / found["shared prefix"].seconds
             for way, one in found.items():
                 row = _row("qwen_image21", f"edit {name}, {references} references", way, one, peak)
@@ -273,7 +252,13 @@ def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
 def _edit(name: str, policy: Any, asked: Any, plan: Plan) -> Callable[[], None]:
     if name == "rollout":
         return partial(rollout, policy, asked, plan, 1.0)
-    return partial(update, policy, asked, plan, states(policy, plan))
+    latents = states(policy, plan)
+
+    def work() -> None:
+        update(policy, asked, plan, latents)
+        policy.transformer.zero_grad(set_to_none=True)
+
+    return work
 
 
 def _row(

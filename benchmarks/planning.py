@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--recipe", default="miniature")
     parser.add_argument("--stage", nargs="+", help="instead of all, and `evaluation`")
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--drawn", type=int, metavar="TEACHERS", help="a model of random weights")
+    parser.add_argument(
+        "--drawn", type=int, choices=range(1, 5), help="teachers of a model of random weights"
+    )
     parser.add_argument("--json", action="store_true", help="one object as the last line")
     parser.add_argument("--one", metavar="STAGE", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")

@@ -179,6 +179,9 @@ def draw_weights(family: str, folder: Path, device: torch.device) -> None:
             else:
                 drawn = kind(kind.config_class.from_pretrained(folder / name))
         drawn.to(torch.bfloat16).save_pretrained(folder / name)
+        del drawn
+    # The device is for others now.
+    torch.cuda.empty_cache()
 
 
 def _merged(old: Sizes, changes: Sizes) -> Sizes:

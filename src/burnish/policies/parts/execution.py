@@ -55,9 +55,11 @@ def compile_blocks(transformer: nn.Module, classes: Sequence[str], backend: str)
     the code of one serves all of them."""
     _allow_many()
     # Else the code that served a call longest ago is asked last, so that a block could be computed
-    # again by other code than before, which keeps other tensors.
+    # again by other code than before, which keeps other tensors. torch 2.8 has no such switch.
     compiler: Any = torch._C
-    compiler._dynamo.eval_frame._set_lru_cache(False)
+    set_order = getattr(compiler._dynamo.eval_frame, "_set_lru_cache", None)
+    if set_order is not None:
+        set_order(False)
     for module in _blocks(transformer, classes):
         module.compile(backend=backend)
 
