@@ -182,3 +182,4 @@ class LossOutput:
 
     loss: Float[Tensor, ""]
     metrics: Mapping[str, float]
+    """By name: what ends in `_max` or `_min` is that, all others are means over states."""

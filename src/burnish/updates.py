@@ -5,6 +5,7 @@ own groups. The loss of an update is the mean over the states of all processes, 
 does not know how many there are: each adds its part, and parts may be uneven or empty.
 """
 
+import statistics
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,10 @@ from burnish.sharding import full
 from burnish.tracking import RunError
 from burnish.types import Prompt, Signal
 
+Logged = dict[str, list[tuple[float, int]]]
+"""By name, the value of each micro-batch and its number of states."""
+_ENDS = {"max": max, "min": min}
+
 
 def update(
     plan: OptimizerConfig,
@@ -33,7 +38,7 @@ def update(
     seed: int,
     total: int,
 ) -> dict[str, float]:
-    """Make all optimizer steps of one step of a stage; returns the means of what the loss logs.
+    """Make all optimizer steps of one step of a stage; returns what the loss logs, over all states.
 
     Args:
         plan: how often, and how fast.
@@ -50,7 +55,7 @@ def update(
         SelfCheckError: a ratio other than 1 before the first update, or weights that do not move.
     """
     parameters = [parameter for _, parameter in state.policy.trainable()]
-    logged: dict[str, list[float]] = {}
+    logged: Logged = {}
     norms = []
     for number, part in enumerate(_parts(plan, rt, prompts, signals, state.step, seed)):
         states = sum(rt.gather(sum(len(signal.sigmas) for signal in part)))
@@ -76,7 +81,7 @@ def update(
         if state.average:
             own = [parameter.detach() for parameter in parameters]
             torch._foreach_lerp_(state.average, own, 1 - plan.ema_decay)
-    return _means(rt, logged) | {"policy/grad_norm": sum(norms) / len(norms)}
+    return _over_states(rt, logged) | {"policy/grad_norm": sum(norms) / len(norms)}
 
 
 def _accumulate(
@@ -87,7 +92,7 @@ def _accumulate(
     prompts: Sequence[Prompt],
     part: Sequence[Signal],
     states: int,
-    logged: dict[str, list[float]],
+    logged: Logged,
 ) -> None:
     """Add the gradient of the signals of one update, of as many states on all processes."""
     is_first = state.step == 0 and "loss" not in logged
@@ -103,7 +108,7 @@ def _accumulate(
         with rt.attention():
             (output.loss * share).backward()
         for name, value in {"loss": float(output.loss.detach()), **output.metrics}.items():
-            logged.setdefault(name, []).append(value)
+            logged.setdefault(name, []).append((value, len(batch.sigmas)))
         if is_first:
             check_ratio(output.metrics, plan.num_updates)
 
@@ -171,14 +176,15 @@ def _turns(counts: Sequence[int], num_updates: int, draws: torch.Generator) -> l
     return turns
 
 
-def _means(rt: Runtime, logged: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Over the micro-batches of all processes."""
-    parts = rt.gather({name: [sum(values), len(values)] for name, values in logged.items()})
-    names = dict.fromkeys(name for part in parts for name in part)
+def _over_states(rt: Runtime, logged: Logged) -> dict[str, float]:
+    """What was logged, of all processes; it does not know how micro-batches were cut."""
+    parts = rt.gather(logged)
     found = {}
-    for name in names:
-        own = [part[name] for part in parts if name in part]
-        found[name] = sum(value for value, _ in own) / sum(count for _, count in own)
+    for name in dict.fromkeys(name for part in parts for name in part):
+        entries = [entry for part in parts for entry in part.get(name, ())]
+        values, states = zip(*entries, strict=True)
+        end = _ENDS.get(name.rpartition("_")[2])
+        found[name] = end(values) if end else statistics.fmean(values, states)
     return found
 
 

@@ -109,8 +109,8 @@ def test_several_processes_train_what_one_trains(
         *(read_rows(p / "metrics.jsonl") for p in (alone, together)), strict=True
     ):
         assert one.keys() == other.keys()
-        for name in ("data/images", "data/trained", "reward/mean", "policy/grad_norm"):
-            assert one.get(name, 0) == pytest.approx(other.get(name, 0), rel=1e-3), name
+        for name in one.keys() - {name for name in one if name.startswith("time/")}:
+            assert one[name] == pytest.approx(other[name], rel=1e-3, abs=1e-5), name
 
 
 def test_spread_weights_are_trained_as_whole_ones(models: dict[str, Path], tmp_path: Path) -> None:

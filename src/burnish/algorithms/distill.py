@@ -271,7 +271,7 @@ class Distill(Algorithm):
         velocity, target = batch.velocity(policy), batch.fields["target"]
         losses = velocity_matching(velocity, target, weight=batch.fields["weight"])
         with torch.no_grad():
-            gap = velocity_matching(velocity, target).mean()
-            size = velocity_matching(torch.zeros_like(velocity), target).mean()
-            metrics = {"distill/gap": float(gap), "distill/gap_share": float(gap / size)}
+            gap = velocity_matching(velocity, target)
+            share = gap / velocity_matching(torch.zeros_like(velocity), target)
+            metrics = {"distill/gap": float(gap.mean()), "distill/gap_share": float(share.mean())}
         return LossOutput(loss=losses.mean(), metrics=metrics)

@@ -42,7 +42,7 @@ from burnish.guidance import (
     velocity_pair,
 )
 from burnish.latents import over
-from burnish.objectives import clipped_policy_loss, is_clipped
+from burnish.objectives import clipped_policy_loss, is_clipped, velocity_kl
 from burnish.policies.base import Policy
 from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, LossOutput, Signal, Trajectory
@@ -164,7 +164,7 @@ class Grpo(Algorithm):
                 "policy/ratio_max": float(ratio.exp().max()),
                 "policy/ratio_min": float(ratio.exp().min()),
                 "policy/clipped": float(clipped.float().mean()),
-                "policy/change": float((pair.new - pair.old).pow(2).mean().sqrt()),
+                "policy/change": float(velocity_kl(pair.new, pair.old).sqrt().mean()),
             }
         return self._anchor.hold(
             LossOutput(loss=losses.mean(), metrics=metrics), conditional, batch

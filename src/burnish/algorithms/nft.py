@@ -134,6 +134,6 @@ class Nft(Algorithm):
             clean_sigma=batch.sigmas if self._config.error == "clean" else None,
         )
         with torch.no_grad():
-            change = float(velocity_kl(conditional, old).mean().sqrt())
+            change = float(velocity_kl(conditional, old).sqrt().mean())
         output = LossOutput(loss=losses.mean(), metrics={"policy/change": change})
         return self._anchor.hold(output, conditional, batch)
