@@ -134,8 +134,8 @@ def config_hash(config: Config) -> str:
 
 def nearest(name: object, choices: Sequence[object]) -> str | None:
     """The choice that looks most like `name`, or None where none looks like it."""
-    found = difflib.get_close_matches(str(name), [str(choice) for choice in choices], 1, 0.5)
-    return found[0] if found else None
+    likeness = 0.5 if len(str(name)) > 3 else 0.7  # Two of three letters are little: gpu is no cpu.
+    return next(iter(difflib.get_close_matches(str(name), map(str, choices), 1, likeness)), None)
 
 
 EMBEDDED = "embedded:"

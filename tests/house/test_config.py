@@ -283,6 +283,7 @@ def test_nearest() -> None:
     """Something like it, or nothing."""
     assert nearest("optimiser", ["algorithm", "optimizer"]) == "optimizer"
     assert nearest("zzz", ["algorithm", "optimizer"]) is None
+    assert nearest("gpu", ["auto", "cpu", "cuda"]) is None
 
 
 def test_no_torch_is_loaded() -> None:
