@@ -180,7 +180,7 @@ def test_spread_weights_are_trained_on_sources_of_many_sizes(
 
 def test_a_teacher_is_spread_like_its_student(models: dict[str, Path], tmp_path: Path) -> None:
     """Each process reads and keeps its share, uneven as it may be; gathered, they are the teacher,
-    also where the next one was read ahead."""
+    also where the next one was read ahead. Compiled blocks change neither it nor a gradient."""
     model, answer = models["flux2_klein"], tmp_path / "answer.json"
     policy: Any = policy_class("flux2_klein").load(model, resolution=64)
     with torch.no_grad():
@@ -193,6 +193,7 @@ def test_a_teacher_is_spread_like_its_student(models: dict[str, Path], tmp_path:
     assert sum(kept) == told["whole"] and max(kept) < 0.36 * told["whole"]
     assert len(set(kept)) > 1, "as these sizes are no multiples of three"
     assert max(own["gap"] for own in told["processes"]) < TOLERANCE
+    assert max(own["learning"] for own in told["processes"]) < TOLERANCE
 
 
 def test_shares_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
