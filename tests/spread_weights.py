@@ -1,6 +1,6 @@
 """Weights, an average and moments that are spread: saved by some processes, read by others. Run by
-torchrun with `save`, `read` or `fail` and the folder of checkpoints; what is read is compared
-here."""
+torchrun with `save`, `read` or `fail`, the folder of checkpoints and the step of the newest whole
+one; what is read is compared here."""
 
 import errno
 import os
@@ -29,7 +29,7 @@ def wanted(step: int) -> dict[str, dict[str, torch.Tensor]]:
     return found
 
 
-def main(task: str, folder: Path) -> None:
+def main(task: str, folder: Path, newest: int) -> None:
     rt = RuntimeConfig(device="cpu", threads=1, sharding="full").build()
     mesh = init_device_mesh("cpu", (rt.world_size,))
     spread_checkpoint.FILE_BYTES = 60  # Two files of each process at least.
@@ -53,9 +53,9 @@ def main(task: str, folder: Path) -> None:
             assert "No space left on device" in str(error) and "\n" not in str(error)
         else:
             raise AssertionError("this must fail")
-    found = checkpoint.latest(folder)
-    assert found is not None and found.is_spread and found.step == found.state["step"] == 3
-    expected = wanted(3)
+    found = checkpoint.latest(folder, rt)
+    assert found is not None and found.is_spread and found.step == found.state["step"] == newest
+    expected = wanted(newest)
     read = spread_checkpoint.read(found.folder, lambda group, name: spread(expected[group][name]))
     for group, own in expected.items():
         assert read[group].keys() == own.keys()
@@ -68,6 +68,6 @@ def main(task: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
     # As `burnish job` ends: what libraries do as they are unloaded is not asked for here.
     os._exit(0)

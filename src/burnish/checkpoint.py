@@ -23,6 +23,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError
 from torch import Tensor
 
+from burnish.runtime import ALONE, Runtime
 from burnish.tracking import RunError, write_atomic, write_json, writing
 
 FORMAT = 1
@@ -170,8 +171,12 @@ def steps(folder: Path) -> list[int]:
     return sorted(_places(folder))
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path, rt: Runtime = ALONE) -> Checkpoint | None:
     """The newest whole checkpoint; None where there is none at all.
+
+    Args:
+        folder: of all checkpoints.
+        rt: processes, all of which must come here; each checks a part of the files.
 
     Raises:
         CheckpointError: there are checkpoints, and none of them is whole.
@@ -180,11 +185,11 @@ def latest(folder: Path) -> Checkpoint | None:
     # It only reads, so that one may look into the folder of a run that is still writing.
     for step, path in sorted(_places(folder).items(), reverse=True):
         try:
-            checkpoint = load(path)
+            checkpoint = load(path, rt)
         except CheckpointError as error:
             problems.append(str(error))
             continue
-        if problems:
+        if problems and rt.is_main:
             message = f"{problems[0]} -- falling back to the checkpoint of step {step}"
             warnings.warn(message, CheckpointWarning, stacklevel=2)
         return checkpoint
@@ -196,13 +201,18 @@ def latest(folder: Path) -> Checkpoint | None:
     return None
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path, rt: Runtime = ALONE) -> Checkpoint:
     """Read one checkpoint and check every byte of it against its manifest.
 
+    Args:
+        path: of the checkpoint.
+        rt: as for `latest`.
+
     Raises:
-        CheckpointError: missing, incomplete, changed, or written by another version.
+        CheckpointError: missing, incomplete, changed, or written by another version; on all
+            processes, whichever saw it.
     """
-    manifest = _verified_manifest(path)
+    manifest = _verified_manifest(path, rt)
     is_spread = any(name.startswith(_SHARE) for name in manifest["files"])
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in manifest["files"]:
@@ -284,26 +294,37 @@ def _separate(named: Tensors) -> dict[str, Tensor]:
     return separate
 
 
-def _verified_manifest(path: Path) -> dict[str, Any]:
+def _verified_manifest(path: Path, rt: Runtime) -> dict[str, Any]:
+    manifest: dict[str, Any] = {}
+    problem = ""
     try:
-        marker = (path / _MARKER).read_text(encoding="utf-8").strip()
-        if marker != _hash(path / "manifest.json"):
-            raise _damaged(path, "manifest.json was changed")
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise CheckpointError(
-                f"need a checkpoint of format {FORMAT}, {path} has format {manifest['format']};"
-                " use the version of Burnish that wrote it"
-            )
-        for name, facts in manifest["files"].items():
+        manifest = _manifest(path)
+        for name, facts in rt.mine(list(manifest["files"].items())):
             if (path / name).stat().st_size != facts["bytes"]:
                 raise _damaged(path, f"{name} was cut short or grew")
             if _hash(path / name) != facts["sha256"]:
                 raise _damaged(path, f"{name} was changed")
+    except CheckpointError as error:
+        problem = str(error)
     except FileNotFoundError as error:
-        raise _damaged(path, f"{Path(error.filename).name} is missing") from None
+        problem = str(_damaged(path, f"{Path(error.filename).name} is missing"))
     except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from None
+        problem = str(_damaged(path, f"it cannot be read ({error})"))
+    for found in filter(None, rt.gather(problem)):
+        raise CheckpointError(found)
+    return manifest
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    marker = (path / _MARKER).read_text(encoding="utf-8").strip()
+    if marker != _hash(path / "manifest.json"):
+        raise _damaged(path, "manifest.json was changed")
+    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(
+            f"need a checkpoint of format {FORMAT}, {path} has format {manifest['format']};"
+            " use the version of Burnish that wrote it"
+        )
     return manifest
 
 

@@ -161,7 +161,7 @@ class State:
     def restore(self, run: Run, rt: Runtime) -> None:
         """Continue where the newest whole checkpoint was written, if there is one; all processes
         must come here."""
-        found = checkpoint.latest(run.checkpoints)
+        found = checkpoint.latest(run.checkpoints, rt)
         if found is not None:
             tensors = self._shared_out(found)
             with torch.no_grad():
