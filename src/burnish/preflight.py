@@ -159,6 +159,8 @@ def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"stages.{name}.guard.prompts", stage.guard.prompts
             if stage.guard.retention is not None:
                 yield f"stages.{name}.guard.retention.prompts", stage.guard.retention.prompts
+        for key, path in stage.algorithm.sets().items():
+            yield f"stages.{name}.algorithm.{key}", path
 
 
 def _check_family(config: RunConfig) -> None:
@@ -224,16 +226,17 @@ def _models(config: RunConfig) -> dict[str, str]:
 
 def _look_at_images(config: RunConfig) -> None:
     """Decode the images of every set, or of an even sample of a large one."""
-    plan, family = config.evaluation, policy_class(config.policy.family)
-    sets = [PromptsConfig(path=path) for path in (plan.prompts, plan.knowledge) if path is not None]
-    sets += [stage.prompts for stage in config.stages.values()]
+    family = policy_class(config.policy.family)
+    sets = [(key, PromptsConfig(path=path)) for key, path in _sets(config)]
+    sets += [(f"stages.{name}.prompts", stage.prompts) for name, stage in config.stages.items()]
     # Stages often share a set.
-    for prompts in {repr((one.path, one.columns)): one for one in sets}.values():
-        every = prompts.open()
-        for place in track(spaced(range(len(every)), _LOOKED_AT), "images of prompts"):
-            every.check(place)
-            if every.entries[place].task == "edit":
-                family.check_source_sizes(every[place])
+    for key, prompts in {(one.path, repr(one.columns)): (key, one) for key, one in sets}.values():
+        with _under(key):
+            every = prompts.open()
+            for place in track(spaced(range(len(every)), _LOOKED_AT), "images of prompts"):
+                every.check(place)
+                if every.entries[place].task == "edit":
+                    family.check_source_sizes(every[place])
 
 
 def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> None:

@@ -174,6 +174,15 @@ def recipe_of_edits(family: str, model: Path, path: Path) -> RunConfig:
     return recipe(family, model, stages={"edit_teacher": stage}, evaluation=plan)
 
 
+def distilled(model: Path, **algorithm: Any) -> RunConfig:
+    """A student of edits, whose teacher is its start."""
+    stage = recipe("flux2_klein", model).model_dump()["stages"]["student"]
+    stage["prompts"]["tasks"] = ["edit"]
+    teachers = {"edit": {"path": str(model), "guidance_scale": 2.0}}
+    stage["algorithm"] |= {"teachers": teachers, **algorithm}
+    return recipe("flux2_klein", model, stages={"student": stage})
+
+
 @pytest.mark.usefixtures("small_sources")
 @pytest.mark.parametrize(
     "family", [name for name in families() if policy_class(name).max_sources > 1]
@@ -333,8 +342,14 @@ def test_sources_that_a_family_cannot_read_are_told_before_it_is_read(tmp_path: 
         own = [replace(prompt, sources=(source,)) for prompt in edits("train", 4)]
         write_prompts(tmp_path / "own.jsonl", own)
         config = recipe_of_edits("flux2_klein", tmp_path, tmp_path / "own.jsonl")
-        with pytest.raises(ConfigError, match=rf"need source images of 64 pixels .*got {size}"):
+        said = rf"need source images of 64 pixels .*got {size}"
+        with pytest.raises(ConfigError, match=said):
             check_inputs(config)
+        # Likewise where a student is compared with its teachers.
+        states = {"prompts": str(tmp_path / "own.jsonl")}
+        key = r"stages\.student\.algorithm\.fixed_states\.prompts"
+        with pytest.raises(ConfigError, match=f"^{key}: {said}"):
+            check_inputs(distilled(tmp_path, fixed_states=states))
 
 
 BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {

@@ -107,6 +107,10 @@ class AlgorithmConfig(Config, ABC):
             ConfigError: they do not.
         """
 
+    def sets(self) -> Mapping[str, str]:
+        """Paths of its own sets of prompts, by the key that names each."""
+        return {}
+
     @abstractmethod
     def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         """What it will ask of a device.

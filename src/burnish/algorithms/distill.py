@@ -120,6 +120,11 @@ class DistillConfig(AlgorithmConfig):
             )
         return label
 
+    def sets(self) -> Mapping[str, str]:
+        own = self.fixed_states
+        named = {} if own is None else {"prompts": own.prompts, "pictures": own.pictures}
+        return {f"fixed_states.{key}": path for key, path in named.items() if path is not None}
+
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         asked = sorted({self.pool(entry) for entry in PromptSet.of(prompts).entries})
         for label in self.teachers:
