@@ -110,16 +110,22 @@ def _lede(config: RunConfig, summary: Mapping[str, Any]) -> str:
 
 def _oracle(summary: Mapping[str, Any]) -> str:
     """Who the truth of the embedded world is in this run: reward, judge, both, or nobody."""
-    trained, is_judge = summary["oracle_stages"], summary["judge"] == "oracle"
+    trained, judges = summary["oracle_stages"], summary["judges"]
+    tasks = [task for task, kind in judges.items() if kind == "oracle"]
+    of_some = f" of {_and(tasks)}" if 0 < len(tasks) < len(judges) else ""
     truth = "the truth of the embedded world itself, measured from pixels"
     if trained:
-        also = " The same oracle is the judge of every number on this page." if is_judge else ""
+        also = (
+            f" The same oracle is the judge of every number{of_some} on this page." if tasks else ""
+        )
         return (
             f"The training reward of {_and(trained)} is the oracle: {truth}, and not a learned "
             f"reward model.{also} The numbers show how well the optimisation works; they say "
             "nothing of how a learned reward would hold up."
         )
-    return f"The judge is the oracle: {truth}. No stage was trained on it." if is_judge else ""
+    if not tasks:
+        return ""
+    return f"The judge{of_some} is the oracle: {truth}. No stage was trained on it."
 
 
 def _stage(config: RunConfig, name: str) -> dict[str, Any]:

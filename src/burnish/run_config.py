@@ -183,7 +183,7 @@ class RunConfig(Config):
             yield from ((f"stages.{name}.{key}", reward) for key, reward in stage.scorers())
 
     @property
-    def judges(self) -> dict[Task, RewardConfig]:
+    def judges(self) -> dict[Task, AnyReward]:
         """Who scores held-out pictures, by their task."""
         return {"t2i": self.judge, "edit": self.edit_judge or self.judge}
 

@@ -115,7 +115,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "name": config.name,
         "evidence": config.evidence,
         "headline": headline(config),
-        "judge": config.judge.kind,
+        "judges": {task: judge.kind for task, judge in config.judges.items()},
         "oracle_stages": [
             name
             for name, stage in config.stages.items()
