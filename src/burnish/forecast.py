@@ -261,13 +261,14 @@ def memory_beside(device: torch.device) -> int | None:
 
 
 def check_memory(config: RunConfig) -> None:
-    """Raise, with the plan on stderr, where a run needs more than its device has.
+    """Raise, with the plan on stderr, where a run needs more than its device has, unless it is told
+    to start nevertheless.
 
     Raises:
         ConfigError: it does.
     """
     device = runtime.choose_device(config.runtime.device)
-    available = runtime.memory(device)
+    available = runtime.memory(device) if config.runtime.check_memory else None
     if available is None or (device.type == "cpu" and _is_small(config, available)):
         return
     plans = forecast(config, device.type)

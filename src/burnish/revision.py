@@ -18,6 +18,8 @@ from burnish.tracking import Run, lock
 
 _FREE = ("study", "evidence", "benches", "arena")
 """Settings that a run may be given at any time."""
+_PLACE = ("processes", "check_memory")
+"""Likewise, of `runtime`."""
 _JUDGES = ("judge", "edit_judge")
 """Settings that a run may be given until something is measured."""
 
@@ -46,8 +48,8 @@ def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]
     if not any(folder.glob("evaluation/*/DONE")):
         loose += _JUDGES
     same = {name: getattr(config, name) for name in loose}
-    processes = {"processes": config.runtime.processes}
-    same["runtime"] = before.runtime.model_copy(update=processes)
+    own = {name: getattr(config.runtime, name) for name in _PLACE}
+    same["runtime"] = before.runtime.model_copy(update=own)
     if before == config or before.model_copy(update=same) != config:
         return []
     # Before anything is touched: its run may be going on.

@@ -60,6 +60,9 @@ class RuntimeConfig(Config):
     sharding: Literal["none", "full"] = "none"
     """`full` spreads the weights of what is trained over the processes of a stage (FSDP2)."""
 
+    check_memory: bool = True
+    """Refuse a run that is planned to need more than its device has; a plan may count too much."""
+
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch on the CPU; None keeps OMP_NUM_THREADS, or else takes the usable cores."""
 
@@ -349,8 +352,6 @@ def set_threads(count: int | None = None) -> int:
     """Set the threads of torch; more than there are free cores make everything much slower."""
     if count is None and "OMP_NUM_THREADS" in os.environ:
         return torch.get_num_threads()
-    if count is not None and count < 1:
-        raise ConfigError(f"need threads >= 1, got {count}; leave it out to use all cores")
     torch.set_num_threads(count or usable_cores())
     return torch.get_num_threads()
 

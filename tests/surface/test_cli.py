@@ -642,15 +642,19 @@ def test_the_doctor_finds_the_largest_micro_batches(recipe: Path, capsys: Any) -
 def test_a_run_that_does_not_fit_is_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """With its plan, and before a file is written."""
+    """With its plan, and before a file is written; who knows better may start it."""
     from burnish import runtime
 
     monkeypatch.setattr(runtime, "memory", lambda device: 1 << 20)
-    assert cli.main(["run", str(recipe), "--out", str(tmp_path / "run")]) == 2
+    given = ["run", str(recipe), "--out", str(tmp_path / "run"), "--prepare"]
+    assert cli.main(given) == 2
     said = capsys.readouterr().err
     assert "stages.student: need" in said and "got 1.0 MiB" in said
     assert "optimizer state" in said
     assert not (tmp_path / "run").exists()
+    assert cli.main([*given, "runtime.check_memory=false"]) == 0
+    monkeypatch.undo()
+    assert cli.main(given) == 0
 
 
 def test_a_run_is_prepared_and_not_started(
