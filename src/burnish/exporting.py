@@ -19,6 +19,7 @@ from burnish import images
 from burnish.adapters import adapted, read_adapter
 from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_yaml
 from burnish.model_card import SAMPLES, model_card
+from burnish.pipeline_folders import check_parts
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, STAGE, RunConfig
 from burnish.runtime import ALONE, Runtime
@@ -71,9 +72,7 @@ def export(
             folder,
             policy,
             licence=licence,
-            guidance_argument=family.guidance_argument,
-            size_arguments=family.size_arguments,
-            null_prompt=family.null_prompt,
+            family=family,
             as_lora=as_lora,
             has_pictures=(unfinished / SAMPLES).is_file(),
         )
@@ -144,8 +143,14 @@ def deployed_model(text: str) -> tuple[Path, Deployment]:
         text: a pipeline folder, RUN/STAGE of a run folder, or `embedded:...`.
 
     Raises:
-        ConfigError: no pipeline there, or of a stage that is not complete.
+        ConfigError: no whole pipeline there, or of a stage that is not complete.
     """
+    folder, deployment = _deployed(text)
+    check_parts(folder)
+    return folder, deployment
+
+
+def _deployed(text: str) -> tuple[Path, Deployment]:
     place = located(text)
     if place.name == BASE and (place.parent / "run.json").is_file():
         config = read_run(place.parent)

@@ -156,8 +156,8 @@ def held_out(
     for entry in entries:
         if entry.id in known:
             raise ConfigError(
-                f"guard.prompts: need prompts that the stage is not trained on, got {entry.id!r}, "
-                "which it is; give another set"
+                "guard.prompts: need prompts that the stage is not trained on, got "
+                f"{entry.id!r}, which names one that it is; give another set, or ids of their own"
             )
     return PromptSet(entries)
 

@@ -4,8 +4,9 @@ Written from the run that made the model, with the front matter of the hub. `car
 words.
 """
 
+import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCardData
 from burnish import page
 from burnish.config import EMBEDDED, dump_yaml
 from burnish.ledger import digest_of
+from burnish.policies.base import Policy
 from burnish.run_config import BASE, RunConfig
 from burnish.summary import teachers, write_summary
 from burnish.tables import shown
@@ -30,9 +32,7 @@ def model_card(
     policy: str,
     *,
     licence: str,
-    guidance_argument: str,
-    size_arguments: Sequence[str],
-    null_prompt: str,
+    family: type[Policy[Any, Any]],
     as_lora: bool = False,
     has_pictures: bool = False,
 ) -> str:
@@ -43,13 +43,12 @@ def model_card(
         folder: of the run.
         policy: a stage or merge.
         licence: SPDX identifier.
-        guidance_argument: of the pipeline's call, for the scale of guidance.
-        size_arguments: likewise, for the side in pixels.
-        null_prompt: what guidance leads away from where there is no negative prompt.
+        family: whose pipeline it is.
         as_lora: the model is a LoRA on its base.
         has_pictures: there are pictures beside the card.
     """
     summary = write_summary(folder)
+    call: Any = family.pipeline_class.__call__
     tasks = config.tasks(policy)
     front = ModelCardData(
         license=licence,
@@ -68,10 +67,11 @@ def model_card(
         taught=list(dict.fromkeys(teachers(config, policy).values())),
         stage=config.stages.get(policy),
         guidance=config.deployed(policy),
-        guidance_argument=guidance_argument,
-        size_arguments=size_arguments,
+        folds_guidance=config.folds_guidance(policy),
+        family=family,
+        # That of FLUX.2 [klein] takes its embedding alone.
+        takes_negative="negative_prompt" in inspect.signature(call).parameters,
         sizes=config.policy.buckets.sizes,
-        null_prompt=null_prompt,
         is_embedded=config.policy.path.startswith(EMBEDDED),
         tasks=tasks,
         as_lora=as_lora,

@@ -82,6 +82,7 @@ def check_recipe(config: RunConfig) -> None:
         with _under(key):
             every = read_prompts(located(path)).entries
             family.check_sources([entry for entry in every if entry.task in family.tasks])
+    _check_apart(config)
     for name, stage in config.stages.items():
         _check_prompts(name, stage, family)
         _check_adapters(name, stage)
@@ -161,6 +162,19 @@ def _sets(config: RunConfig) -> Iterator[tuple[str, str]]:
                 yield f"stages.{name}.guard.retention.prompts", stage.guard.retention.prompts
         for key, path in stage.algorithm.sets().items():
             yield f"stages.{name}.algorithm.{key}", path
+
+
+def _check_apart(config: RunConfig) -> None:
+    """Raise where a prompt that measures has the id of another: scores and pictures go by it."""
+    plan = config.evaluation
+    if plan.knowledge is None:
+        return
+    ids = [{e.id for e in read_prompts(located(p)).entries} for p in (plan.prompts, plan.knowledge)]
+    if both := ids[0] & ids[1]:
+        raise ConfigError(
+            f"evaluation.knowledge: need other ids than those of evaluation.prompts, got "
+            f"{min(both)!r} in both; give the prompts of {plan.knowledge} an `id` each"
+        )
 
 
 def _check_family(config: RunConfig) -> None:

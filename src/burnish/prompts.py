@@ -25,7 +25,7 @@ from burnish import images, runtime
 from burnish.buckets import aspect_ratio
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.prompt_sets import Entry, PromptSet
-from burnish.records import object_of, shown
+from burnish.records import object_of, shown, text
 from burnish.row_stores.base import PRESENT, Fields, RowStore
 from burnish.row_stores.opening import open_rows
 from burnish.types import MAX_SOURCES, Labelled, Prompt, Task
@@ -233,9 +233,9 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
         _check_aspect(aspect, where)
     return Prompt(
         id=name,
-        text=row["text"],
+        text=text(row, "text", where, may_be_empty=True),
         task=task,
-        category=str(row.get("category", "general")),
+        category=text({"category": str(row.get("category", "general"))}, "category", where),
         sources=sources,
         aspect=aspect,
         target=None if target is None else _picture(target, where, folder),

@@ -90,7 +90,7 @@ def _lede(config: RunConfig, summary: Mapping[str, Any]) -> str:
         parts.append(f"Reinforcement learning turns it into {_and(trained)}.")
     for name in students:
         taught = list(dict.fromkeys(teachers(config, name).values()))
-        is_cheap = config.deployed(name).scale == 1
+        is_cheap = config.folds_guidance(name)
         cost = ", which draws without guidance, so with half the network evaluations" * is_cheap
         parts.append(f"On-policy distillation folds {_and(taught)} into {name}{cost}.")
     for name, merge in config.merges.items():

@@ -27,7 +27,7 @@ BASE = "base"
 UNGUIDED = "base-unguided"
 BEST_OF = "base-best-of"
 BASES = (BASE, UNGUIDED, BEST_OF)
-"""The ways in which the base itself is measured."""
+"""The ways in which a base may be measured."""
 STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
 
@@ -110,7 +110,7 @@ class RunConfig(Config):
                         f"need stages that come before {name!r}, got {wanted!r}; did you mean "
                         f"{nearest(wanted, known) or known[-1]!r}?"
                     )
-            for teacher in _teachers(stage):
+            for teacher in teachers_of(stage).values():
                 self.deployed_teacher(teacher)
         return self
 
@@ -190,6 +190,18 @@ class RunConfig(Config):
     def policies(self) -> tuple[str, ...]:
         """All that the run makes: results of stages, and merges."""
         return (*self.stages, *self.merges)
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The ways in which the base itself is measured: without guidance too, where it has any."""
+        is_guided = self.deployed(BASE).scale != 1
+        return tuple(name for name in BASES if name != UNGUIDED or is_guided)
+
+    def folds_guidance(self, student: str) -> bool:
+        """Whether a policy was distilled from a teacher that is guided, and is not itself."""
+        teachers = teachers_of(self.stages[student]).values() if student in self.stages else ()
+        scales = [self.deployed_teacher(teacher).guidance.scale for teacher in teachers]
+        return self.deployed(student).scale == 1 and any(scale != 1 for scale in scales)
 
     def deployed(self, policy: str) -> Guidance:
         """Guidance at which a policy of the run is deployed and measured."""
@@ -289,8 +301,8 @@ class RunConfig(Config):
 
     def able(self, task: str) -> tuple[str, ...]:
         """All that can do a task: the base, guided and not, and policies of the run."""
-        every = (BASE, UNGUIDED, *self.policies())
-        return tuple(name for name in every if task in self.tasks(name))
+        drawn = (name for name in self.bases if name != BEST_OF)
+        return tuple(name for name in (*drawn, *self.policies()) if task in self.tasks(name))
 
     def _job_of(self, policy: str) -> str:
         """The job that makes a policy."""
@@ -305,13 +317,12 @@ def _check_name(name: str) -> None:
         )
 
 
-def _teachers(stage: StageConfig) -> list[TeacherConfig]:
-    if not isinstance(stage.algorithm, DistillConfig):
-        return []
-    return list(stage.algorithm.teachers.values())
+def teachers_of(stage: StageConfig) -> Mapping[str, TeacherConfig]:
+    """The teachers of a stage by label; none of one that does not distill."""
+    return stage.algorithm.teachers if isinstance(stage.algorithm, DistillConfig) else {}
 
 
 def _referred(stage: StageConfig) -> tuple[str, ...]:
     """Stages that a stage names by path: its teachers."""
-    paths = [teacher.path for teacher in _teachers(stage)]
+    paths = [teacher.path for teacher in teachers_of(stage).values()]
     return tuple(path.removeprefix(STAGE) for path in paths if path.startswith(STAGE))

@@ -38,12 +38,12 @@ from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
 from burnish.rewards.base import ByTask
-from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig
+from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig, teachers_of
 from burnish.runtime import Runtime
 from burnish.shelves import load_policy
 from burnish.significance import MIN_COVERAGE
 from burnish.tracking import Run, RunError, read_rows, write_atomic
-from burnish.training import StageConfig, train
+from burnish.training import StageConfig, is_unscored, train
 from burnish.types import Failed
 
 BATTLES = "battles.jsonl"
@@ -98,9 +98,8 @@ def may_borrow(config: RunConfig, stage: StageConfig, folder: Path) -> bool:
     it trains a LoRA, and its teachers are LoRAs on what that stands beside."""
     if stage.lora is None or config.runtime.sharding != "none":
         return False
-    teachers = stage.algorithm.teachers if isinstance(stage.algorithm, DistillConfig) else {}
     start = str(_start_folder(config, stage, folder))
-    return all(teacher.lora and teacher.path == start for teacher in teachers.values())
+    return all(teacher.lora and teacher.path == start for teacher in teachers_of(stage).values())
 
 
 def model_folder(folder: Path, path: str) -> Path:
@@ -195,7 +194,7 @@ def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     path = config.policy.path if name == BASE else STAGE + name
     policy = load_policy(config.policy.drawing(rt.dtype), model_folder(folder, path), rt)
-    for role in BASES if name == BASE else (name,):
+    for role in config.bases if name == BASE else (name,):
         _measure_role(config, folder / "evaluation" / role, role, policy, rt)
 
 
@@ -305,6 +304,7 @@ def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
     """Steps, pictures drawn, network evaluations, and minutes of one stage of the run in a folder.
 
     `curated` are the pictures that chose its prompts; stages that share a profile all needed it.
+    `unscored` are steps that taught nothing because scores failed.
     """
     place = folder / "stages" / stage
     steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")
@@ -314,6 +314,7 @@ def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
     minutes = {p: sum(row.get(f"time/{p}") or 0.0 for row in times) / 60 for p in PARTS}
     return {
         "steps": len(steps),
+        "unscored": sum(map(is_unscored, steps)),
         "images": sum(drawn) if drawn else None,
         "evaluations": sum(asked) if asked else None,
         "curated": num_drawn(job_folder(folder, f"curate/{profile}")) if profile else 0,

@@ -20,7 +20,7 @@ from burnish.config import located, parse
 from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
-from burnish.run_config import BASE, BEST_OF, STAGE, UNGUIDED, RunConfig
+from burnish.run_config import BASE, BEST_OF, STAGE, RunConfig, teachers_of
 from burnish.significance import MIN_COVERAGE
 from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
@@ -106,7 +106,9 @@ def headline(config: RunConfig) -> str:
 def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
     """What `summary.json` holds: every measured number has `mean`, `low`, `high`, `num_prompts`."""
     cells = Cells(rows, knowledge_ids(config))
-    policies = [_policy(config, name) for name in (BASE, UNGUIDED, *config.policies())]
+    policies = [
+        _policy(config, name) for name in (*config.bases, *config.policies()) if name != BEST_OF
+    ]
     results = [
         _result(cells, policy["policy"], task) for policy in policies for task in policy["tasks"]
     ]
@@ -152,10 +154,8 @@ def knowledge_ids(config: RunConfig) -> frozenset[str]:
 
 def teachers(config: RunConfig, student: str) -> dict[str, str]:
     """Teacher of each label of a policy that was distilled; one from elsewhere keeps its path."""
-    stage = config.stages.get(student)
-    if stage is None or not isinstance(algorithm := stage.algorithm, DistillConfig):
-        return {}
-    return {task: t.path.removeprefix(STAGE) for task, t in algorithm.teachers.items()}
+    found = teachers_of(config.stages[student]) if student in config.stages else {}
+    return {task: teacher.path.removeprefix(STAGE) for task, teacher in found.items()}
 
 
 def ratio(top: Sequence[float], bottom: Sequence[float], resamples: int = 4000) -> Estimate | None:
@@ -326,6 +326,9 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
         if not stage["is_complete"]:
             done = f"{stage['steps']} of {stage['planned_steps']} steps"
             yield f"The stage {stage['stage']} is not trained to its end ({done})."
+        if stage["unscored"]:
+            share = f"{stage['unscored']} of {stage['steps']} steps"
+            yield f"The stage {stage['stage']} learnt nothing in {share}, whose scores failed."
     for result in summary["results"]:
         where = f"{result['policy']} on {result['task']}"
         if result["score"] is None:

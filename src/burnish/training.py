@@ -35,7 +35,7 @@ from burnish.runtime import Runtime
 from burnish.sharding import Shards, whole
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
-from burnish.types import Group, Prompt
+from burnish.types import Failed, Group, Prompt
 from burnish.updates import update
 
 
@@ -57,6 +57,9 @@ class StageConfig(Config):
     """None trains all weights."""
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
+    max_unscored: int = Field(default=3, ge=1)
+    """Steps in a row that teach nothing because scores fail, after which the stage stops; the same
+    command goes on before them."""
     curation: SelectionConfig | None = None
     """Draw a group of every prompt before the first step, and train on the prompts that pass; None
     trains on all of them."""
@@ -152,7 +155,7 @@ def train(
         label: shown with the progress.
 
     Raises:
-        RunError: nothing could be learnt, or a file could not be written.
+        RunError: nothing could be learnt, scores fail, or a file could not be written.
         SelfCheckError: a self-check failed.
     """
     with rt.in_turn():
@@ -164,6 +167,7 @@ def train(
         watch = _watch(config, algorithm, run, state.step, prompts)
     pool = config.algorithm.pool
     sampler = GroupSampler(prompts, per_step=config.prompts_per_step, seed=seed, pool=pool)
+    unscored, is_unsaved = 0, False
     with (
         AsyncRewardSet(RewardSet.build(config.rewards)) as scorer,
         progress(label, config.steps, done=state.step, is_shown=rt.is_main) as bar,
@@ -177,9 +181,13 @@ def train(
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
             if rt.is_main:
                 run.log(state.step, metrics | seen)
+            unscored = unscored + 1 if is_unscored(metrics) else 0
+            _check_scored(config, unscored, state.step)
             state.step += 1
-            if state.step % config.save_every == 0 or state.step == config.steps:
+            is_unsaved |= state.step % config.save_every == 0 or state.step == config.steps
+            if is_unsaved and not unscored:
                 state.save(run, rt)
+                is_unsaved = False
             reward = metrics.get("reward/mean")
             bar.advance(note="" if reward is None else f"reward {reward:.3f}")
     if watch is not None and watch.looks.last_step < state.step and not watch.is_over:
@@ -191,6 +199,21 @@ def train(
         _finish(config, policy, watch, run, before)
     rt.barrier()
     return folder
+
+
+def is_unscored(metrics: Mapping[str, Any]) -> bool:
+    """Whether a step taught nothing because scores failed."""
+    return metrics.get("data/trained") == 0 and metrics.get("data/failed", 0) > 0
+
+
+def _check_scored(config: StageConfig, unscored: int, step: int) -> None:
+    """Raise where a stage draws for nothing, or would end so, after so many such steps in a row."""
+    if unscored == config.max_unscored or (unscored and step + 1 == config.steps):
+        raise RunError(
+            f"need scores to learn from, got failures alone in {unscored} steps in a row, to step "
+            f"{step}; see what is wrong with the rewards and start the same command again, which "
+            "goes on from the last checkpoint before them"
+        )
 
 
 def _made_ready(
@@ -302,6 +325,9 @@ def _step(
         "data/trained": float(len(signals)),
         "data/evaluations": float(state.policy.work.evaluations - before),
     }
+    if config.rewards:
+        every = [score for group in groups for said in group.scores.values() for score in said]
+        counts["data/failed"] = float(sum(isinstance(score, Failed) for score in every))
     parts = rt.gather(counts)
     return metrics | {name: sum(part[name] for part in parts) for name in counts} | updated
 

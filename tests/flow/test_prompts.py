@@ -60,6 +60,8 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
     [
         ('{"text": "a"', "need one JSON object"),
         ({"txt": "a"}, "need an object with a"),
+        ({"text": "half \ud83d"}, "text: need whole characters"),
+        ({"text": "a", "category": "\ud83d"}, "category: need whole characters"),
         ({"text": "a", "categry": "x"}, "did you mean 'category'"),
         ({"text": "a", "task": "draw"}, "need task t2i or edit"),
         ({"text": "a", "task": "edit"}, "need a source image for an edit only"),

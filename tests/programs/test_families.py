@@ -1,5 +1,7 @@
 """Every family trains: teachers by each algorithm, a student, a LoRA, from one recipe."""
 
+import ast
+import inspect
 import json
 import math
 import os
@@ -22,6 +24,7 @@ from burnish.evaluation import HEADLINE, read_scores
 from burnish.exporting import deployed_model
 from burnish.forecast import forecast
 from burnish.galleries import galleries
+from burnish.model_card import model_card
 from burnish.pipeline_folders import check_kin
 from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs, check_recipe
@@ -32,6 +35,7 @@ from burnish.run_config import RunConfig
 from burnish.shelves import PolicyConfig, families, load_policy, policy_class
 from burnish.stages import all_scores, run_job
 from burnish.summary import summarise
+from burnish.tracking import Run
 from burnish.types import Prompt, ScoreRequest
 
 # Stages of a step teach nobody anything.
@@ -400,6 +404,34 @@ def test_a_part_that_is_missing_or_broken_is_told_before_it_is_read(
     breaking(model)
     with pytest.raises(ConfigError, match=rf"^policy\.path: {said}"):
         check_recipe(recipe("flux2_klein", model))
+    with pytest.raises(ConfigError, match=said):
+        deployed_model(str(model))
+
+
+@pytest.mark.parametrize("away", ["", "blurry"])
+@pytest.mark.parametrize("family", families())
+def test_a_card_calls_the_pipeline_as_it_can_be_called(
+    family: str, away: str, tmp_path: Path
+) -> None:
+    """Of a stage that draws with guidance, and of a student, which has no say of a negative one."""
+    own = policy_class(family)
+    data = recipe(family, tmp_path).model_dump()
+    data["stages"]["nft_teacher"]["rollout"]["negative_prompt"] = away
+    config = parse(RunConfig, data)
+    Run.create(tmp_path / "run", config)
+    known = inspect.signature(vars(own.pipeline_class)["__call__"]).parameters
+    for policy, guided in (("nft_teacher", True), ("student", False)):
+        card = model_card(config, tmp_path / "run", policy, licence="mit", family=own)
+        code = card.split("```python")[1].split("```")[0]
+        call = next(
+            node
+            for node in ast.walk(ast.parse(code))
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "pipeline"
+        )
+        given = {keyword.arg for keyword in call.keywords}
+        assert given <= known.keys() and own.guidance_argument in given
+        assert ("blurry" in code) == (guided and away == "blurry")
+        assert ("guidance of its teachers" in card) == (policy == "student")
 
 
 def test_settings_of_an_older_file_are_no_other_base(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The loop: exact resume after a kill, one loop for all algorithms, self-checks, refusals."""
 
+import itertools
 import json
 import os
 import signal
@@ -25,11 +26,13 @@ from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import PromptsConfig, read_prompts
 from burnish.residency import Teachers
+from burnish.rewards.base import RewardWarning
+from burnish.rewards.oracle import Oracle
 from burnish.run_config import RunConfig
 from burnish.stages import run_job, spent
-from burnish.tracking import Run
-from burnish.training import SelfCheckError, StageConfig, train
-from burnish.types import Prompt
+from burnish.tracking import Run, RunError, read_rows
+from burnish.training import SelfCheckError, StageConfig, is_unscored, train
+from burnish.types import Failed, Prompt, Score, ScoreRequest
 
 REWARDS = {
     "content": {"kind": "oracle", "dimension": "composite"},
@@ -105,6 +108,35 @@ def test_network_evaluations_are_counted(
 ) -> None:
     run, _ = start(tmp_path, model, settings(kind, model, steps=1))
     assert run.metrics()[0]["data/evaluations"] == evaluations
+
+
+@pytest.mark.parametrize(("steps", "done"), [(3, 3), (5, 4)])
+def test_a_stage_whose_rewards_are_gone_stops_and_goes_on_before_it(
+    steps: int, done: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that is at its end; one step without scores is passed over, and told."""
+    data = settings("nft", model, steps=steps, max_unscored=2, save_every=2)
+    start(tmp_path / "whole", model, data)
+    say, asked = Oracle.score, itertools.count()
+    gone = Failed(reason="the server is gone")
+
+    def score(self: Oracle, requests: Sequence[ScoreRequest]) -> list[Score]:
+        # A step asks both rewards once.
+        is_gone = next(asked) // len(REWARDS) >= 2
+        return [gone] * len(requests) if is_gone else say(self, requests)
+
+    with monkeypatch.context() as patch, pytest.warns(RewardWarning, match="is gone"):
+        patch.setattr(Oracle, "score", score)
+        with pytest.raises(RunError, match=f"failures alone in .* to step {done - 1}; see what"):
+            start(tmp_path / "cut", model, data)
+    rows = read_rows(tmp_path / "cut" / "metrics.jsonl")
+    assert [is_unscored(row) for row in rows] == [False] * 2 + [True] * (done - 2)
+    start(tmp_path / "cut", model, data)
+    whole, cut = (
+        load_file(tmp_path / name / "model/transformer/diffusion_pytorch_model.safetensors")
+        for name in ("whole", "cut")
+    )
+    assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
 
 
 def test_the_guard_looks_at_what_the_stage_ends_with(model: Path, tmp_path: Path) -> None:

@@ -215,6 +215,10 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("run smoke stages.t2i_techer.steps=2", "did you mean `stages.t2i_teacher`?"),
         ("run smoke judge={}", "judge"),
         (
+            "run smoke evaluation.knowledge=embedded:prompts/held-out.jsonl",
+            "evaluation.knowledge: need other ids than those of evaluation.prompts",
+        ),
+        (
             'study distillation study.compare=[{"arm":"ties","over":"sum","categories":["x"]}]',
             "need categories of the measured prompts (general, landscape, portrait, typography)",
         ),

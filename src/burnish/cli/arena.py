@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,14 +31,19 @@ Places = Annotated[
 
 TaskOption = Annotated[str, typer.Option("--task", help="t2i or edit: each is its own arena.")]
 Prompts = Annotated[
-    str, typer.Option("--prompts", help="Set of prompts of the pictures.", metavar="FILE")
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="Set of prompts of the pictures; that of the first run, or else the embedded one, if "
+        "left out.",
+    ),
 ]
 PerPrompt = Annotated[
     int | None,
     typer.Option("--per-prompt", min=1, help="Meetings of a prompt; all if left out."),
 ]
 Battles = Annotated[Path, typer.Option("--out", help="JSONL file to write.", metavar="FILE")]
-HELD_OUT = "embedded:prompts/held-out.jsonl"
 BATTLES = Path("battles.jsonl")
 
 
@@ -87,7 +92,7 @@ def vote(
         typer.Option(help="The crowd: count, noise, margin, bad, seed.", metavar="YAML"),
     ] = "{}",
     task: TaskOption = "t2i",
-    prompts: Prompts = HELD_OUT,
+    prompts: Prompts = None,
     per_prompt: PerPrompt = None,
     out: Battles = BATTLES,
 ) -> None:
@@ -109,7 +114,13 @@ def vote(
     print(_power(contest))
     seen = scores(contest, crowd.judge.build())
     kind = crowd.judge.kind
-    _write(out, contest, voted(contest, seen, crowd.raters, crowd=kind, per_prompt=per_prompt))
+    battles = voted(contest, seen, crowd.raters, crowd=kind, per_prompt=per_prompt)
+    if not battles:
+        raise ConfigError(
+            f"--judge: need a reward that scores two pictures of a prompt, got none from {kind}; "
+            "name another one (the oracle knows prompts of the embedded world alone)"
+        )
+    _write(out, contest, battles)
 
 
 @arena.command(
@@ -122,7 +133,7 @@ def judge(
         str, typer.Option(help="Served judge: url, model, thinking, ...", metavar="YAML")
     ],
     task: TaskOption = "t2i",
-    prompts: Prompts = HELD_OUT,
+    prompts: Prompts = None,
     per_prompt: PerPrompt = None,
     out: Battles = BATTLES,
     again: Again = False,
@@ -152,7 +163,7 @@ def serve(
         "votes.sqlite"
     ),
     task: TaskOption = "t2i",
-    prompts: Prompts = HELD_OUT,
+    prompts: Prompts = None,
     gold: Annotated[
         float, typer.Option(min=0, max=0.5, help="Share of pairs that tell who looks.")
     ] = 0.05,
@@ -224,13 +235,22 @@ def _power(contest: "Contest") -> str:
     )
 
 
-def _contest(places: list[str], prompts: str, task: str) -> "Contest":
+def _contest(places: list[str], prompts: str | None, task: str) -> "Contest":
     """The contestants that the command line names."""
     from burnish.arena.contest import gather
+    from burnish.evaluation import EvaluationConfig
     from burnish.prompts import read_prompts
+    from burnish.run_config import RunConfig
     from burnish.stages import contestants
 
     if task not in ("t2i", "edit"):
         raise ConfigError(f"need the task t2i or edit, got {task!r}; change --task")
-    folders = named(places, lambda config, folder: contestants(config, folder, task))
-    return gather(folders, read_prompts(located(prompts)), tasks=(task,))
+    sets = [prompts] if prompts else []
+
+    def of_run(config: RunConfig, folder: Path) -> Mapping[str, Path]:
+        sets.append(config.evaluation.prompts)
+        return contestants(config, folder, task)
+
+    folders = named(places, of_run)
+    path = [*sets, EvaluationConfig().prompts][0]
+    return gather(folders, read_prompts(located(path)), tasks=(task,))
