@@ -30,6 +30,8 @@ def chart(
     low = 0.0 if has_zero else low
     if high <= low:
         high = low + max(abs(low), 1.0) * 0.1
+    # What differs by less would need labels that are too long.
+    high = max(high, low + 1e-3 * abs(low))
     # Steps of 1, 2 or 5 times a power of ten, three to six of them.
     rough = (high - low) / 3
     tick = max(

@@ -16,6 +16,7 @@ from burnish import page
 from burnish.config import EMBEDDED, dump_yaml
 from burnish.ledger import digest_of
 from burnish.policies.base import Policy
+from burnish.rewards.base import RewardConfig
 from burnish.run_config import BASE, RunConfig
 from burnish.summary import teachers, write_summary
 from burnish.tables import shown
@@ -77,12 +78,19 @@ def model_card(
         as_lora=as_lora,
         samples=SAMPLES if has_pictures else None,
         summary=summary,
+        judges=list(dict.fromkeys(map(_judge, config.judges.values()))),
         results=list(_results(config, summary, policy)),
         kept=[row for row in summary["distillation"] if row["student"] == policy and row["kept"]],
         knowledge=[r for r in summary["knowledge"] if r["policy"] == policy and r["points"]],
         ancestors=list(_ancestors(config, folder, policy)),
         shown=shown,
     )
+
+
+def _judge(judge: RewardConfig) -> str:
+    """Of what kind a judge is, which one, and what it scores."""
+    known = [getattr(judge, name, None) for name in ("kind", "model", "path", "dimension")]
+    return " ".join(f"`{part}`" for part in known if part)
 
 
 def _results(

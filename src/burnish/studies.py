@@ -36,6 +36,7 @@ from burnish.summary import (
     KNOWLEDGE,
     Number,
     knowledge_ids,
+    points,
     ratio,
     read_run,
 )
@@ -124,6 +125,7 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
         "seeds": done,
         **tabulate(config, rows),
         "folding": [row for arm in config.stages for row in _folding(folders, arm)],
+        "points": {task: points(config, task) for task in config.tasks(BASE)},
         "cost": {arm: _cost(config, folders, arm) for arm in config.stages},
         "budgets": budgets(config, folders),
         "course": mean_course(trained),

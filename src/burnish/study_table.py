@@ -69,11 +69,11 @@ def markdown(found: Mapping[str, Any]) -> str:
 def _rate(found: Mapping[str, Any], arm: str, per: float, *spent: float | None) -> str:
     """Points of 100 of the headline score, mean over tasks, for so much of what was spent."""
     rows = [r for r in found["results"] if (r["arm"], r["metric"]) == (arm, HEADLINE)]
-    gains = [row["gain"]["mean"] for row in rows if row["gain"]]
+    gains = [found["points"][row["task"]] * row["gain"]["mean"] for row in rows if row["gain"]]
     total = sum(n or 0.0 for n in spent)
     if None in spent or not gains or not total:
         return "missing"
-    return plain(100 * statistics.fmean(gains) * per / total, 2, "+")
+    return plain(statistics.fmean(gains) * per / total, 2, "+")
 
 
 def _part(row: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -21,9 +21,10 @@ from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, esti
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BEST_OF, STAGE, RunConfig, teachers_of
-from burnish.significance import MIN_COVERAGE
+from burnish.significance import MIN_COVERAGE, MIN_PROMPTS
 from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
+from burnish.types import Task
 
 KNOWLEDGE = ("likeness", "style")
 """Metrics of what no reward asks for, read on the knowledge prompts."""
@@ -95,12 +96,18 @@ def write_summary(folder: Path) -> dict[str, Any]:
 
 
 def headline(config: RunConfig) -> str:
-    """What the judge's scores are called."""
-    names = {
-        HEADLINE if getattr(judge, "kind", "") == "oracle" else getattr(judge, "dimension", "score")
-        for judge in config.judges.values()
-    }
+    """What the judges' scores are called."""
+    names = set(headlines(config).values())
     return names.pop() if len(names) == 1 else "score"
+
+
+def headlines(config: RunConfig) -> dict[str, str]:
+    """What the scores of each task's judge are called."""
+    return {
+        task: HEADLINE if judge.kind == "oracle" else getattr(judge, "dimension", "score")
+        for task, judge in config.judges.items()
+        if task in config.tasks(BASE)
+    }
 
 
 def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "name": config.name,
         "evidence": config.evidence,
         "headline": headline(config),
+        "headlines": headlines(config),
         "judges": {task: judge.kind for task, judge in config.judges.items()},
         "oracle_stages": [
             name
@@ -135,7 +143,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         ],
         "metrics": list(_secondary(cells, results)),
         "categories": list(_by_category(cells, results)),
-        "knowledge": list(_knowledge(cells, results)),
+        "knowledge": list(_knowledge(config, cells, results)),
         "cost": [_cost(config, folder, cells, name) for name in config.stages],
     }
     summary["missing"] = list(_missing(summary))
@@ -283,17 +291,27 @@ def _by_category(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any
             yield {"category": category, **_compared(cells, result, HEADLINE, category=category)}
 
 
-def _knowledge(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """What is left of what no reward asks for; `points` of 100 are its difference to the base."""
+def _knowledge(config: RunConfig, cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]:
+    """What is left of what no reward asks for; `points` of 100 are its difference to the base. A
+    judge that does not tell has its own score there."""
     for result in results:
-        for metric in KNOWLEDGE:
-            if cells.rows(result["policy"], result["task"], metric, knowledge=True):
+        policy, task = result["policy"], result["task"]
+        told = [m for m in KNOWLEDGE if cells.rows(policy, task, m, knowledge=True)]
+        for metric in told or [HEADLINE]:
+            if cells.rows(policy, task, metric, knowledge=True):
                 found = _compared(cells, result, metric, knowledge=True)
-                yield {**found, "points": _scaled(found["gain"], 100.0)}
+                size = 100.0 if told else points(config, task)
+                name = metric if told else headlines(config)[task]
+                yield {**found, "metric": name, "points": _scaled(found["gain"], size)}
+
+
+def points(config: RunConfig, task: str) -> float:
+    """Points of 100, of the way from a judge's worst score to its best, in one of its score."""
+    return 100.0 / config.judges[cast(Task, task)].span
 
 
 def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str, Any]:
-    """What one stage cost, and what it gained for that over where it started."""
+    """What one stage cost, and what it gained for that over where it started, in points of 100."""
     stage, cost = config.stages[name], spent(config, folder, name)
     images, total = cost["images"], cost["minutes"]["total"]
     gains = {t: cells.gain(name, stage.start, t, HEADLINE) for t in stage.prompts.tasks}
@@ -308,12 +326,18 @@ def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str,
             {
                 "task": task,
                 "gain": change,
-                "per_1000_images": _scaled(change, 1000 / images) if images else None,
-                "per_minute": _scaled(change, 1 / total) if total else None,
+                "per_1000_images": _scaled(change, points(config, task) * 1000 / images)
+                if images
+                else None,
+                "per_minute": _scaled(change, points(config, task) / total) if total else None,
             }
             for task, change in gains.items()
         ],
     }
+
+
+def _num_prompts(number: Number) -> int:
+    return number["num_prompts"] if number else 0
 
 
 def _scaled(number: Number, factor: float) -> Number:
@@ -344,5 +368,8 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
             yield f"What {names} cannot be said: {kept['reason']}."
     if not any(policy["role"] == "student" for policy in summary["policies"]):
         yield "There is no student: the recipe has no stage that distills."
+    few = {r["task"] for r in summary["results"] if 0 < _num_prompts(r["score"]) < MIN_PROMPTS}
+    for task in sorted(few):
+        yield f"Brackets of {task} are too narrow: they are over fewer than {MIN_PROMPTS} prompts."
     if not summary["knowledge"]:
         yield "Nothing is known of forgetting: there are no scores on knowledge prompts."

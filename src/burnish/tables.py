@@ -65,7 +65,7 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
         spent = "missing" if minutes is None else f"{minutes:.1f}"
         for rate in stage["rates"]:
             rates = (rate["per_1000_images"], rate["per_minute"])
-            gains = (shown(one, digits=1, scale=100.0) for one in rates)
+            gains = (shown(one, digits=1) for one in rates)
             found.add_row(name, method, rate["task"], drawn, spent, *gains)
     return found
 

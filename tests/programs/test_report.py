@@ -239,8 +239,8 @@ def test_the_cost_is_counted(summary: dict[str, Any]) -> None:
     assert (teacher["images"], student["images"]) == (2000, 1000)
     assert teacher["minutes"]["rollout"] == pytest.approx(1.0)
     assert teacher["minutes"]["total"] == pytest.approx(2.0)
-    assert covers(teacher["rates"][0]["per_1000_images"], 0.1)
-    assert covers(teacher["rates"][0]["per_minute"], 0.1)
+    assert covers(teacher["rates"][0]["per_1000_images"], 10.0)
+    assert covers(teacher["rates"][0]["per_minute"], 10.0)
     assert [rate["task"] for rate in student["rates"]] == ["t2i", "edit"]
 
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -60,6 +60,8 @@ class ByTask(Reward):
 class RewardConfig(Config, ABC):
     """Base of the one config of each file on the shelf; its `kind` is the file's name."""
 
+    span: ClassVar[float] = 1.0
+    """From the worst score to the best."""
     weights: Mapping[str, float] = {EVERY_CATEGORY: 1.0}
     """Weight by category of the prompt; `default` for the others, 0 where the reward has no say."""
     tasks: tuple[Task, ...] = ("t2i", "edit")

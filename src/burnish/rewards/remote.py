@@ -17,7 +17,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -55,6 +55,7 @@ class Knots(Config):
 class RemoteConfig(RewardConfig):
     """One dimension of one judge on a server; times in seconds."""
 
+    span: ClassVar[float] = 4.0  # From 1 to 5.
     kind: Literal["remote"] = "remote"
     url: str
     """The server's address, such as http://127.0.0.1:8000."""

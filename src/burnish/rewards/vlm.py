@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -53,6 +53,7 @@ transformers_logging.disable_progress_bar()
 class VlmConfig(RewardConfig):
     """One dimension of one judge."""
 
+    span: ClassVar[float] = 4.0  # From 1 to 5.
     kind: Literal["vlm"] = "vlm"
     path: str
     """The judge's folder, or `embedded:...`."""
