@@ -13,7 +13,7 @@ import binascii
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -291,7 +291,7 @@ def _decoded(given: Any, where: str, folder: Path) -> Image.Image:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
     """Write a set that `read_prompts` reads, images inside; one prompt is in memory at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")

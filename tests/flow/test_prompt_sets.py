@@ -167,6 +167,10 @@ def test_a_selection_reads_nothing_and_keeps_its_order(prompts: list[Prompt]) ->
     assert list(held.select(lambda p: p.id == "p-4")) == [prompts[4]]
 
 
+def ours(found: Sequence[Prompt], task: str, count: int) -> list[Prompt]:
+    return [prompt for prompt in found if prompt.task == task][:count]
+
+
 def test_columns_of_another_name_are_mapped_and_others_left_out(
     table: Any, prompts: list[Prompt], tmp_path: Path
 ) -> None:
@@ -178,6 +182,13 @@ def test_columns_of_another_name_are_mapped_and_others_left_out(
     wanted = [p for task in ("t2i", "edit") for p in prompts if p.task == task]
     assert [(p.id, p.text, p.sources) for p in found] == [(p.id, p.text, p.sources) for p in wanted]
     assert {p.category for p in found} == {"general"} and not any(p.target for p in found)
+    # Written anew it has the usual ones, which sets that measure must have.
+    given = [f"columns.{name}={column}" for name, column in names.items()]
+    out = tmp_path / "ours.jsonl"
+    write = ["prompts", "write", str(tmp_path / "their set.parquet"), *given, "--out", str(out)]
+    assert cli.main([*write, "limit=3"]) == 0
+    assert list(read_prompts(out)) == [p for task in ("t2i", "edit") for p in ours(found, task, 3)]
+    assert cli.main(write) == 2
     lines = [json.dumps({"caption": p.text, "key": p.id, "score": 1}) for p in prompts]
     (tmp_path / "theirs.jsonl").write_text("\n".join(lines))
     found = read_prompts(tmp_path / "theirs.jsonl", {"text": "caption", "id": "key"})

@@ -30,6 +30,7 @@ GROUPED = (
     "bench run",
     "miniature build",
     "prompts check",
+    "prompts write",
     "miniature annotate",
     "reward train",
     "reward report",

@@ -28,15 +28,18 @@ _TOLD = 20
 """Broken prompts that are named one by one."""
 
 
+Set = Annotated[
+    str,
+    typer.Argument(
+        help="A JSONL or Parquet file, a folder of Parquet files, or a folder that `datasets` has "
+        "saved."
+    ),
+]
+
+
 @prompts.command(epilog="Example: burnish prompts check data.parquet columns.text=caption")
 def check(
-    path: Annotated[
-        str,
-        typer.Argument(
-            help="A JSONL or Parquet file, a folder of Parquet files, or a folder that `datasets` "
-            "has saved."
-        ),
-    ],
+    path: Set,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -68,6 +71,29 @@ def check(
     print(f"{len(found)} prompts, all whole")
     if as_json:
         print(json.dumps({"path": path, "prompts": len(found), "by": dict(counts)}))
+
+
+@prompts.command(
+    epilog="Example: burnish prompts write data.parquet columns.text=caption limit=200 "
+    "--out held-out.jsonl"
+)
+def write(
+    path: Set,
+    out: Annotated[Path, typer.Option("--out", help="JSONL file to write.", metavar="FILE")],
+    overrides: Overrides = None,
+) -> None:
+    """Write a set, or what `tasks`, `categories` and `limit` leave of it, as JSONL with images.
+
+    For the sets that measure: only those of a stage may have columns with names of their own.
+    """
+    from burnish.progress import track
+    from burnish.prompts import PromptsConfig, write_prompts
+
+    if out.exists():
+        raise ConfigError(f"need a file that does not exist yet, got {out}; change --out")
+    found = parse(PromptsConfig, {"path": path}, overrides or ()).read()
+    write_prompts(out, track(found, "prompts"))
+    print(f"{len(found)} prompts: {out}")
 
 
 @app.command(epilog="Example: burnish curate miniature t2i_teacher --keep top=0.5")

@@ -52,6 +52,7 @@ def no_column(where: str, name: str, column: str, columns: Sequence[str]) -> Con
     """The error that a missing column deserves."""
     meant = nearest(column, columns)
     advice = f"did you mean {meant!r}?" if meant else f"set columns.{name} to one of them"
+    advice += " (a set without that setting: `burnish prompts write` gives it the usual names)"
     return ConfigError(
         f"{where}: need a column {column!r} for {name}, got the columns {', '.join(columns)}; "
         f"{advice}"
