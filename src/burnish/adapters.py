@@ -119,7 +119,8 @@ def detach(transformer: Any) -> dict[str, Adapter]:
 
 
 def read_adapter(path: Path) -> dict[str, Adapter]:
-    """The adapters of a file or of its folder, by the name of the module in the transformer.
+    """The adapters of a file, of its folder or of a stage's, by the name of the module in the
+    transformer.
 
     The scale is alpha / rank: alpha as the file names it, else as `adapter_config.json` does, else
     the rank.
@@ -127,8 +128,11 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
     Raises:
         ConfigError: no such file, or one that holds no LoRA.
     """
-    file = next((path / name for name in FILES if (path / name).is_file()), path)
+    files = [place / name for place in (path, path / "lora") for name in FILES]
+    file = next((one for one in files if one.is_file()), path)
     try:
+        if file.is_dir():
+            raise OSError("a folder without one")
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]

@@ -37,8 +37,6 @@ from burnish.protocol import (
 )
 from burnish.types import MAX_SOURCES, Failed, Prompt, Score, Scored, ScoreRequest
 
-_SEED = 0
-
 
 class Golden(Config):
     """The picture by which a judge is known again."""
@@ -139,6 +137,22 @@ class Line:
             return reply, ""
         return read_digit(reply, reasoning, asking.alphabet), reply.model
 
+    async def score(
+        self, asking: Asking, asked: Message, calibration: Calibration
+    ) -> tuple[Score, str]:
+        """The score that an answer stands for, and the model as in `answer`; where an answer cannot
+        be read, that of another one.
+
+        Raises:
+            Unanswered, ConfigError: as `answer`.
+        """
+        answer, name = await self.answer(asking, asked, seed=0)
+        score = scored(answer, calibration)
+        if isinstance(score, Scored):
+            return score, name
+        answer, name = await self.answer(asking, asked, seed=1)
+        return scored(answer, calibration), name
+
     async def _reply(self, request: ChatRequest) -> ChatReply | Failed:
         data = await self.call("/v1/chat/completions", request.body())
         return data if isinstance(data, Failed) else read_reply(data)
@@ -235,14 +249,13 @@ class Handshake:
         for form, digits in ladder(is_reasoning=self.is_reasoning, has_ids=has_ids):
             asking = Asking(self.model, form, digits, alphabet, self.max_tokens, self.temperature)
             try:
-                answer, name = await line.answer(asking, asked, _SEED)
+                score, name = await line.score(asking, asked, self.calibration)
             except Refused as error:
                 # A server may refuse the fields of one form and take those of the next.
                 if error.status not in (400, 422):
                     raise
                 refused.append(f"{form}, {digits}: {error}")
                 continue
-            score = scored(answer, self.calibration)
             if isinstance(score, Scored):
                 return Agreed(asking, score.value, name)
             refused.append(f"{form}, {digits}: {score.reason}")

@@ -23,15 +23,12 @@ from pydantic import Field, model_validator
 
 from burnish.config import Config, ConfigError, located
 from burnish.endpoint import Endpoint, Patience, Unanswered, token_from
-from burnish.handshake import Agreed, Deadline, Golden, Handshake, Line, scored
+from burnish.handshake import Agreed, Deadline, Golden, Handshake, Line
 from burnish.images import ImageError
 from burnish.judging import Calibration, Rubric
 from burnish.protocol import Message, encoded, turn
 from burnish.rewards.base import Reward, RewardConfig
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
-
-_SEEDS = (0, 1)
-"""Of the first question about a picture, and of the second where the first answer is unreadable."""
 
 
 class Knots(Config):
@@ -230,14 +227,9 @@ class Remote(Reward):
 
     async def _ask(self, line: Line, agreed: Agreed, asked: Message) -> Score:
         """Ask, and once more where the answer cannot be read."""
-        score: Score = Failed(reason="nothing was asked")
-        for seed in _SEEDS:
-            answer, name = await line.answer(agreed.asking, asked, seed)
-            if name and name != agreed.answers_as:
-                raise _another_judge(f"a reply names {name[:60]!r}, not {agreed.answers_as!r}")
-            score = scored(answer, self._calibration)
-            if isinstance(score, Scored):
-                break
+        score, name = await line.score(agreed.asking, asked, self._calibration)
+        if name and name != agreed.answers_as:
+            raise _another_judge(f"a reply names {name[:60]!r}, not {agreed.answers_as!r}")
         return score
 
     def _key(self, agreed: Agreed, prompt: Prompt, pictures: Sequence[bytes]) -> str:
