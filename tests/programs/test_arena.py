@@ -224,6 +224,9 @@ def test_simulated_raters_prefer_the_higher_score_and_say_who_they_are() -> None
     assert 0.5 < rate(noisy)["board"]["rows"][0]["score"] < 0.7
     del seen["student", "p3"]
     assert len(vote(contest(), seen, RatersConfig(count=1), crowd="oracle")) == 88
+    # Nobody could read the page of an arena without a vote.
+    with pytest.raises(ConfigError, match="need scores of two pictures of a prompt, got none"):
+        vote(contest(), {}, RatersConfig(count=1), crowd="oracle")
 
 
 def test_the_commands_rate_a_file_and_write_a_page(

@@ -13,7 +13,7 @@ from pydantic import Field
 from burnish import images
 from burnish.arena.battles import Battle, Winner
 from burnish.arena.contest import Contest
-from burnish.config import Config
+from burnish.config import Config, ConfigError
 from burnish.progress import progress
 from burnish.rewards.base import Reward
 from burnish.shelves import AnyReward
@@ -80,6 +80,9 @@ def vote(
         plan: of the raters.
         crowd: name of the reward; a rater is `simulated:CROWD-3`.
         per_prompt: meetings of each prompt for each rater; None is all pairs.
+
+    Raises:
+        ConfigError: no two pictures of a prompt have scores.
     """
     battles = []
     for rater in range(plan.count):
@@ -101,6 +104,11 @@ def vote(
                     voter=f"simulated:{crowd}-{rater}",
                 )
             )
+    if not battles:
+        raise ConfigError(
+            f"need scores of two pictures of a prompt, got none from the judge {crowd}; mend it or "
+            "name another one (the oracle knows prompts of the embedded world alone)"
+        )
     return battles
 
 

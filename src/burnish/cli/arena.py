@@ -114,13 +114,7 @@ def vote(
     print(_power(contest))
     seen = scores(contest, crowd.judge.build())
     kind = crowd.judge.kind
-    battles = voted(contest, seen, crowd.raters, crowd=kind, per_prompt=per_prompt)
-    if not battles:
-        raise ConfigError(
-            f"--judge: need a reward that scores two pictures of a prompt, got none from {kind}; "
-            "name another one (the oracle knows prompts of the embedded world alone)"
-        )
-    _write(out, contest, battles)
+    _write(out, contest, voted(contest, seen, crowd.raters, crowd=kind, per_prompt=per_prompt))
 
 
 @arena.command(
