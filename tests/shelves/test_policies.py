@@ -90,6 +90,10 @@ def policy(request, small_sources) -> Policy:
     return request.param.tiny()
 
 
+COMPILED = list({policy.block_classes: policy for policy in shelf()}.values())
+"""One family of all whose transformers have the same blocks, which are what is compiled."""
+
+
 @pytest.fixture(params=["t2i", "edit"])
 def prompts(request, policy) -> list[Prompt]:
     if request.param not in policy.tasks:
@@ -943,6 +947,7 @@ def test_offloaded_encoders_stay_behind(policy, tmp_path):
     assert set(devices.values()) == {"cpu"}
 
 
+@pytest.mark.parametrize("policy", COMPILED, indirect=True)
 def test_compiled_blocks_change_no_velocity_and_no_gradient(policy, own):
     """Without the last stage of compiling, which takes minutes: every block is one graph that the
     compiler understands, with gradient and without, and so are those of a sibling."""
@@ -963,6 +968,7 @@ def test_compiled_blocks_change_no_velocity_and_no_gradient(policy, own):
     assert all(block._compiled_call_impl is not None for block in blocks)
 
 
+@pytest.mark.parametrize("policy", COMPILED, indirect=True)
 def test_few_pieces_of_code_serve_every_length_and_size(policy, own):
     """Blocks that are computed again use the same one, also where another was made in between."""
     policy.transformer.requires_grad_(True)
