@@ -1,6 +1,7 @@
 """How much of a device the networks of real models use: drawing, training, edits with references.
 
     python benchmarks/device.py [--model qwen_image21 flux2_klein] [--work editing] [--out FILE]
+        [--train "all weights"] [--references 4]
 
 On a GPU: the 7.1 B transformer of Qwen-Image 2.1 and the 3.9 B one of FLUX.2 [klein] 4B Base, with
 random weights, in bfloat16. On a CPU: both much smaller, in float32, which shows how the figures
@@ -82,6 +83,8 @@ class Plan:
     steps: int
     repeats: int
     sizes: dict[str, Changes]
+    trained: tuple[str, ...] = ("LoRA", "all weights")
+    references: tuple[int, ...] = (1, 4)
 
     def timed(self, work: Callable[[], None], warm_up: Callable[[], None] | None = None) -> Timed:
         return timed(work, self.rt.device, self.repeats, warm_up)
@@ -187,7 +190,10 @@ def drawing(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
 def training(family: str, plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     """Updates of a LoRA beside weights of the device's precision, and of float32 weights."""
     for lora, ways in WAYS:
-        name = "LoRA" if lora else "all weights, 8-bit AdamW"
+        trained = "LoRA" if lora else "all weights"
+        if trained not in plan.trained:
+            continue
+        name = trained if lora else f"{trained}, 8-bit AdamW"
         dtype = plan.rt.dtype if lora else torch.float32
         twin = ready(make_policy(family, plan, dtype, is_hollow=True), lora)
         asked = conditions(twin, "t2i", plan, 0)
@@ -234,7 +240,7 @@ def editing(plan: Plan, peak: float) -> Iterator[dict[str, Any]]:
     full = type(shared)(shared.pipeline, resolution=plan.resolution)
     full.share_prefix = False
     twin = make_policy("qwen_image21", plan, plan.rt.dtype, is_hollow=True)
-    for references in (1, 4):
+    for references in plan.references:
         asked = conditions(twin, "edit", plan, references)
         for name in ("rollout", "update"):
             found = {}
@@ -315,6 +321,15 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=list(REAL), default=list(REAL))
     kinds = [*WORK, "editing"]
     parser.add_argument("--work", nargs="+", choices=kinds, default=kinds)
+    trained = list(Plan.trained)
+    parser.add_argument("--train", nargs="+", choices=trained, default=trained, help="what is")
+    parser.add_argument(
+        "--references",
+        nargs="+",
+        type=int,
+        default=list(Plan.references),
+        help="sources of an edit",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--resolution", type=int, help="1024 on a GPU, 256 on a CPU")
     parser.add_argument("--batch", type=int, default=8, help="pictures or states at once")
@@ -333,6 +348,8 @@ def main() -> None:
         steps=arguments.steps,
         repeats=arguments.repeats,
         sizes=REAL if is_gpu else SMALL,
+        trained=tuple(arguments.train),
+        references=tuple(arguments.references),
     )
     shrink_sources(plan.resolution)
     peak = peak_rate(plan.rt.device, plan.rt.dtype, plan.repeats)
