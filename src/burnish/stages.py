@@ -31,7 +31,7 @@ from burnish.benching import (
 )
 from burnish.config import ConfigError, located
 from burnish.curation import measure_prompts, num_drawn, write_kept
-from burnish.evaluation import Row, measure, read_scores, write_rows
+from burnish.evaluation import HEADLINE, Row, measure, read_scores, write_rows
 from burnish.ledger import digest_of, pin
 from burnish.merging import merge_into
 from burnish.policies.base import Policy
@@ -201,7 +201,11 @@ def _measure(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 def _measure_role(
     config: RunConfig, target: Path, name: str, policy: Policy[Any, Any], rt: Runtime
 ) -> None:
-    """Rows and pictures of one policy, at one guidance."""
+    """Rows and pictures of one policy, at one guidance.
+
+    Raises:
+        RunError: most pictures have no score.
+    """
     plan, tasks, is_best_of = config.evaluation, config.tasks(name), name == BEST_OF
     wanted = plan.best_of_prompts if is_best_of else plan.num_prompts
     held_out = _some(read_prompts(located(plan.prompts)), tasks, wanted)
@@ -222,6 +226,13 @@ def _measure_role(
             guidance=config.deployed(name),
             num_seeds=num_seeds,
             pictures=None if is_best_of else target / "pictures",
+        )
+    scored, failed = ([r for r in rows if r["metric"] == m] for m in (HEADLINE, "failed"))
+    if len(failed) > len(scored):
+        raise RunError(
+            f"need scores of the pictures of {name}, got failures for {len(failed)} of "
+            f"{len(scored) + len(failed)} ({failed[-1]['reason']}); see what is wrong with the "
+            "judge and start the same command again"
         )
     write_rows(target / "scores.jsonl", rows)
 

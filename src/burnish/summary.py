@@ -20,7 +20,7 @@ from burnish.config import located, parse
 from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
-from burnish.run_config import BASE, BEST_OF, STAGE, RunConfig, teachers_of
+from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig, teachers_of
 from burnish.significance import MIN_COVERAGE, MIN_PROMPTS
 from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
@@ -358,7 +358,12 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
         if result["score"] is None:
             yield f"There are no scores of {where}."
         elif not result["is_valid"]:
-            yield f"The scores of {where} are invalid: {result['num_failed']} pictures have none."
+            name = BASE if result["policy"] in BASES else result["policy"]
+            again = f"without evaluation/{name}/DONE the same command measures again"
+            yield (
+                f"The scores of {where} are invalid: {result['num_failed']} pictures have none "
+                f"({again})."
+            )
     for space in summary["headroom"]:
         if space["best"] is None:
             yield f"There is no best-of-{summary['best_of']} of the base on {space['task']}."

@@ -30,13 +30,13 @@ from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.preflight import check_inputs, check_recipe
 from burnish.prompts import read_prompts, write_prompts
 from burnish.rewards.base import ByTask
-from burnish.rewards.oracle import OracleConfig
+from burnish.rewards.oracle import Oracle, OracleConfig
 from burnish.run_config import RunConfig
 from burnish.shelves import PolicyConfig, families, load_policy, policy_class
-from burnish.stages import all_scores, run_job
+from burnish.stages import all_scores, is_complete, run_job
 from burnish.summary import summarise
-from burnish.tracking import Run
-from burnish.types import Prompt, ScoreRequest
+from burnish.tracking import Run, RunError
+from burnish.types import Failed, Prompt, ScoreRequest
 
 # Stages of a step teach nobody anything.
 pytestmark = pytest.mark.filterwarnings("ignore::burnish.fixed_states.FixedStatesWarning")
@@ -176,6 +176,20 @@ def recipe_of_edits(family: str, model: Path, path: Path) -> RunConfig:
     }
     plan = {"prompts": str(path), "num_prompts": 2, "knowledge": None, "num_steps": 2}
     return recipe(family, model, stages={"edit_teacher": stage}, evaluation=plan)
+
+
+def test_a_judge_that_is_gone_ends_what_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it is measured again."""
+    policy_class("stable_diffusion3").tiny().save(tmp_path / "model")
+    config = recipe("stable_diffusion3", tmp_path / "model")
+    gone = Failed(reason="the server is gone")
+    monkeypatch.setattr(Oracle, "score", lambda self, requests: [gone] * len(requests))
+    rt = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+    with pytest.raises(RunError, match=r"of base, got failures for 4 of 4 \(the server is gone\)"):
+        run_job(config, tmp_path / "run", "measure/base", rt)
+    assert not is_complete(tmp_path / "run", "measure/base")
 
 
 def distilled(model: Path, **algorithm: Any) -> RunConfig:
