@@ -137,7 +137,8 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"need a LoRA as safetensors, got {path} ({reason}); name the file or its folder"
+            f"need a LoRA as safetensors, got {path} ({reason}); name the file, or its folder or "
+            "that of its stage"
         ) from None
     given = file.parent / "adapter_config.json"
     alpha = json.loads(given.read_text()).get("lora_alpha") if given.is_file() else None

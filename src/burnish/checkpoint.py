@@ -182,10 +182,12 @@ def latest(folder: Path, rt: Runtime = ALONE) -> Checkpoint | None:
         CheckpointError: there are checkpoints, and none of them is whole.
     """
     problems: list[str] = []
-    # It only reads, so that one may look into the folder of a run that is still writing.
-    for step, path in sorted(_places(folder).items(), reverse=True):
+    # It only reads, so that one may look into the folder of a run that is still writing. All go by
+    # what the main process sees there.
+    places = [(step, str(path)) for step, path in _places(folder).items()]
+    for step, path in sorted(rt.gather(places)[0], reverse=True):
         try:
-            checkpoint = load(path, rt)
+            checkpoint = load(Path(path), rt)
         except CheckpointError as error:
             problems.append(str(error))
             continue
@@ -212,6 +214,20 @@ def load(path: Path, rt: Runtime = ALONE) -> Checkpoint:
         CheckpointError: missing, incomplete, changed, or written by another version; on all
             processes, whichever saw it.
     """
+    found, problem = None, ""
+    try:
+        found = _read(path, rt)
+    except CheckpointError as error:
+        problem = str(error)
+    for told in rt.gather(problem):
+        if told:
+            raise CheckpointError(told)
+    assert found is not None, "who reads nothing tells why"
+    return found
+
+
+def _read(path: Path, rt: Runtime) -> Checkpoint:
+    """A checkpoint, of whose files this process has checked its part."""
     manifest = _verified_manifest(path, rt)
     is_spread = any(name.startswith(_SHARE) for name in manifest["files"])
     tensors: dict[str, dict[str, Tensor]] = {}
@@ -295,36 +311,26 @@ def _separate(named: Tensors) -> dict[str, Tensor]:
 
 
 def _verified_manifest(path: Path, rt: Runtime) -> dict[str, Any]:
-    manifest: dict[str, Any] = {}
-    problem = ""
     try:
-        manifest = _manifest(path)
-        for name, facts in rt.mine(list(manifest["files"].items())):
+        marker = (path / _MARKER).read_text(encoding="utf-8").strip()
+        if marker != _hash(path / "manifest.json"):
+            raise _damaged(path, "manifest.json was changed")
+        manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise CheckpointError(
+                f"need a checkpoint of format {FORMAT}, {path} has format {manifest['format']};"
+                " use the version of Burnish that wrote it"
+            )
+        for name, facts in manifest["files"].items():
             if (path / name).stat().st_size != facts["bytes"]:
                 raise _damaged(path, f"{name} was cut short or grew")
+        for name, facts in rt.mine(list(manifest["files"].items())):
             if _hash(path / name) != facts["sha256"]:
                 raise _damaged(path, f"{name} was changed")
-    except CheckpointError as error:
-        problem = str(error)
     except FileNotFoundError as error:
-        problem = str(_damaged(path, f"{Path(error.filename).name} is missing"))
+        raise _damaged(path, f"{Path(error.filename).name} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
-        problem = str(_damaged(path, f"it cannot be read ({error})"))
-    for found in filter(None, rt.gather(problem)):
-        raise CheckpointError(found)
-    return manifest
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    marker = (path / _MARKER).read_text(encoding="utf-8").strip()
-    if marker != _hash(path / "manifest.json"):
-        raise _damaged(path, "manifest.json was changed")
-    manifest: dict[str, Any] = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(
-            f"need a checkpoint of format {FORMAT}, {path} has format {manifest['format']};"
-            " use the version of Burnish that wrote it"
-        )
+        raise _damaged(path, f"it cannot be read ({error})") from None
     return manifest
 
 

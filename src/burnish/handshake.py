@@ -139,19 +139,19 @@ class Line:
 
     async def score(
         self, asking: Asking, asked: Message, calibration: Calibration
-    ) -> tuple[Score, str]:
-        """The score that an answer stands for, and the model as in `answer`; where an answer cannot
-        be read, that of another one.
+    ) -> tuple[Score, list[str]]:
+        """The score that an answer stands for or, where that cannot be read, another one; and the
+        models that the replies name, as in `answer`.
 
         Raises:
             Unanswered, ConfigError: as `answer`.
         """
         answer, name = await self.answer(asking, asked, seed=0)
-        score = scored(answer, calibration)
-        if isinstance(score, Scored):
-            return score, name
-        answer, name = await self.answer(asking, asked, seed=1)
-        return scored(answer, calibration), name
+        score, names = scored(answer, calibration), [name]
+        if not isinstance(score, Scored):
+            answer, name = await self.answer(asking, asked, seed=1)
+            score, names = scored(answer, calibration), [*names, name]
+        return score, names
 
     async def _reply(self, request: ChatRequest) -> ChatReply | Failed:
         data = await self.call("/v1/chat/completions", request.body())
@@ -249,7 +249,7 @@ class Handshake:
         for form, digits in ladder(is_reasoning=self.is_reasoning, has_ids=has_ids):
             asking = Asking(self.model, form, digits, alphabet, self.max_tokens, self.temperature)
             try:
-                score, name = await line.score(asking, asked, self.calibration)
+                score, names = await line.score(asking, asked, self.calibration)
             except Refused as error:
                 # A server may refuse the fields of one form and take those of the next.
                 if error.status not in (400, 422):
@@ -257,7 +257,7 @@ class Handshake:
                 refused.append(f"{form}, {digits}: {error}")
                 continue
             if isinstance(score, Scored):
-                return Agreed(asking, score.value, name)
+                return Agreed(asking, score.value, names[-1])
             refused.append(f"{form}, {digits}: {score.reason}")
         raise ConfigError(
             f"need a judge that scores the golden picture, got {' | '.join(refused)}; serve a "

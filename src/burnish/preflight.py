@@ -33,6 +33,7 @@ from burnish.policies.base import Policy
 from burnish.progress import track
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
+from burnish.rewards.oracle import OracleConfig
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_prefix
 from burnish.shelves import PolicyConfig, check_kernels, family_of, load_policy, policy_class
@@ -83,6 +84,7 @@ def check_recipe(config: RunConfig) -> None:
             every = read_prompts(located(path)).entries
             family.check_sources([entry for entry in every if entry.task in family.tasks])
     _check_apart(config)
+    _check_facts(config)
     for name, stage in config.stages.items():
         _check_prompts(name, stage, family)
         _check_adapters(name, stage)
@@ -177,6 +179,19 @@ def _check_apart(config: RunConfig) -> None:
         )
 
 
+def _check_facts(config: RunConfig) -> None:
+    """Raise where the oracle, which knows prompts of the embedded world alone, judges others."""
+    every = read_prompts(located(config.evaluation.prompts))
+    judges = {"judge": config.judge, "edit_judge": config.edit_judge}
+    judges["arena.judge"] = config.arena.judge if config.arena else None
+    for key, judge in judges.items():
+        if isinstance(judge, OracleConfig) and len(every) and not every[0].facts:
+            raise ConfigError(
+                f"{key}: need another judge than the oracle for prompts that are not of the "
+                f"embedded world, got {every[0].id!r} of {config.evaluation.prompts}; name one"
+            )
+
+
 def _check_family(config: RunConfig) -> None:
     """Raise unless the run's family is that of its models, and can be guided as it is asked to."""
     family = policy_class(config.policy.family)
@@ -244,7 +259,8 @@ def _look_at_images(config: RunConfig) -> None:
     sets = [(key, PromptsConfig(path=path)) for key, path in _sets(config)]
     sets += [(f"stages.{name}.prompts", stage.prompts) for name, stage in config.stages.items()]
     # Stages often share a set.
-    for key, prompts in {(one.path, repr(one.columns)): (key, one) for key, one in sets}.values():
+    shared = {(one.path, repr(one.columns)): (key, one) for key, one in reversed(sets)}
+    for key, prompts in shared.values():
         with _under(key):
             every = prompts.open()
             for place in track(spaced(range(len(every)), _LOOKED_AT), "images of prompts"):

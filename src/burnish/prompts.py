@@ -10,6 +10,7 @@ function of seed and step, so resuming needs no state and ranks agree without ta
 
 import base64
 import binascii
+import contextlib
 import json
 import re
 from collections import Counter
@@ -25,9 +26,10 @@ from burnish import images, runtime
 from burnish.buckets import aspect_ratio
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.prompt_sets import Entry, PromptSet
-from burnish.records import object_of, shown, text
+from burnish.records import encodable, object_of, shown
 from burnish.row_stores.base import PRESENT, Fields, RowStore
 from burnish.row_stores.opening import open_rows
+from burnish.tracking import writing
 from burnish.types import MAX_SOURCES, Labelled, Prompt, Task
 
 EntryT = TypeVar("EntryT")
@@ -233,9 +235,9 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
         _check_aspect(aspect, where)
     return Prompt(
         id=name,
-        text=text(row, "text", where, may_be_empty=True),
+        text=encodable(row["text"], "text", where),
         task=task,
-        category=text({"category": str(row.get("category", "general"))}, "category", where),
+        category=encodable(str(row.get("category", "general")), "category", where),
         sources=sources,
         aspect=aspect,
         target=None if target is None else _picture(target, where, folder),
@@ -292,13 +294,19 @@ def _decoded(given: Any, where: str, folder: Path) -> Image.Image:
 
 
 def write_prompts(path: Path, prompts: Iterable[Prompt]) -> None:
-    """Write a set that `read_prompts` reads, images inside; one prompt is in memory at a time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a set that `read_prompts` reads, images inside; one prompt is in memory at a time.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(_row(prompt)) + "\n" for prompt in prompts)
-    # Only now, as the prompts may come from the very file.
-    partial.replace(path)
+    with writing(path), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(partial.unlink, missing_ok=True)
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(_row(prompt)) + "\n" for prompt in prompts)
+        # Only now, as the prompts may come from the very file.
+        partial.replace(path)
 
 
 def _row(prompt: Prompt) -> dict[str, Any]:

@@ -58,10 +58,18 @@ def text(
     given = row.get(key, default)
     if not isinstance(given, str) or not (may_be_empty or given.strip()):
         raise wrong(where, key, "some text", given, "write it")
+    return encodable(given, key, where)
+
+
+def encodable(given: str, key: str, where: str) -> str:
+    """A text as it is, if it can be written: JSON can hold half a character, which no file can.
+
+    Raises:
+        ConfigError: it cannot.
+    """
     try:
         given.encode()
     except UnicodeEncodeError:
-        # JSON can write half a character, which no file can hold.
         raise wrong(where, key, "whole characters", given, "write it in UTF-8") from None
     return given
 

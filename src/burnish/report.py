@@ -60,7 +60,9 @@ def write_report(folder: Path) -> Path:
         "config": dump_yaml(config),
         "tasks": TASKS,
         "base": BASE,
-        "columns": {policy["policy"]: _COLUMNS[policy["role"]] for policy in summary["policies"]},
+        # In an arena that is older than the run's settings there may be one that has no say here.
+        "columns": {UNGUIDED: "base"}
+        | {policy["policy"]: _COLUMNS[policy["role"]] for policy in summary["policies"]},
     }
     text = with_galleries(template, context, config, folder, _PICTURES)
     path = folder / "report.html"
@@ -112,7 +114,8 @@ def _oracle(summary: Mapping[str, Any]) -> str:
     """Who the truth of the embedded world is in this run: reward, judge, both, or nobody."""
     trained, judges = summary["oracle_stages"], summary["judges"]
     tasks = [task for task, kind in judges.items() if kind == "oracle"]
-    of_some = f" of {_and(tasks)}" if 0 < len(tasks) < len(judges) else ""
+    names = [TASKS[task].lower() for task in tasks]
+    of_some = f" of {_and(names)}" if 0 < len(tasks) < len(judges) else ""
     truth = "the truth of the embedded world itself, measured from pixels"
     if trained:
         also = (

@@ -11,15 +11,13 @@ arm that has changed is run again alone.
 import shutil
 from pathlib import Path
 
-from burnish.run_config import RunConfig
+from burnish.run_config import PLACE, RunConfig
 from burnish.stages import job_folder
 from burnish.summary import read_run
 from burnish.tracking import Run, lock
 
 _FREE = ("study", "evidence", "benches", "arena")
 """Settings that a run may be given at any time."""
-_PLACE = ("processes", "check_memory")
-"""Likewise, of `runtime`."""
 _JUDGES = ("judge", "edit_judge")
 """Settings that a run may be given until something is measured."""
 
@@ -48,7 +46,7 @@ def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]
     if not any(folder.glob("evaluation/*/DONE")):
         loose += _JUDGES
     same = {name: getattr(config, name) for name in loose}
-    own = {name: getattr(config.runtime, name) for name in _PLACE}
+    own = {name: getattr(config.runtime, name) for name in PLACE}
     same["runtime"] = before.runtime.model_copy(update=own)
     if before == config or before.model_copy(update=same) != config:
         return []

@@ -28,6 +28,9 @@ UNGUIDED = "base-unguided"
 BEST_OF = "base-best-of"
 BASES = (BASE, UNGUIDED, BEST_OF)
 """The ways in which a base may be measured."""
+PLACE = ("processes", "check_memory")
+"""Settings of `runtime` that a run may be given at any time, as they decide no result."""
+_DEFAULTS = RuntimeConfig().model_dump()
 STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
 
@@ -263,7 +266,8 @@ class RunConfig(Config):
             stage=name,
             seed=self.seed,
             policy=self.policy,
-            runtime=self.runtime,
+            # Those would make another profile of the same.
+            runtime=self.runtime.model_copy(update={name: _DEFAULTS[name] for name in PLACE}),
             prompts=stage.prompts,
             rollout=stage.rollout,
             rewards=stage.rewards,

@@ -315,7 +315,7 @@ def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
     """Steps, pictures drawn, network evaluations, and minutes of one stage of the run in a folder.
 
     `curated` are the pictures that chose its prompts; stages that share a profile all needed it.
-    `unscored` are steps that taught nothing because scores failed.
+    `unscored` are steps that taught nothing because a reward failed.
     """
     place = folder / "stages" / stage
     steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")

@@ -27,7 +27,7 @@ from burnish.curves import budgets
 from burnish.evaluation import HEADLINE, Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
-from burnish.run_config import BASE, BASES, ComparisonConfig, RunConfig
+from burnish.run_config import BASE, ComparisonConfig, RunConfig
 from burnish.significance import MIN_COVERAGE
 from burnish.stages import all_scores, is_complete, spent
 from burnish.study_page import write_study_page
@@ -83,7 +83,7 @@ def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
     here, job = seed_folder(folder, seed), f"measure/{BASE}"
     for other in (seed_folder(folder, n) for n in seeds[: list(seeds).index(seed)]):
         if is_complete(other, job) and not is_complete(here, job):
-            for name in BASES:
+            for name in read_run(here).bases:
                 source, target = (run / "evaluation" / name for run in (other, here))
                 ignored = shutil.ignore_patterns("DONE")
                 shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored)

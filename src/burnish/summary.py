@@ -125,7 +125,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "evidence": config.evidence,
         "headline": headline(config),
         "headlines": headlines(config),
-        "judges": {task: judge.kind for task, judge in config.judges.items()},
+        "judges": {t: judge.kind for t, judge in config.judges.items() if t in config.tasks(BASE)},
         "oracle_stages": [
             name
             for name, stage in config.stages.items()
@@ -292,8 +292,8 @@ def _by_category(cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any
 
 
 def _knowledge(config: RunConfig, cells: Cells, results: Sequence[Row]) -> Iterator[dict[str, Any]]:
-    """What is left of what no reward asks for; `points` of 100 are its difference to the base. A
-    judge that does not tell has its own score there."""
+    """What is left of what no reward asks for (`is_apart`), or else what the judge says of pictures
+    of the knowledge prompts; `points` of 100 are the difference to the base."""
     for result in results:
         policy, task = result["policy"], result["task"]
         told = [m for m in KNOWLEDGE if cells.rows(policy, task, m, knowledge=True)]
@@ -302,7 +302,8 @@ def _knowledge(config: RunConfig, cells: Cells, results: Sequence[Row]) -> Itera
                 found = _compared(cells, result, metric, knowledge=True)
                 size = 100.0 if told else points(config, task)
                 name = metric if told else headlines(config)[task]
-                yield {**found, "metric": name, "points": _scaled(found["gain"], size)}
+                change = _scaled(found["gain"], size)
+                yield {**found, "metric": name, "points": change, "is_apart": bool(told)}
 
 
 def points(config: RunConfig, task: str) -> float:

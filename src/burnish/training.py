@@ -35,8 +35,11 @@ from burnish.runtime import Runtime
 from burnish.sharding import Shards, whole
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
-from burnish.types import Failed, Group, Prompt
+from burnish.types import Failed, Group, Prompt, Scored
 from burnish.updates import update
+
+_MAX_UNSCORED = 3
+"""Steps in a row that teach nothing because a reward is gone, after which a stage stops."""
 
 
 class StageConfig(Config):
@@ -57,9 +60,6 @@ class StageConfig(Config):
     """None trains all weights."""
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
-    max_unscored: int = Field(default=3, ge=1)
-    """Steps in a row that teach nothing because scores fail, after which the stage stops; the same
-    command goes on before them."""
     curation: SelectionConfig | None = None
     """Draw a group of every prompt before the first step, and train on the prompts that pass; None
     trains on all of them."""
@@ -182,10 +182,11 @@ def train(
             if rt.is_main:
                 run.log(state.step, metrics | seen)
             unscored = unscored + 1 if is_unscored(metrics) else 0
-            _check_scored(config, unscored, state.step)
+            _check_scored(min(_MAX_UNSCORED, config.steps), unscored, state.step)
             state.step += 1
-            is_unsaved |= state.step % config.save_every == 0 or state.step == config.steps
-            if is_unsaved and not unscored:
+            is_last = state.step == config.steps
+            is_unsaved |= state.step % config.save_every == 0
+            if is_last or (is_unsaved and not unscored):
                 state.save(run, rt)
                 is_unsaved = False
             reward = metrics.get("reward/mean")
@@ -202,17 +203,17 @@ def train(
 
 
 def is_unscored(metrics: Mapping[str, Any]) -> bool:
-    """Whether a step taught nothing because scores failed."""
-    return metrics.get("data/trained") == 0 and metrics.get("data/failed", 0) > 0
+    """Whether a step taught nothing because a reward failed on all pictures."""
+    return metrics.get("data/trained") == 0 and metrics.get("reward/gone", 0) > 0
 
 
-def _check_scored(config: StageConfig, unscored: int, step: int) -> None:
-    """Raise where a stage draws for nothing, or would end so, after so many such steps in a row."""
-    if unscored == config.max_unscored or (unscored and step + 1 == config.steps):
+def _check_scored(most: int, unscored: int, step: int) -> None:
+    """Raise where a stage draws for nothing, after so many such steps in a row."""
+    if unscored == most:
         raise RunError(
-            f"need scores to learn from, got failures alone in {unscored} steps in a row, to step "
-            f"{step}; see what is wrong with the rewards and start the same command again, which "
-            "goes on from the last checkpoint before them"
+            f"need scores to learn from, got a reward that fails on every picture of {unscored} "
+            f"steps in a row, to step {step}; see what is wrong with it and start the same command "
+            "again, which goes on from the last checkpoint before them"
         )
 
 
@@ -325,11 +326,26 @@ def _step(
         "data/trained": float(len(signals)),
         "data/evaluations": float(state.policy.work.evaluations - before),
     }
-    if config.rewards:
-        every = [score for group in groups for said in group.scores.values() for score in said]
-        counts["data/failed"] = float(sum(isinstance(score, Failed) for score in every))
     parts = rt.gather(counts)
-    return metrics | {name: sum(part[name] for part in parts) for name in counts} | updated
+    told = {name: sum(part[name] for part in parts) for name in counts}
+    return metrics | told | _failures(config, groups, rt) | updated
+
+
+def _failures(config: StageConfig, groups: Sequence[Group], rt: Runtime) -> dict[str, float]:
+    """Scores that failed, and rewards that did so on all pictures of the step."""
+    own = {
+        name: [
+            sum(isinstance(score, kind) for group in groups for score in group.scores.get(name, ()))
+            for kind in (Scored, Failed)
+        ]
+        for name in config.rewards
+    }
+    parts = rt.gather(own)
+    every = [[sum(part[name][k] for part in parts) for k in (0, 1)] for name in own]
+    return {
+        "reward/failed": float(sum(failed for _, failed in every)),
+        "reward/gone": float(sum(failed > 0 and not scored for scored, failed in every)),
+    }
 
 
 def _rollout(

@@ -189,6 +189,12 @@ def test_columns_of_another_name_are_mapped_and_others_left_out(
     assert cli.main([*write, "limit=3"]) == 0
     assert list(read_prompts(out)) == [p for task in ("t2i", "edit") for p in ours(found, task, 3)]
     assert cli.main(write) == 2
+    # What is left of a set may have one task; nothing is left of what could not be written.
+    parquet.write_table(theirs.slice(0, 1), tmp_path / "one.parquet")
+    write = ["prompts", "write", str(tmp_path / "one.parquet"), *given[:1], "--out"]
+    assert cli.main([*write, str(tmp_path / "one.jsonl")]) == 0
+    assert len(read_prompts(tmp_path / "one.jsonl")) == 1
+    assert cli.main([*write, str(out / "one.jsonl")]) == 2
     lines = [json.dumps({"caption": p.text, "key": p.id, "score": 1}) for p in prompts]
     (tmp_path / "theirs.jsonl").write_text("\n".join(lines))
     found = read_prompts(tmp_path / "theirs.jsonl", {"text": "caption", "id": "key"})

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.family_recipes import recipe
 
 from burnish import cli, images, ratings
 from burnish.arena.battles import Battle, read_battles, write_battles
@@ -14,6 +15,7 @@ from burnish.arena.board import rate, voters
 from burnish.arena.contest import Contest, gather
 from burnish.arena.raters import RatersConfig, vote
 from burnish.config import ConfigError
+from burnish.tracking import Run
 from burnish.types import Prompt
 
 STRENGTH = {"base": 0.0, "teacher": 0.5, "student": 0.8}
@@ -260,6 +262,22 @@ def vote_of(name: str) -> list[Battle]:
     ]
 
 
+TEACHERS = ("base-unguided", "grpo_teacher", "student")
+
+
+def _vote_in_a_run(folder: Path, prompts: Path, names: list[str]) -> None:
+    """Without the set being named: the run knows it."""
+    plan = {"prompts": str(prompts), "knowledge": None, "num_prompts": 2, "guidance_scale": 2}
+    Run.create(folder / "run", recipe("qwen_image21", folder / "model", evaluation=plan))
+    for model in ("base", *TEACHERS):
+        place = folder / "run" / "evaluation" / model / "pictures"
+        place.mkdir(parents=True)
+        for name in names:
+            (place / f"{name}.png").write_bytes((folder / "dark" / f"{name}.png").read_bytes())
+    out = str(folder / "run.jsonl")
+    assert cli.main(["arena", "vote", str(folder / "run"), "--out", out]) == 0
+
+
 def test_a_reward_votes_by_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.jsonl"
     shipped = Path(cli.__file__).parents[1] / "miniature" / "prompts" / "held-out.jsonl"
@@ -278,6 +296,10 @@ def test_a_reward_votes_by_command(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "24 votes on 12 prompts between dark, light" in said
     assert "12 prompts: two models must differ by" in said
     assert {b.voter for b in read_battles(out)} == {"simulated:oracle-0", "simulated:oracle-1"}
+    _vote_in_a_run(tmp_path, prompts, names)
+    assert (
+        f"votes on 12 prompts between base{', '.join(['', *TEACHERS])}" in capsys.readouterr().out
+    )
     assert cli.main(command) == 2
     assert "need a file that does not exist yet" in capsys.readouterr().err
     assert cli.main(["arena", "vote", *[f"same={tmp_path / n}" for n in ("dark", "light")],

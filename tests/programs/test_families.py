@@ -105,6 +105,7 @@ def test_a_lora_is_trained_beside_rounded_weights(
         assert found is not None
         assert {t.dtype for t in found.tensors["policy"].values()} == {torch.float32}
         learnt = read_adapter(stage / "lora")
+        assert read_adapter(stage).keys() == learnt.keys()
         assert any(float(adapter.high.abs().max()) > 0 for adapter in learnt.values())
         written = load_file(stage / "model/transformer/diffusion_pytorch_model.safetensors")
         assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}

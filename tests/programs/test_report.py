@@ -13,13 +13,15 @@ from PIL import Image
 from rich.console import Console
 
 from burnish import images
+from burnish.charts import chart
 from burnish.config import parse
-from burnish.evaluation import Row, read_scores, write_rows
+from burnish.evaluation import HEADLINE, Row, read_scores, write_rows
 from burnish.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
 from burnish.report import write_report
 from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig
-from burnish.summary import ratio, write_summary
+from burnish.stages import all_scores
+from burnish.summary import KNOWLEDGE, ratio, read_run, summarise, write_summary
 from burnish.tables import cost_table, table
 from burnish.tracking import Run
 from burnish.types import Prompt
@@ -358,6 +360,37 @@ def test_too_many_failed_pictures_make_a_result_invalid(tmp_path: Path) -> None:
     assert found["student", "t2i"]["is_valid"] is False
     assert found["student", "t2i"]["num_failed"] == 5
     assert found["student", "edit"]["is_valid"] is True
+
+
+def test_a_judge_that_knows_no_knowledge_has_its_score_there(tmp_path: Path) -> None:
+    """In points of its own scale, from 1 to 5; few prompts make no interval, which is told."""
+    folder = make_run(tmp_path)
+    for path in folder.glob("evaluation/*/scores.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [row for row in rows if row["metric"] not in KNOWLEDGE]
+        few = [row for row in kept if row["task"] != "edit" or row["prompt"] <= "edit-12"]
+        write_rows(path, few)
+    config = read_run(folder)
+    told = summarise(config, folder, all_scores(config, folder))
+    judge = {"kind": "vlm", "path": "judge", "dimension": "alignment"}
+    other = parse(RunConfig, config.model_dump() | {"judge": judge})
+    found = summarise(other, folder, all_scores(other, folder))
+    names = [{row["metric"] for row in one["knowledge"]} for one in (told, found)]
+    assert names == [{HEADLINE}, {"alignment"}]
+    assert not any(row["is_apart"] for row in found["knowledge"])
+    for one, another in zip(told["cost"], found["cost"], strict=True):
+        for ours, theirs in zip(one["rates"], another["rates"], strict=True):
+            rate, quarter = (r["per_1000_images"]["mean"] for r in (ours, theirs))
+            assert quarter == pytest.approx(rate / 4)
+    assert found["judges"] == {"t2i": "vlm", "edit": "vlm"}
+    assert any("Brackets of edit are too narrow" in line for line in told["missing"])
+    assert not any("Brackets of t2i" in line for line in told["missing"])
+
+
+def test_labels_of_curves_that_hardly_move_stay_short() -> None:
+    lines = [{"label": "a", "colour": "base", "points": [(0.0, 2.2449425), (1.0, 2.2449431)]}]
+    drawn = chart("loss", "loss", lines, last=1.0, end="1")
+    assert all(digits <= 4 for _, _, digits in drawn["ticks"])
 
 
 def test_a_merge_is_a_policy_like_the_others(tmp_path: Path) -> None:

@@ -173,6 +173,15 @@ def test_the_base_is_measured_once(tmp_path: Path) -> None:
         there, here = (run / "evaluation" / name / "scores.jsonl" for run in (first, second))
         assert there.read_bytes() == here.read_bytes()
     assert (second / "evaluation" / BASE / "DONE").is_file()
+    # One that is drawn without guidance anyway is not measured twice.
+    assert config.bases == BASES and config.able("t2i")[:2] == BASES[:2]
+    plain = config.evaluation.model_copy(update={"guidance_scale": 1.0})
+    unguided = config.model_copy(update={"evaluation": plain})
+    assert unguided.bases == (BASE, BEST_OF) and unguided.able("t2i")[1] != BASES[1]
+    third = studies.seed_folder(tmp_path / "study", 2)
+    Run.create(third, studies.of_seed(unguided, 2), command="burnish study", environment={})
+    studies.share_base(tmp_path / "study", (0, 2), 2)
+    assert {p.name for p in (third / "evaluation").iterdir()} == set(unguided.bases)
     assert BEST_OF in BASES and not (second / "evaluation" / "plain").exists()
 
 

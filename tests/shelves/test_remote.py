@@ -650,6 +650,15 @@ def test_another_seed_is_asked_once_where_the_answer_is_unreadable(
     assert [body["seed"] for body in fake.bodies] == [0, 1]
 
 
+def test_so_it_is_about_the_golden_picture(build: Callable[..., Remote], fake: Any) -> None:
+    """Else the next form, which may be a worse one, would be agreed on."""
+    (expected,) = build(fake).score(pictures(1))
+    fake.recount()
+    fake.fault = first(1, content(""))
+    assert build(fake).score(pictures(1)) == [expected]
+    assert [body["seed"] for body in fake.bodies] == [0, 1, 0, 1]
+
+
 def test_a_calibration_is_applied_to_the_raw_score(build: Callable[..., Remote], fake: Any) -> None:
     (plain,) = build(fake).score(pictures(1))
     knots = Knots(raw=(1.0, 5.0), calibrated=(0.0, 1.0))

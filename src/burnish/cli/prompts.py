@@ -91,7 +91,10 @@ def write(
 
     if out.exists():
         raise ConfigError(f"need a file that does not exist yet, got {out}; change --out")
-    found = parse(PromptsConfig, {"path": path}, overrides or ()).read()
+    config = parse(PromptsConfig, {"path": path}, overrides or ())
+    there = {entry.task for entry in config.open().entries}
+    tasks = tuple(task for task in config.tasks if task in there)
+    found = config.model_copy(update={"tasks": tasks or config.tasks}).read()
     write_prompts(out, track(found, "prompts"))
     print(f"{len(found)} prompts: {out}")
 

@@ -227,9 +227,10 @@ class Remote(Reward):
 
     async def _ask(self, line: Line, agreed: Agreed, asked: Message) -> Score:
         """Ask, and once more where the answer cannot be read."""
-        score, name = await line.score(agreed.asking, asked, self._calibration)
-        if name and name != agreed.answers_as:
-            raise _another_judge(f"a reply names {name[:60]!r}, not {agreed.answers_as!r}")
+        score, names = await line.score(agreed.asking, asked, self._calibration)
+        for name in names:
+            if name and name != agreed.answers_as:
+                raise _another_judge(f"a reply names {name[:60]!r}, not {agreed.answers_as!r}")
         return score
 
     def _key(self, agreed: Agreed, prompt: Prompt, pictures: Sequence[bytes]) -> str:
