@@ -315,7 +315,10 @@ def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str,
     """What one stage cost, and what it gained for that over where it started, in points of 100."""
     stage, cost = config.stages[name], spent(config, folder, name)
     images, total = cost["images"], cost["minutes"]["total"]
-    gains = {t: cells.gain(name, stage.start, t, HEADLINE) for t in stage.prompts.tasks}
+    gains = {
+        task: _scaled(cells.gain(name, stage.start, task, HEADLINE), points(config, task))
+        for task in stage.prompts.tasks
+    }
     return {
         "stage": name,
         "algorithm": stage.algorithm.kind,
@@ -327,10 +330,8 @@ def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str,
             {
                 "task": task,
                 "gain": change,
-                "per_1000_images": _scaled(change, points(config, task) * 1000 / images)
-                if images
-                else None,
-                "per_minute": _scaled(change, points(config, task) / total) if total else None,
+                "per_1000_images": _scaled(change, 1000 / images) if images else None,
+                "per_minute": _scaled(change, 1 / total) if total else None,
             }
             for task, change in gains.items()
         ],

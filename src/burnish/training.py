@@ -204,7 +204,7 @@ def train(
 
 def is_unscored(metrics: Mapping[str, Any]) -> bool:
     """Whether a step taught nothing because a reward failed on all pictures."""
-    return metrics.get("data/trained") == 0 and metrics.get("reward/gone", 0) > 0
+    return metrics.get("data/trained") == 0 and metrics.get("data/gone_rewards", 0) > 0
 
 
 def _check_scored(most: int, unscored: int, step: int) -> None:
@@ -333,6 +333,8 @@ def _step(
 
 def _failures(config: StageConfig, groups: Sequence[Group], rt: Runtime) -> dict[str, float]:
     """Scores that failed, and rewards that did so on all pictures of the step."""
+    if not config.rewards:
+        return {}
     own = {
         name: [
             sum(isinstance(score, kind) for group in groups for score in group.scores.get(name, ()))
@@ -343,8 +345,8 @@ def _failures(config: StageConfig, groups: Sequence[Group], rt: Runtime) -> dict
     parts = rt.gather(own)
     every = [[sum(part[name][k] for part in parts) for k in (0, 1)] for name in own]
     return {
-        "reward/failed": float(sum(failed for _, failed in every)),
-        "reward/gone": float(sum(failed > 0 and not scored for scored, failed in every)),
+        "data/failed_scores": float(sum(failed for _, failed in every)),
+        "data/gone_rewards": float(sum(failed > 0 and not scored for scored, failed in every)),
     }
 
 
