@@ -390,6 +390,10 @@ BREAKS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda m: (m / "vae/config.json").write_text("{") and None,
         "need JSON in .*vae/config",
     ),
+    "settings of another part": (
+        lambda m: shutil.copy(m / "transformer/config.json", m / "vae/config.json") and None,
+        "need the settings of AutoencoderKLFlux2 in .*, got those of Flux2Transformer2DModel",
+    ),
     "broken index": (
         lambda m: (m / "model_index.json").write_text("[") and None,
         "need JSON in .*model_index",
