@@ -80,8 +80,8 @@ def _check_part(place: Path, kind: str) -> None:
         found = _read_json(place / "config.json").get("_class_name", kind)
         if found != kind:
             raise ConfigError(
-                f"need the settings of {kind} in {place / 'config.json'}, got those of {found}; copy "
-                "the whole model again"
+                f"need the settings of {kind} in {place / 'config.json'}, got those of {found}; "
+                "copy the whole model again"
             )
         for _ in tensors(place):
             # Only headers are read; that of a file that was cut off says so.
