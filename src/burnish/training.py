@@ -181,12 +181,10 @@ def train(
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
             if rt.is_main:
                 run.log(state.step, metrics | seen)
-            unscored = unscored + 1 if is_unscored(metrics) else 0
-            _check_scored(min(_MAX_UNSCORED, config.steps), unscored, state.step)
+            unscored = _unscored(unscored, metrics, state.step, config.steps)
             state.step += 1
-            is_last = state.step == config.steps
             is_unsaved |= state.step % config.save_every == 0
-            if is_last or (is_unsaved and not unscored):
+            if (is_unsaved and not unscored) or state.step == config.steps:
                 state.save(run, rt)
                 is_unsaved = False
             reward = metrics.get("reward/mean")
@@ -207,14 +205,16 @@ def is_unscored(metrics: Mapping[str, Any]) -> bool:
     return metrics.get("data/trained") == 0 and metrics.get("data/gone_rewards", 0) > 0
 
 
-def _check_scored(most: int, unscored: int, step: int) -> None:
-    """Raise where a stage draws for nothing, after so many such steps in a row."""
-    if unscored == most:
+def _unscored(before: int, metrics: Mapping[str, Any], step: int, steps: int) -> int:
+    """Such steps in a row, with this one of so many; raises where a stage draws for nothing."""
+    found = before + 1 if is_unscored(metrics) else 0
+    if found == min(_MAX_UNSCORED, steps):
         raise RunError(
-            f"need scores to learn from, got a reward that fails on every picture of {unscored} "
-            f"steps in a row, to step {step}; see what is wrong with it and start the same command "
+            f"need scores to learn from, got a reward that fails on every picture of {found} steps "
+            f"in a row, to step {step}; see what is wrong with it and start the same command "
             "again, which goes on from the last checkpoint before them"
         )
+    return found
 
 
 def _made_ready(
