@@ -189,12 +189,18 @@ def test_columns_of_another_name_are_mapped_and_others_left_out(
     assert cli.main([*write, "limit=3"]) == 0
     assert list(read_prompts(out)) == [p for task in ("t2i", "edit") for p in ours(found, task, 3)]
     assert cli.main(write) == 2
-    # What is left of a set may have one task; nothing is left of what could not be written.
+    # A set may have one task.
     parquet.write_table(theirs.slice(0, 1), tmp_path / "one.parquet")
     write = ["prompts", "write", str(tmp_path / "one.parquet"), *given[:1], "--out"]
     assert cli.main([*write, str(tmp_path / "one.jsonl")]) == 0
     assert len(read_prompts(tmp_path / "one.jsonl")) == 1
     assert cli.main([*write, str(out / "one.jsonl")]) == 2
+    # Nothing is left of what could not be written.
+    (tmp_path / "cut.png").write_bytes(b"no picture")
+    rows = [{"text": "make it red"} | source for source in ({"task": "t2i"}, {"source": "cut.png"})]
+    (tmp_path / "cut.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write = ["prompts", "write", str(tmp_path / "cut.jsonl"), "--out", str(tmp_path / "no.jsonl")]
+    assert cli.main(write) == 2 and not list(tmp_path.glob("no.jsonl*"))
     lines = [json.dumps({"caption": p.text, "key": p.id, "score": 1}) for p in prompts]
     (tmp_path / "theirs.jsonl").write_text("\n".join(lines))
     found = read_prompts(tmp_path / "theirs.jsonl", {"text": "caption", "id": "key"})

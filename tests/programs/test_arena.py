@@ -266,14 +266,22 @@ TEACHERS = ("base-unguided", "grpo_teacher", "student")
 
 
 def _vote_in_a_run(folder: Path, prompts: Path, names: list[str]) -> None:
-    """Without the set being named: the run knows it."""
-    plan = {"prompts": str(prompts), "knowledge": None, "num_prompts": 2, "guidance_scale": 2}
+    """Without the set being named: the run knows it, and no other has prompts of these names."""
+    rows = [json.loads(row) for row in prompts.open()]
+    own = "".join(json.dumps(row | {"id": f"own-{row['id']}"}) + "\n" for row in rows)
+    (folder / "own.jsonl").write_text(own)
+    plan = {
+        "prompts": str(folder / "own.jsonl"),
+        "knowledge": None,
+        "num_prompts": 2,
+        "guidance_scale": 2,
+    }
     Run.create(folder / "run", recipe("qwen_image21", folder / "model", evaluation=plan))
     for model in ("base", *TEACHERS):
         place = folder / "run" / "evaluation" / model / "pictures"
         place.mkdir(parents=True)
         for name in names:
-            (place / f"{name}.png").write_bytes((folder / "dark" / f"{name}.png").read_bytes())
+            (place / f"own-{name}.png").write_bytes((folder / "dark" / f"{name}.png").read_bytes())
     out = str(folder / "run.jsonl")
     assert cli.main(["arena", "vote", str(folder / "run"), "--out", out]) == 0
 
