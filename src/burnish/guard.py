@@ -38,7 +38,7 @@ from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
 from burnish.tracking import RunError, writing
-from burnish.types import Labelled, Prompt, Scored, ScoreRequest, Task
+from burnish.types import Prompt, Scored, ScoreRequest, Task
 
 Verdict = Literal["fine", "hacked"]
 FOLDER = "guard"
@@ -130,14 +130,14 @@ def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:
 
 
 def held_out(
-    config: GuardConfig, tasks: Sequence[Task], trained_on: Sequence[Labelled] = ()
+    config: GuardConfig, tasks: Sequence[Task], trained_on: PromptSet | None = None
 ) -> PromptSet:
     """The prompts that a guard looks at, task by task.
 
     Args:
         config: of the guard.
         tasks: of the stage.
-        trained_on: labels of the prompts that the stage is trained on, if they are to be compared.
+        trained_on: the prompts that the stage is trained on, if they are to be compared.
 
     Raises:
         ConfigError: too few, or one that the stage is trained on.
@@ -152,14 +152,13 @@ def held_out(
                 f"{len(own)} in {config.prompts}; ask for fewer"
             )
         entries += own.entries
-    known = {prompt.id for prompt in trained_on}
-    for entry in entries:
-        if entry.id in known:
-            raise ConfigError(
-                "guard.prompts: need prompts that the stage is not trained on, got "
-                f"{entry.id!r}, which names one that it is; give another set, or ids of their own"
-            )
-    return PromptSet(entries)
+    chosen = PromptSet(entries)
+    if trained_on is not None and (shared := chosen.shared(trained_on).entries):
+        raise ConfigError(
+            f"guard.prompts: need prompts that the stage is not trained on, got {shared[0].id!r} "
+            f"({len(shared)} of {len(chosen)}), which it is under some id; give another set"
+        )
+    return chosen
 
 
 class Guard(Watch):

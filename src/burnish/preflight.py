@@ -1,50 +1,36 @@
-"""What can be known before a run: whether its inputs can be read, and whether the machine works.
+"""What can be known before a run: whether its inputs can be read, and fit together.
 
 A run takes minutes to days, so whatever would stop it later is looked for first. Bad input is
-refused before a file is written; a finding about the machine comes with what to do about it.
+refused before a file is written.
 """
 
 import contextlib
-import importlib.metadata
-import platform
-import shutil
-import sys
+import warnings
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from burnish import __version__, images, rollout, runtime, vision_build
+from burnish import runtime
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import ConfigError, located, nearest
+from burnish.contamination import ContaminationWarning, contamination
 from burnish.forecast import check_memory
 from burnish.guard import held_out
-from burnish.pipeline_folders import (
-    INDEX,
-    check_kin,
-    check_parts,
-    check_targets,
-    check_there,
-)
+from burnish.pipeline_folders import check_kin, check_parts, check_targets, check_there
 from burnish.policies.base import Policy
 from burnish.progress import track
+from burnish.prompt_sets import PromptSet
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.rewards.oracle import OracleConfig
 from burnish.run_config import STAGE, RunConfig
 from burnish.sharding import check_prefix
-from burnish.shelves import PolicyConfig, check_kernels, family_of, load_policy, policy_class
+from burnish.shelves import check_kernels, family_of, policy_class
 from burnish.training import StageConfig
-from burnish.types import Guidance, Prompt
 
-_GIBIBYTE = 1 << 30
-_LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
 _LOOKED_AT = 500
 """Prompts of a set whose images are decoded; `burnish prompts check` decodes all."""
-_PACKAGES = ("diffusers", "transformers", "peft", "safetensors", "pillow", "numpy")
 
 
 def check_inputs(config: RunConfig, jobs: Collection[str] | None = None) -> None:
@@ -85,8 +71,9 @@ def check_recipe(config: RunConfig) -> None:
             family.check_sources([entry for entry in every if entry.task in family.tasks])
     _check_apart(config)
     _check_facts(config)
+    trained: dict[str, PromptSet] = {}
     for name, stage in config.stages.items():
-        _check_prompts(name, stage, family)
+        trained[name] = _check_prompts(name, stage, family)
         _check_adapters(name, stage)
         stage.optimizer.check(f"stages.{name}", is_sharded=config.runtime.sharding == "full")
         if config.runtime.sharding == "full":
@@ -106,6 +93,8 @@ def check_recipe(config: RunConfig) -> None:
             reward.check()
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
+    for found in contamination(config, trained):
+        warnings.warn(f"{found}; leave them out of one", ContaminationWarning, stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -269,9 +258,9 @@ def _look_at_images(config: RunConfig) -> None:
                     family.check_source_sizes(every[place])
 
 
-def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> None:
-    """Raise unless there are prompts for every task, enough for a step, of categories that have
-    weights, none with more sources than the family reads."""
+def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]) -> PromptSet:
+    """The prompts of a stage: some for every task, enough for a step, of categories that have
+    weights, none with more sources than the family reads, and none that its guard looks at."""
     with _under(f"stages.{name}.prompts"):
         chosen = stage.prompts.read()
         family.check_sources(chosen.entries)
@@ -279,7 +268,7 @@ def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]
             stage.algorithm.pool(entry)
     try:
         if stage.guard is not None:
-            held_out(stage.guard, stage.prompts.tasks, chosen.entries)
+            held_out(stage.guard, stage.prompts.tasks, chosen)
         stage.algorithm.check_prompts(chosen)
     except ConfigError as error:
         raise ConfigError(f"stages.{name}.{error}") from None
@@ -292,6 +281,7 @@ def _check_prompts(name: str, stage: StageConfig, family: type[Policy[Any, Any]]
         except ValueError as error:
             raise ConfigError(f"stages.{name}.rewards: {error}") from None
     _check_spelling(name, stage, {entry.category for entry in chosen.entries})
+    return chosen
 
 
 def _check_spelling(name: str, stage: StageConfig, categories: Collection[str]) -> None:
@@ -304,97 +294,3 @@ def _check_spelling(name: str, stage: StageConfig, categories: Collection[str]) 
                     f"stages.{name}.rewards.{key}.weights: need categories of the prompts "
                     f"({', '.join(sorted(categories))}), got {given!r}; did you mean {meant!r}?"
                 )
-
-
-# --- The machine -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
-    """One thing that was looked at."""
-
-    name: str
-    is_fine: bool
-    found: str
-    advice: str = ""
-    """What to do if it is not fine."""
-
-
-def examine(model: str = PolicyConfig().path) -> list[Finding]:
-    """Look at versions, device, cores, memory, disk, and whether a model loads and draws."""
-    return [*_versions(), *_machine(), _drawing(model)]
-
-
-def _versions() -> Iterator[Finding]:
-    yield Finding(name="burnish", is_fine=True, found=__version__)
-    yield Finding(
-        name="python",
-        is_fine=sys.version_info >= (3, 11),
-        found=platform.python_version(),
-        advice="use Python 3.11 or newer",
-    )
-    yield Finding(name="torch", is_fine=True, found=torch.__version__)
-    yield _torchvision()
-    for package in _PACKAGES:
-        version, is_fine = "not installed", False
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            version, is_fine = importlib.metadata.version(package), True
-        advice = "install Burnish again with its dependencies"
-        yield Finding(name=package, is_fine=is_fine, found=version, advice=advice)
-
-
-def _torchvision() -> Finding:
-    try:
-        was_helped = vision_build.ensure_torchvision()
-        version = importlib.metadata.version("torchvision")
-    except Exception as error:
-        # Whatever an import stumbles on is what the user wants to know here.
-        return Finding(
-            name="torchvision",
-            is_fine=False,
-            found=_one_line(error),
-            advice="install the torchvision that belongs to the torch above",
-        )
-    note = ", built for another torch, made usable" if was_helped else ", fits torch"
-    return Finding(name="torchvision", is_fine=True, found=version + note)
-
-
-def _machine() -> Iterator[Finding]:
-    device = runtime.choose_device()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    yield Finding(name="device", is_fine=True, found=f"{device} ({name})")
-    yield Finding(name="cores", is_fine=True, found=str(runtime.usable_cores()))
-    size = runtime.memory(torch.device("cpu"))
-    if size is not None:
-        yield Finding(name="memory", is_fine=True, found=f"{size / _GIBIBYTE:.1f} GiB")
-    free = shutil.disk_usage(Path.cwd()).free / _GIBIBYTE
-    yield Finding(
-        name="free disk",
-        is_fine=free >= _LEAST_DISK,
-        found=f"{free:.1f} GiB in {Path.cwd()}",
-        advice=f"free {_LEAST_DISK:g} GiB at least, or work in another folder",
-    )
-
-
-def _drawing(model: str) -> Finding:
-    """Load a model and draw one picture in two steps."""
-    name = f"model {model}"
-    if not (located(model) / INDEX).is_file():
-        advice = "make it with `burnish miniature build`, or install Burnish again"
-        return Finding(name=name, is_fine=False, found="missing", advice=advice)
-    try:
-        rt = runtime.start()
-        policy = load_policy(PolicyConfig(resolution=64), located(model), rt)
-        prompt = Prompt(id="doctor", text="a large red circle")
-        with rt.autocast():
-            drawn = rollout.draw(policy, [prompt], num_steps=2, guidance=Guidance(3.0), seeds=[0])
-        images.to_pil(drawn[0])
-    except Exception as error:
-        # Whatever a library stumbles on is what the user wants to know here.
-        advice = "install Burnish again; BURNISH_TRACEBACK=1 burnish sample x shows where"
-        return Finding(name=name, is_fine=False, found=_one_line(error), advice=advice)
-    return Finding(name=name, is_fine=True, found="loads and draws")
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -5,6 +5,7 @@ id, task and category of every prompt and cost about 300 bytes each. Whoever ind
 gets prompts, each read at that moment and kept by nobody.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
 
@@ -45,8 +46,23 @@ class Entry(NamedTuple):
     task: Task
     category: str
     num_sources: int
+    content: int
+    """Of what is asked for, see `content_of`."""
     reader: Reader
     row: int
+
+
+def content_of(prompt: Prompt, sources: Iterable[str | bytes]) -> int:
+    """A number that prompts have in common only if they ask for the same: text, task and sources.
+
+    Args:
+        prompt: its sources may be marks.
+        sources: what tells each source apart: its bytes, or the place of its file.
+    """
+    digest = hashlib.blake2b(repr((prompt.task, prompt.text)).encode(), digest_size=8)
+    for source in sources:
+        digest.update(b"\0" + (source if isinstance(source, bytes) else source.encode()))
+    return int.from_bytes(digest.digest())
 
 
 class PromptSet(_Prompts):
@@ -62,7 +78,7 @@ class PromptSet(_Prompts):
             return prompts
         held = _Held(prompts)
         return cls(
-            Entry(p.id, p.task, p.category, p.num_sources, held, row)
+            Entry(p.id, p.task, p.category, p.num_sources, content_of(p, p.sources), held, row)
             for row, p in enumerate(prompts)
         )
 
@@ -95,6 +111,15 @@ class PromptSet(_Prompts):
     def select(self, keep: Callable[[Labelled], bool]) -> "PromptSet":
         """The prompts whose labels pass, in order."""
         return PromptSet(entry for entry in self._entries if keep(entry))
+
+    def shared(self, other: "PromptSet") -> "PromptSet":
+        """The prompts that another set asks for too, under whatever id; none is read.
+
+        Sources are the same by their file or by what a row spells out. Images that a row holds as
+        bytes are not read: such prompts are the same where their ids are, too.
+        """
+        known = {entry.content for entry in other.entries}
+        return PromptSet(entry for entry in self._entries if entry.content in known)
 
     def check(self, index: int) -> None:
         """Read one prompt and decode its images, only to see that they are whole.

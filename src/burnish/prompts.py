@@ -1,20 +1,21 @@
 """Prompt sets: read them, split them by task, and draw the prompts of each step.
 
 A set has rows with the keys of `types.Prompt`, but `source` for the sources, an image or a list of
-them in order: a JSONL file, where an image is a path
-relative to the file or a `data:` URL; a Parquet file, or a folder of its shards; a
-data set that `datasets` has saved to disk. In the latter two an image is its bytes, or the `{bytes,
-path}` of `datasets`. Sets stay on disk, see `prompt_sets`. Which prompts a step sees is a pure
-function of seed and step, so resuming needs no state and ranks agree without talking.
+them in order: a JSONL file, where an image is a path relative to the file or a `data:` URL; a
+Parquet file, or a folder of its shards; a data set that `datasets` has saved to disk. In the latter
+two an image is its bytes, or the `{bytes, path}` of `datasets`. Sets stay on disk, see
+`prompt_sets`. Which prompts a step sees is a pure function of seed and step, so resuming needs no
+state and ranks agree without talking.
 """
 
 import base64
 import binascii
 import contextlib
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,7 @@ from pydantic import Field, field_validator
 from burnish import images, runtime
 from burnish.buckets import aspect_ratio
 from burnish.config import Config, ConfigError, located, nearest
-from burnish.prompt_sets import Entry, PromptSet
+from burnish.prompt_sets import Entry, PromptSet, content_of
 from burnish.records import encodable, object_of, shown
 from burnish.row_stores.base import PRESENT, Fields, RowStore
 from burnish.row_stores.opening import open_rows
@@ -143,7 +144,9 @@ def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> Prompt
         seen.add(prompt.id)
         # One object for all prompts of a category.
         category = categories.setdefault(prompt.category, prompt.category)
-        entries.append(Entry(prompt.id, prompt.task, category, prompt.num_sources, reader, number))
+        content = content_of(prompt, reader.sources(row, prompt.id))
+        labels = prompt.id, prompt.task, category, prompt.num_sources
+        entries.append(Entry(*labels, content, reader, number))
     if not entries:
         raise ConfigError(f"{path}: need at least one prompt, got an empty file; write some")
     return PromptSet(entries)
@@ -180,17 +183,24 @@ class _Rows:
                 _look_for(folder / one, where)
         return made
 
+    def sources(self, found: Mapping[str, Any], name: str) -> Iterator[str]:
+        """What tells the sources of a row apart from others, without reading them."""
+        for one in _listed(found.get("source")):
+            if not isinstance(one, str):
+                yield name
+            else:
+                yield one if _is_url(one) else os.path.abspath(self._rows.folder / one)
+
     def _made(self, row: int, found: Mapping[str, Any], where: str) -> Prompt:
         if isinstance(facts := found.get("facts"), str):
             # Columns are all of one form, which facts are not.
             found = {**found, "facts": object_of(facts, f"{where}: facts")}
-        default_id = f"{self._rows.name}-{self._rows.number(row)}"
-        return _prompt(found, where, self._rows.folder, default_id)
+        name = f"{self._rows.name}-{self._rows.number(row)}"
+        return _prompt(found, where, self._rows.folder, default_id=name)
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
-    found = [row[key] for key in _PICTURES if key in row]
-    return [one for part in found for one in (part if isinstance(part, list) else [part])]
+    return [one for key in _PICTURES if key in row for one in _listed(row[key])]
 
 
 def _is_url(picture: Any) -> bool:
@@ -253,8 +263,12 @@ def _check_aspect(aspect: Any, where: str) -> None:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def _listed(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
 def _sources(given: Any, where: str, folder: Path) -> tuple[bytes, ...]:
-    listed: list[Any] = given if isinstance(given, list) else [] if given is None else [given]
+    listed = _listed(given)
     # Before any of them is read.
     if len(listed) > MAX_SOURCES:
         raise ConfigError(

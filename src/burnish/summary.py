@@ -16,7 +16,8 @@ from typing import Any, cast
 import numpy as np
 
 from burnish.algorithms.distill import DistillConfig
-from burnish.config import located, parse
+from burnish.config import ConfigError, located, parse
+from burnish.contamination import contamination
 from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
@@ -146,7 +147,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "knowledge": list(_knowledge(config, cells, results)),
         "cost": [_cost(config, folder, cells, name) for name in config.stages],
     }
-    summary["missing"] = list(_missing(summary))
+    summary["missing"] = [*_missing(summary), *_not_held_out(config)]
     return summary
 
 
@@ -380,3 +381,13 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"Brackets of {task} are too narrow: they are over fewer than {MIN_PROMPTS} prompts."
     if not summary["knowledge"]:
         yield "Nothing is known of forgetting: there are no scores on knowledge prompts."
+
+
+def _not_held_out(config: RunConfig) -> Iterator[str]:
+    """One sentence for every stage that is trained on what is measured."""
+    try:
+        trained = {name: stage.prompts.read() for name, stage in config.stages.items()}
+        for found in contamination(config, trained):
+            yield f"{found}."
+    except ConfigError as error:
+        yield f"Whether what is measured is held out is not known: {error}."

@@ -167,6 +167,31 @@ def test_a_selection_reads_nothing_and_keeps_its_order(prompts: list[Prompt]) ->
     assert list(held.select(lambda p: p.id == "p-4")) == [prompts[4]]
 
 
+def test_prompts_in_common_are_found_under_any_id(table: Any, tmp_path: Path) -> None:
+    file = as_lines(table, tmp_path)
+    every = [json.loads(line) for line in file.read_text().splitlines() if line]
+    edits, texts = ([row for row in every if ("source" in row) == is_edit] for is_edit in (1, 0))
+    other = [
+        texts[0] | {"id": "renamed"},
+        texts[1] | {"text": "what nobody has asked for"},
+        edits[0] | {"id": "renamed-edit", "source": f"../{tmp_path.name}/{edits[0]['source']}"},
+        edits[1] | {"source": edits[0]["source"]},
+    ]
+    (tmp_path / "other.jsonl").write_text("\n".join(map(json.dumps, other)))
+    first, second = read_prompts(file), read_prompts(tmp_path / "other.jsonl")
+    assert [e.id for e in second.shared(first).entries] == ["renamed", "renamed-edit"]
+    assert {e.id for e in first.shared(second).entries} == {texts[0]["id"], edits[0]["id"]}
+    # Bytes are not read, so that an edit is known by its id, too.
+    renamed = pyarrow.array([f"x-{name}" for name in table["id"].to_pylist()])
+    theirs = table.set_column(table.schema.get_field_index("id"), "id", renamed)
+    parquet.write_table(theirs, tmp_path / "renamed.parquet")
+    held, anew = read_prompts(as_file(table, tmp_path)), read_prompts(tmp_path / "renamed.parquet")
+    assert len(held.shared(held)) == COUNT
+    assert [e.task for e in anew.shared(held).entries] == ["t2i"] * len(texts)
+    in_memory = PromptSet.of(list(held))
+    assert len(in_memory.shared(PromptSet.of(list(reversed(in_memory))))) == COUNT
+
+
 def ours(found: Sequence[Prompt], task: str, count: int) -> list[Prompt]:
     return [prompt for prompt in found if prompt.task == task][:count]
 

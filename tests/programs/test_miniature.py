@@ -66,6 +66,7 @@ def test_reminders_show_every_person_and_style_in_scenes_that_are_not_measured()
     assert {scene.values["style"] for scene in scenes} == set(STYLES)
     assert not any(map(is_held_out, scenes))
     assert not any(prompt.facts == other.facts for prompt in shown for other in knowledge)
+    assert not shown.shared(knowledge).entries
 
 
 def test_training_pictures_are_flawed_as_often_as_said() -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 from burnish import images
 from burnish.charts import chart
 from burnish.config import parse
+from burnish.contamination import contamination
 from burnish.evaluation import HEADLINE, Row, read_scores, write_rows
 from burnish.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
@@ -36,6 +37,7 @@ GAINS = {
 }
 """Planted gains over the base; the student keeps 95 % of each teacher's."""
 DISTANCE = 0.3
+TRAIN = "embedded:prompts/train.jsonl"
 EVIL = '<script>alert("x")</script> & a "fox"'
 
 
@@ -50,7 +52,7 @@ def stage(kind: str, tasks: list[str], **more: Any) -> dict[str, Any]:
     is_student = kind == "distill"
     return {
         "steps": 20,
-        "prompts": {"path": "train.jsonl", "tasks": tasks},
+        "prompts": {"path": TRAIN, "tasks": tasks},
         "rollout": {
             "window": 0,
             "keep": 4 if is_student else "none",
@@ -385,6 +387,25 @@ def test_a_judge_that_knows_no_knowledge_has_its_score_there(tmp_path: Path) -> 
     assert found["judges"] == {"t2i": "vlm", "edit": "vlm"}
     assert any("Brackets of edit are too narrow" in line for line in told["missing"])
     assert not any("Brackets of t2i" in line for line in told["missing"])
+
+
+def test_what_is_trained_on_is_not_told_as_held_out(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    config, rows = read_run(folder), all_scores(read_run(folder), folder)
+    assert not list(contamination(config, {n: s.prompts.read() for n, s in config.stages.items()}))
+    measured = {"evaluation": {**config.evaluation.model_dump(), "prompts": TRAIN}}
+    missing = summarise(parse(RunConfig, config.model_dump() | measured), folder, rows)["missing"]
+    told = [line for line in missing if "is not held out" in line]
+    assert [line.split(" (")[0] for line in told] == [
+        f"{480 * tasks} of the {480 * tasks} prompts of evaluation.prompts are among those of the "
+        f"stage {stage}"
+        for stage, tasks in (("t2i-teacher", 1), ("edit-teacher", 1), ("student", 2))
+    ]
+    gone = {**config.evaluation.model_dump(), "prompts": str(tmp_path / "gone.jsonl")}
+    other = parse(RunConfig, config.model_dump() | {"evaluation": gone})
+    assert "Whether what is measured is held out is not known" in str(
+        summarise(other, folder, rows)
+    )
 
 
 def test_labels_of_curves_that_hardly_move_stay_short() -> None:

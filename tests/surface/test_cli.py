@@ -572,16 +572,16 @@ def test_the_doctor_says_what_to_do(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """Exit code 1 where something is broken."""
-    from burnish import preflight
+    from burnish import machine
 
-    missing = preflight.examine(str(tmp_path))
-    monkeypatch.setattr(preflight, "examine", lambda: missing)
+    missing = machine.examine(str(tmp_path))
+    monkeypatch.setattr(machine, "examine", lambda: missing)
     assert cli.main(["doctor", "--json"]) == 1
     out = capsys.readouterr().out
     assert "BROKEN" in out and "burnish miniature build" in out and "recipe smoke" in out
     findings = json.loads(out.splitlines()[-1])["findings"]
     assert {"torch", "torchvision", "cores", "free disk"} <= {f["name"] for f in findings}
-    assert preflight._drawing(str(model)).found == "loads and draws"
+    assert machine._drawing(str(model)).found == "loads and draws"
 
 
 def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:

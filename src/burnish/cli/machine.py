@@ -46,11 +46,11 @@ def doctor(
     alone = [*map(repr, overrides or ()), *(name for name, is_on in options.items() if is_on)]
     if alone:
         raise ConfigError(f"need --recipe for settings, got {alone[0]} alone; name a recipe")
-    from burnish import preflight
+    from burnish import machine
 
-    findings = preflight.examine()
+    findings = machine.examine()
     findings += [
-        preflight.Finding(name=f"recipe {name}", is_fine=True, found=evidence(path))
+        machine.Finding(name=f"recipe {name}", is_fine=True, found=evidence(path))
         for name, path in known_recipes().items()
     ]
     for finding in findings:

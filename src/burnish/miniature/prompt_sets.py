@@ -106,12 +106,15 @@ def knowledge_prompts(per_kind: int, seed: int) -> list[Prompt]:
 
 
 def reminders(knowledge: Sequence[Prompt], per_kind: int, seed: int) -> list[Prompt]:
-    """Knowledge prompts of scenes that are neither held out nor those of `knowledge`."""
-    measured = [prompt.facts for prompt in knowledge]
+    """Knowledge prompts whose scenes are not held out, with no scene and no text of `knowledge`."""
+    scenes = [prompt.facts for prompt in knowledge]
+    texts = {prompt.text for prompt in knowledge}
     return [
         replace(prompt, id=f"reminder-{prompt.id}")
         for prompt in knowledge_prompts(per_kind, seed)
-        if prompt.facts not in measured and not is_held_out(Scene.from_json(prompt.facts))
+        if prompt.facts not in scenes
+        and prompt.text not in texts
+        and not is_held_out(Scene.from_json(prompt.facts))
     ]
 
 
