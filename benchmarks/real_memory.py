@@ -2,8 +2,9 @@
 
     python benchmarks/real_memory.py [--recipe flux2_klein ...] [KEY=VALUE ...] [--json]
 
-No weights are here: a pipeline folder is written that has the settings of the real one, and
-`burnish doctor --recipe` is asked about it, with prompts of 120 words and sources of a megapixel.
+No weights are here: a pipeline folder is written that has the settings of the real one, and the
+headers of its weights in bfloat16. `burnish doctor --recipe` is asked about it, with prompts of 120
+words and sources of a megapixel.
 """
 
 import argparse
@@ -75,6 +76,7 @@ REAL: dict[str, dict[str, Sizes]] = {
             "num_attention_heads": 32,
             "num_key_value_heads": 8,
             "head_dim": 128,
+            "tie_word_embeddings": True,
         },
     },
     "qwen_image": {"transformer": {}, "vae": {}, "text_encoder": _QWEN25_VL},
@@ -154,7 +156,7 @@ classes, which are the published ones where nothing is changed."""
 
 
 def write_pipeline(family: str, folder: Path) -> None:
-    """A pipeline folder with the settings of the real one, and weights that fit none of it."""
+    """A pipeline folder with the settings of the real one, and the headers of its weights."""
     policy_class(family).tiny().save(folder)
     for name, changes in REAL[family].items():
         path = folder / name / "config.json"
@@ -162,26 +164,45 @@ def write_pipeline(family: str, folder: Path) -> None:
         is_encoder = "text_encoder" in name
         kept = old if is_encoder else {"_class_name": old["_class_name"]}
         path.write_text(json.dumps(_merged(kept, changes)))
+    for place, network in _networks(family, folder, torch.device("meta")):
+        _write_header(place / "model.safetensors", network)
 
 
 def draw_weights(family: str, folder: Path, device: torch.device) -> None:
     """Give a pipeline folder random weights that fit its settings, in bfloat16."""
-    pipeline: Any = policy_class(family).tiny().pipeline
-    for name, network in pipeline.components.items():
-        if not isinstance(network, nn.Module):
-            continue
-        kind: Any = type(network)
-        for old in (folder / name).glob("*.safetensors"):
-            old.unlink()
-        with torch.device(device):
-            if hasattr(kind, "load_config"):
-                drawn = kind.from_config(kind.load_config(folder / name))
-            else:
-                drawn = kind(kind.config_class.from_pretrained(folder / name))
-        drawn.to(torch.bfloat16).save_pretrained(folder / name)
-        del drawn
+    for place, network in _networks(family, folder, device):
+        network.save_pretrained(place)
     # The device is for others now.
     torch.cuda.empty_cache()
+
+
+def _networks(family: str, folder: Path, device: torch.device) -> Iterator[tuple[Path, Any]]:
+    """The networks that the settings of a pipeline folder tell of, in place of its weights."""
+    pipeline: Any = policy_class(family).tiny().pipeline
+    for name, network in pipeline.components.items():
+        if isinstance(network, nn.Module):
+            kind: Any = type(network)
+            for old in (folder / name).glob("*.safetensors"):
+                old.unlink()
+            with torch.device(device):
+                if hasattr(kind, "load_config"):
+                    made = kind.from_config(kind.load_config(folder / name))
+                else:
+                    made = kind(kind.config_class.from_pretrained(folder / name))
+            yield folder / name, made.to(torch.bfloat16)
+
+
+def _write_header(path: Path, network: nn.Module) -> None:
+    """A file of weights that takes no room on the disk: what follows its header is a hole."""
+    header, end = {}, 0
+    for name, weight in network.named_parameters():
+        start, end = end, end + weight.nbytes
+        span = {"shape": list(weight.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": "BF16", **span}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
 
 
 def _merged(old: Sizes, changes: Sizes) -> Sizes:

@@ -2,27 +2,48 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from burnish.config import ConfigError
 
-_BYTES = {
-    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2,
-    "U16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+_TYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 _INDEX = "*.safetensors.index.json"
 
 
+class Stored(NamedTuple):
+    """A tensor in a file."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of it, as stored."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of a model's folder: the shards that its index names, or every file there.
+    """The weights of a model's folder: the shards that its index names, or every file there but
+    variants (`model.fp16.safetensors`) of others.
 
     Raises:
         ConfigError: a shard is missing, or there is no file, or a broken index.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    every = sorted(folder.glob("*.safetensors"))
+    files = [file for file in every if "." not in file.stem] or every
     for index in sorted(folder.glob(_INDEX))[:1]:
         try:
             named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
@@ -41,19 +62,19 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Name, shape and bytes of every tensor of a model's folder, as stored.
+def tensors(folder: Path) -> Iterator[Stored]:
+    """Every tensor of a model's folder.
 
     Raises:
         ConfigError: files that cannot be read.
     """
     for file in weight_files(folder):
         try:
-            with safe_open(file, framework="pt") as stored:
+            # Nothing is read, and torch would ask for memory as large as the file.
+            with safe_open(file, framework="np") as stored:
                 for name in stored.keys():  # noqa: SIM118 - it is no mapping.
                     one = stored.get_slice(name)
-                    shape = tuple(one.get_shape())
-                    yield name, shape, math.prod(shape) * _BYTES[one.get_dtype()]
+                    yield Stored(name, tuple(one.get_shape()), _TYPES[one.get_dtype()])
         except (OSError, SafetensorError, KeyError) as error:
             reason = " ".join(str(error).split())[:120]
             raise ConfigError(
@@ -61,6 +82,13 @@ def tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], int]]:
             ) from None
 
 
-def stored_bytes(folder: Path) -> int:
-    """All weights of a model's folder, as stored."""
-    return sum(size for *_, size in tensors(folder))
+def stored_bytes(folder: Path) -> Counter[torch.dtype]:
+    """Bytes of all weights of a model's folder, by the type they are stored in.
+
+    Raises:
+        ConfigError: files that cannot be read.
+    """
+    found: Counter[torch.dtype] = Counter()
+    for tensor in tensors(folder):
+        found[tensor.dtype] += tensor.num_bytes
+    return found

@@ -5,9 +5,11 @@ What calls of the policy hold was measured by `burnish.dry_run`; the rest is cou
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from burnish.activations import num_bytes, weights
@@ -263,20 +265,43 @@ def _others(policy: Policy[Any, Any]) -> dict[str, nn.Module]:
 def _converted(config: RunConfig, networks: Mapping[str, nn.Module]) -> int:
     """Bytes of networks that are read into another type than that of their files. The others are
     mapped from their files, and such memory is given back where it is wanted."""
-    sizes = {key: num_bytes(weights(network)) for key, network in networks.items()}
-    return sum(size for key, size in sizes.items() if _stored(config, key) != size)
+    total = 0
+    for key, network in networks.items():
+        stored = _stored(config, key)
+        for dtype, own in _by_type(_saved(network)).items():
+            total += max(0, num_bytes(own) - stored[dtype])
+    return total
 
 
-def _stored(config: RunConfig, key: str) -> int | None:
+def _stored(config: RunConfig, key: str) -> Counter[torch.dtype]:
     with contextlib.suppress(ConfigError):
         return stored_bytes(located(config.policy.path) / key)
-    return None
+    return Counter()
+
+
+def _saved(network: nn.Module) -> Iterator[Tensor]:
+    """What a network's files hold: no LoRA, and no buffers that are computed anew."""
+    saved = network.state_dict().keys()
+    yield from _base(network)
+    yield from (buffer for name, buffer in network.named_buffers() if name in saved)
+
+
+def _base(network: nn.Module) -> list[nn.Parameter]:
+    """Of a network without a LoRA, beside which all else is frozen."""
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    return frozen or list(network.parameters())
+
+
+def _by_type(tensors: Iterable[Tensor]) -> dict[torch.dtype, list[Tensor]]:
+    found: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.dtype, []).append(tensor)
+    return found
 
 
 def _base_bytes(policy: Policy[Any, Any]) -> int:
-    """Of the transformer without a LoRA, beside which all else is frozen."""
-    frozen = [p for p in policy.transformer.parameters() if not p.requires_grad]
-    return num_bytes(frozen or policy.transformer.parameters())
+    """Of the transformer without a LoRA."""
+    return num_bytes(_base(policy.transformer))
 
 
 def _rounded_bytes(policy: Policy[Any, Any]) -> int:

@@ -26,10 +26,13 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_shards_are_those_of_the_index(sharded: Path) -> None:
     """Each tensor in its own type; without an index every file counts."""
-    assert {name: size for name, _, size in tensors(sharded)} == {"a": 60, "b": 14}
-    assert stored_bytes(sharded) == 74
+    assert {one.name: one.num_bytes for one in tensors(sharded)} == {"a": 60, "b": 14}
+    assert stored_bytes(sharded) == {torch.float32: 60, torch.bfloat16: 14}
     (sharded / "model.safetensors.index.json").unlink()
-    assert stored_bytes(sharded) == 134
+    assert stored_bytes(sharded).total() == 134
+    # Nobody asks for a variant.
+    save_file(ONE, sharded / "other.fp16.safetensors")
+    assert stored_bytes(sharded).total() == 134
 
 
 def test_what_is_missing_or_broken_is_said(sharded: Path, tmp_path: Path) -> None:
@@ -60,4 +63,4 @@ def test_every_type_has_its_size(tmp_path: Path, dtype: torch.dtype) -> None:
     """As torch has it."""
     stored = torch.zeros(4, 3, dtype=dtype)
     save_file({"x": stored}, tmp_path / "model.safetensors")
-    assert stored_bytes(tmp_path) == stored.nbytes
+    assert stored_bytes(tmp_path) == {dtype: stored.nbytes}

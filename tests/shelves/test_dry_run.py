@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from tests.family_recipes import recipe
 from torch import Tensor, nn
 
 from burnish import images
@@ -17,6 +18,7 @@ from burnish.adapters import LoraConfig, attach
 from burnish.buckets import Buckets
 from burnish.dry_run import Counts, Measured, measure, measure_drawing, ready
 from burnish.optimization import Kind, OptimizerConfig, State, state_bytes
+from burnish.plan_parts import passing_parts
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.runtime import Runtime
 from burnish.shelves import families, policy_class
@@ -259,3 +261,26 @@ def test_all_figures_are_told() -> None:
     source = Path(plan_parts.__file__).read_text()
     told = {name for name in Measured.__dataclass_fields__ if f'"{name}"' in source}
     assert told | {"latents", "saved"} == set(Measured.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("family", families())
+def test_beside_a_gpu_is_what_is_read_into_another_type(family: str, tmp_path: Path) -> None:
+    """What has the type of its file is mapped from there, whatever stands beside it."""
+    kind = policy_class(family)
+    real = kind.tiny()
+    real.pipeline.to(torch.float16).save_pretrained(tmp_path)
+    config = recipe(family, tmp_path)
+
+    def passing(dtype: torch.dtype) -> tuple[int, int]:
+        policy = kind.hollow(tmp_path, dtype=dtype, resolution=real.resolution)
+        saved = (network.state_dict().values() for network in policy.networks().values())
+        whole = num_bytes(one for own in saved for one in own if one.is_floating_point())
+        attach(policy.transformer, LoraConfig(rank=2), policy.lora_targets)
+        parts = {part.name: part.num_bytes for part in passing_parts(config, policy)}
+        return parts["pipeline on its way to the device"], whole
+
+    assert passing(torch.float16)[0] == 0
+    # Of the same size, and of another.
+    for dtype in (torch.bfloat16, torch.float32):
+        found, whole = passing(dtype)
+        assert found == whole > 0

@@ -88,7 +88,7 @@ class VlmConfig(RewardConfig):
         # The model is shared; a dimension has a thread of its own, which keeps what it has freed on
         # a CPU, and one of them reads at a time.
         asked = self.dimension if self.device == "cpu" else "all dimensions"
-        return {name: stored_bytes(folder), f"questions of {asked}": answering}
+        return {name: stored_bytes(folder).total(), f"questions of {asked}": answering}
 
 
 @dataclass(frozen=True)
