@@ -11,7 +11,7 @@ jobs of the run that share the memory at the same time.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from burnish.config import ConfigError
 
@@ -21,9 +21,7 @@ Phase = Literal[
 """Of a training stage: models are read; a prompt is read; a micro-batch is drawn; its pictures are
 decoded; states get their targets; forward and backward pass; the step; what was written is read
 again."""
-PHASES: tuple[Phase, ...] = (
-    "loading", "reading", "drawing", "decoding", "credit", "update", "optimizer step", "last look",
-)  # fmt: skip
+PHASES: tuple[Phase, ...] = get_args(Phase)
 
 FRAGMENTATION = 1.1
 """Factor on all tensors for what an allocator cannot fill, and for workspaces."""

@@ -6,7 +6,7 @@ refused before a file is written.
 
 import contextlib
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from burnish.prompt_sets import PromptSet
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
 from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.rewards.oracle import OracleConfig
-from burnish.run_config import STAGE, RunConfig
+from burnish.run_config import STAGE, RunConfig, teachers_of
 from burnish.sharding import check_prefix
 from burnish.shelves import check_kernels, family_of, policy_class
 from burnish.training import StageConfig
@@ -222,8 +222,7 @@ def _check_bench(key: str, config: BenchConfig) -> None:
 
 def _check_adapters(name: str, stage: StageConfig) -> None:
     """Read the LoRAs of the teachers, which are small, before anything large."""
-    teachers: Mapping[str, Any] = getattr(stage.algorithm, "teachers", {})
-    for label, teacher in teachers.items():
+    for label, teacher in teachers_of(stage).items():
         try:
             if teacher.lora is not None:
                 read_adapter(Path(teacher.lora))
@@ -236,8 +235,7 @@ def _models(config: RunConfig) -> dict[str, str]:
     """Every model of a run that the run does not make itself, by the key that names it."""
     found = {"policy.path": config.policy.path}
     for name, stage in config.stages.items():
-        teachers: Mapping[str, Any] = getattr(stage.algorithm, "teachers", {})
-        for task, teacher in teachers.items():
+        for task, teacher in teachers_of(stage).items():
             found[f"stages.{name}.algorithm.teachers.{task}.path"] = teacher.path
     return {key: path for key, path in found.items() if not path.startswith(STAGE)}
 

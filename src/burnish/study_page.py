@@ -16,8 +16,6 @@ from burnish.run_config import BASE, RunConfig
 from burnish.summary import Number
 from burnish.tracking import read_rows, write_atomic, writing
 
-NUM_COLOURS = 10
-"""Of arms in `page.css`; more arms begin again."""
 _PICTURES = (4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
 _CURVES = {
     "reward/mean": "mean training reward",
@@ -39,7 +37,7 @@ def write_study_page(
         folder: of the study.
     """
     template = page.template("study.html.j2")
-    colours = arm_colours(config)
+    colours = {BASE: "base", **page.colours(config.policies())}
     context = {
         "found": found,
         "headline": HEADLINE,
@@ -57,12 +55,6 @@ def write_study_page(
     with writing(path):
         write_atomic(path, text)
     return path
-
-
-def arm_colours(config: RunConfig) -> dict[str, str]:
-    """Class of the page for the base and each arm."""
-    arms = {arm: f"arm-{place % NUM_COLOURS}" for place, arm in enumerate(config.policies())}
-    return {BASE: "base", **arms}
 
 
 def _tasks(found: Mapping[str, Any]) -> list[str]:

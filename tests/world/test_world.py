@@ -11,8 +11,8 @@ from scipy.stats import spearmanr
 from burnish.world.edits import EDITABLE, Edit, sample_edit
 from burnish.world.flaws import PIXEL_FLAWS, misspellings, spoil
 from burnish.world.grammar import say
-from burnish.world.oracle import measure_edit, measure_scene
-from burnish.world.raters import ANATOMY, Raters, alignment_truth, rate_edit, rate_scene
+from burnish.world.oracle import ANATOMY, measure_edit, measure_scene
+from burnish.world.raters import Raters, alignment_truth, rate_edit, rate_scene
 from burnish.world.render import render
 from burnish.world.scenes import (
     CATEGORIES,

@@ -35,7 +35,8 @@ from burnish.tracking import writing
 from burnish.types import Guidance, Prompt
 from burnish.world.edits import Edit
 from burnish.world.flaws import otherwise, spoil
-from burnish.world.raters import ANATOMY, Raters, rate_edit, rate_scene
+from burnish.world.oracle import ANATOMY
+from burnish.world.raters import Raters, rate_edit, rate_scene
 from burnish.world.render import render
 from burnish.world.scenes import Scene
 

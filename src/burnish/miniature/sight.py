@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from burnish.annotations.schema import Annotation
 from burnish.config import located
 from burnish.judging import MARKER, Rubric, question
-from burnish.lessons import pictures_of, spoken
+from burnish.lessons import END, pictures_of, spoken
 from burnish.miniature.base_model import reconstructed
 from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes
@@ -35,7 +35,8 @@ from burnish.runtime import Runtime, derived_seed, generator
 from burnish.world.edits import Edit
 from burnish.world.flaws import alternatives, is_visible, otherwise, spoil
 from burnish.world.grammar import say
-from burnish.world.raters import ANATOMY, by_weight, checks, words
+from burnish.world.oracle import ANATOMY
+from burnish.world.raters import by_weight, checks, words
 from burnish.world.render import render
 from burnish.world.scenes import Scene, attribute
 
@@ -46,7 +47,6 @@ ALIGNMENT, AESTHETIC, PORTRAIT, INSTRUCTION = (
 )
 ASKED = {rubric.dimension: rubric for rubric in (ALIGNMENT, AESTHETIC, PORTRAIT, INSTRUCTION)}
 """What the judge will be asked, by dimension."""
-END = "<|im_end|>"
 
 OTHERWISE = 0.5
 """Share of what is asked for that a picture shows otherwise: little is gained by guessing."""

@@ -1,9 +1,8 @@
 """The embedded world's own truth as a reward: one dimension of `burnish.world.oracle`.
 
 It knows the scene behind a prompt (`Prompt.facts`) and measures from pixels alone. The facts of an
-edit are its first source and what changes there, so that further sources count for nothing. In a
-study of learned rewards it is the held-out truth and never a training reward; a first run on the
-miniature trains on it and says so.
+edit are its first source and what changes there, so that further sources count for nothing. Studies
+of learned rewards hold it out; studies of the optimisation itself train on it, and say so.
 """
 
 import json

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from burnish.world.edits import Edit
-from burnish.world.oracle import PORTRAIT, attribute_scores, quality, resolve
+from burnish.world.oracle import ANATOMY, attribute_scores, quality, resolve
 from burnish.world.scenes import COMBINED, LOOK, Scene, attribute, is_held_out
 
 Facet = tuple[str, str, str]
@@ -77,7 +77,7 @@ def facets_of_scene(pixels: np.ndarray, scene: Scene) -> dict[Facet, float]:
     asked = {
         key: value
         for key, value in scores.items()
-        if attribute(key) in PORTRAIT or (key not in scene.free and attribute(key) not in looks)
+        if attribute(key) in ANATOMY or (key not in scene.free and attribute(key) not in looks)
     }
     found = _quality(pixels, seen) | _means(asked)
     if scene.person is not None:

@@ -175,11 +175,6 @@ def say(scene: Scene, rng: np.random.Generator) -> str:
     )
 
 
-def style_words(style: str, rng: np.random.Generator) -> str:
-    """How a prompt asks for a style; empty for the flat one."""
-    return pick(rng, _STYLE_WORDS[style])
-
-
 def corpus(num_scenes: int, seed: int = 0) -> Iterator[str]:
     """Prompts and words of the whole grammar, for building a tokenizer."""
     rng = np.random.default_rng(seed)

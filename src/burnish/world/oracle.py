@@ -26,8 +26,8 @@ Measures = dict[str, float]
 
 _MIN_CONTRAST = 2e-5
 """Mean squared difference below which two scenes look the same and an alternative says nothing."""
-PORTRAIT = ("fingers", "eye_line")
-"""Attributes that the portrait dimension checks, as the paper's portrait reward does."""
+ANATOMY = ("fingers", "eye_line")
+"""What the portrait dimension checks, and a rater of portraits, as the paper's reward does."""
 
 
 def _ramp(value: float, low: float, high: float) -> float:
@@ -149,7 +149,7 @@ def attribute_scores(pixels: np.ndarray, scene: Scene) -> tuple[dict[str, float]
     return ramped, _explain(pixels, scene, suspects)
 
 
-def _strict_mean(values: Sequence[float]) -> float:
+def strict_mean(values: Sequence[float]) -> float:
     """Half mean, half minimum: one thing missed costs more than its share."""
     return 0.5 * float(np.mean(values)) + 0.5 * float(np.min(values)) if values else 1.0
 
@@ -164,16 +164,16 @@ def measure_scene(pixels: np.ndarray, scene: Scene) -> Measures:
     """
     right = resolve(pixels, scene)
     scores, seen = attribute_scores(pixels, right)
-    stated = [v for k, v in scores.items() if k not in scene.free and attribute(k) not in PORTRAIT]
+    stated = [v for k, v in scores.items() if k not in scene.free and attribute(k) not in ANATOMY]
     measures = {
-        "alignment": _strict_mean(stated),
+        "alignment": strict_mean(stated),
         "quality": min(quality(pixels, seen).values()),
     }
     if scene.category == "portrait":
-        measures["portrait"] = _strict_mean([v for k, v in scores.items() if k in PORTRAIT])
+        measures["portrait"] = strict_mean([v for k, v in scores.items() if k in ANATOMY])
     measures["composite"] = float(np.mean(list(measures.values())))
     if scene.person is not None:
-        measures["likeness"] = _strict_mean([v for k, v in scores.items() if k in LOOK])
+        measures["likeness"] = strict_mean([v for k, v in scores.items() if k in LOOK])
     if scene.values["style"] != "flat":
         measures["style"] = scores.get("style", 1.0)
     return measures
@@ -194,10 +194,10 @@ def measure_edit(pixels: np.ndarray, edit: Edit) -> Measures:
     kept = {key: value for key, value in scores.items() if key not in edit.changes}
     measures = {
         "instruction": instruction,
-        "preservation": instruction * _strict_mean(list(kept.values())),
+        "preservation": instruction * strict_mean(list(kept.values())),
         "quality": min(quality(pixels, seen).values()),
     }
     measures["composite"] = float(np.mean(list(measures.values())))
     if edit.source.category == "portrait":
-        measures["identity"] = _strict_mean([v for k, v in kept.items() if k in LOOK])
+        measures["identity"] = strict_mean([v for k, v in kept.items() if k in LOOK])
     return measures

@@ -9,13 +9,13 @@ reason before it scores. They stand in for an annotation campaign; a study of ju
 the oracle.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from burnish.world.edits import Edit
-from burnish.world.oracle import attribute_scores, quality, resolve
+from burnish.world.oracle import ANATOMY, attribute_scores, quality, resolve, strict_mean
 from burnish.world.scenes import Scene, attribute
 
 PRIORITIES: tuple[tuple[str, ...], ...] = (
@@ -29,8 +29,6 @@ WEIGHTS = (0.45, 0.30, 0.15, 0.10)
 """Weight of each priority; those that a scene lacks are left out."""
 CAP = 2.0
 """Highest alignment of a picture that misses presence or count."""
-ANATOMY = ("fingers", "eye_line")
-"""What a rater of portraits checks."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +84,9 @@ def alignment_truth(scores: Mapping[str, float]) -> float:
     if not present:
         return 5.0
     total = sum(weight for weight, _ in present)
-    share = sum(weight * _harsh(tier) for weight, tier in present) / total
+    share = sum(weight * strict_mean(tier) for weight, tier in present) / total
     points = 1 + 4 * share
     return min(points, CAP) if tiers[0] and min(tiers[0]) < 0.5 else points
-
-
-def _harsh(values: Sequence[float]) -> float:
-    """Half mean, half worst."""
-    return 0.5 * float(np.mean(values)) + 0.5 * float(np.min(values))
 
 
 def rate_scene(
@@ -118,7 +111,7 @@ def rate_scene(
     ]
     if scene.category == "portrait":
         anatomy = {k: v for k, v in scores.items() if k in ANATOMY}
-        truth = 1 + 4 * _harsh(list(anatomy.values())) if anatomy else 5.0
+        truth = 1 + 4 * strict_mean(list(anatomy.values())) if anatomy else 5.0
         opinions.append(raters.rate("portrait", truth, checks(anatomy, right, seen), rng))
     return opinions
 
@@ -135,7 +128,7 @@ def rate_edit(
     core = {key: scores.get(key, 1.0) for key in edit.changes}
     rest = {key: value for key, value in scores.items() if key not in edit.changes}
     done = min(core.values())
-    points = 1 + 4 * (0.6 * done + 0.4 * done * (_harsh(list(rest.values())) if rest else 1.0))
+    points = 1 + 4 * (0.6 * done + 0.4 * done * strict_mean(list(rest.values())))
     truth = min(points, CAP) if done < 0.5 else points
     said = "; ".join(checks(part, edit.target, seen) for part in (core, rest) if part)
     return [raters.rate("instruction", truth, said, rng), _aesthetic(pixels, seen, raters, rng)]
