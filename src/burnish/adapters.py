@@ -7,6 +7,8 @@ a teacher is another teacher.
 """
 
 import json
+import math
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 from jaxtyping import Float, Shaped
 from pydantic import Field
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +38,10 @@ FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names of an adapter's file in its folder."""
 _PREFIXES = ("transformer.", "base_model.model.")
 _LOW, _HIGH, _ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+_HEADER = "lora_adapter_metadata"
+"""Where diffusers writes what peft writes as `adapter_config.json`, in a file's header."""
+_OTHERS = ("use_dora", "lora_bias")
+"""Settings of peft that add more than a product of two factors."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,12 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
     """The adapters of a file, of its folder or of a stage's, by the name of the module in the
     transformer.
 
-    The scale is alpha / rank: alpha as the file names it, else as `adapter_config.json` does, else
-    the rank.
+    The scale is alpha / rank, or alpha / sqrt(rank) with rsLoRA. A module's alpha is a tensor of
+    the file, else what the settings of its trainer say (`lora_alpha`, `alpha_pattern`), else the
+    rank; its rank is that of its factors.
 
     Raises:
-        ConfigError: no such file, or one that holds no LoRA.
+        ConfigError: no such file, or one that holds no LoRA, or more of a module than its factors.
     """
     files = [place / name for place in (path, path / "lora") for name in FILES]
     file = next((one for one in files if one.is_file()), path)
@@ -140,26 +147,54 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
             f"need a LoRA as safetensors, got {path} ({reason}); name the file, or its folder or "
             "that of its stage"
         ) from None
-    given = file.parent / "adapter_config.json"
-    alpha = json.loads(given.read_text()).get("lora_alpha") if given.is_file() else None
-    found = {}
+    settings = _settings(file)
+    found, unread = {}, set(tensors)
     for name, low in tensors.items():
         if not name.endswith(_LOW):
             continue
         stem = name.removesuffix(_LOW)
-        high = tensors.get(stem + _HIGH)
+        high, own = tensors.get(stem + _HIGH), tensors.get(stem + _ALPHA)
         if high is None:
             raise ConfigError(f"need both factors of {stem} in {file}, got one; write it again")
-        own = tensors.get(stem + _ALPHA)
-        strength = float(own) if own is not None else alpha
-        scale = strength / len(low) if strength is not None else 1.0
-        found[_module(stem)] = Adapter(low, high, scale)
+        alpha = _alpha(_module(stem), settings) if own is None else float(own)
+        count = math.sqrt(len(low)) if settings.get("use_rslora") else len(low)
+        found[_module(stem)] = Adapter(low, high, 1.0 if alpha is None else alpha / count)
+        unread -= {name, stem + _HIGH, stem + _ALPHA}
     if not found:
         raise ConfigError(
             f"need a LoRA with names that end in {_LOW}, got none among {len(tensors)} tensors in "
             f"{file}; convert it with peft or diffusers"
         )
+    more = [name for name in _OTHERS if settings.get(name)] + sorted(unread)
+    if more:
+        raise ConfigError(
+            f"need a LoRA of two factors for each module, got {more[0]} as well in {file}; merge "
+            "it into its base with peft, or train one without"
+        )
     return found
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What the trainer of a LoRA says of it, as peft names it: in the file's header, or beside."""
+    beside = file.parent / "adapter_config.json"
+    with safe_open(file, "pt") as opened:
+        header = (opened.metadata() or {}).get(_HEADER)
+    if header is None and not beside.is_file():
+        return {}
+    try:
+        found = json.loads(beside.read_text(encoding="utf-8") if header is None else header)
+        return {name.removeprefix(_PREFIXES[0]): value for name, value in found.items()}
+    except (AttributeError, OSError, ValueError):
+        where = beside if header is None else f"{_HEADER} of {file}"
+        raise ConfigError(f"need JSON in {where}, got other text; write the LoRA again") from None
+
+
+def _alpha(module: str, settings: Mapping[str, Any]) -> float | None:
+    """Of a module, as peft finds it: by the first pattern that is the end of the module's name."""
+    patterns = settings.get("alpha_pattern") or {}
+    found = (alpha for p, alpha in patterns.items() if re.match(rf"(.*\.)?({p})$", module))
+    alpha = next(found, settings.get("lora_alpha"))
+    return None if alpha is None else float(alpha)
 
 
 def write_adapter(folder: Path, adapters: Mapping[str, Adapter]) -> Path:

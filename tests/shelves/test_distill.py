@@ -1,5 +1,6 @@
 """Many teachers, one student: who teaches what, how states count, and who is on the device."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,76 @@ def test_a_lora_on_a_base_is_the_teacher_with_its_weights_added(
         learnt = 0 if adapter is None else scale * adapter.high @ adapter.low
         torch.testing.assert_close(found[name], before + learnt)
     assert equal(plain, state(teachers.activate("plain")))
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    "alpha": {"lora_alpha": 16},
+    "rank-stabilised": {"lora_alpha": 16, "use_rslora": True},
+    "patterns": {"alpha_pattern": {"attn.to_q": 32, "to_k": 2}, "rank_pattern": {"attn.to_k": 2}},
+}
+"""Settings of peft under which a factor of alpha / r would be another model's."""
+
+
+@pytest.mark.parametrize("family", ["qwen_image", "flux2_klein"])
+@pytest.mark.parametrize("kind", LORAS)
+def test_a_lora_has_the_strength_that_its_trainer_gave_it(
+    family: str, kind: str, tmp_path: Path
+) -> None:
+    """As peft writes it, and as the trainers of diffusers do."""
+    import peft
+    from diffusers.training_utils import _collate_lora_metadata
+
+    pipeline: Any = policy_class(family).tiny().pipeline
+    base = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    plan = peft.LoraConfig(r=4, target_modules=["attn.to_q", "attn.to_k"], **LORAS[kind])
+
+    def agrees(found: Path, wanted: dict[str, Tensor]) -> None:
+        learnt = adapted(base, read_adapter(found), where=str(found))
+        assert not equal(base, wanted)
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(learnt[name], tensor, msg=name)
+
+    model = peft.get_peft_model(copy.deepcopy(pipeline.transformer), plan)
+    _shake(model)
+    model.save_pretrained(tmp_path / "peft")
+    agrees(tmp_path / "peft", model.merge_and_unload().state_dict())
+
+    network = pipeline.transformer
+    network.add_adapter(plan)
+    _shake(network)
+    factors = peft.get_peft_model_state_dict(network)
+    said = _collate_lora_metadata({"transformer": network})
+    pipeline.save_lora_weights(tmp_path / "theirs", transformer_lora_layers=factors, **said)
+    pipeline.unload_lora_weights()
+    pipeline.load_lora_weights(tmp_path / "theirs")
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    agrees(tmp_path / "theirs", network.state_dict())
+
+
+def _shake(network: Any) -> None:
+    """Give adapters something to say."""
+    for name, parameter in network.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor")
+@pytest.mark.parametrize("setting", ["use_dora", "lora_bias"])
+def test_a_lora_that_is_more_than_two_factors_is_refused(setting: str, tmp_path: Path) -> None:
+    import peft
+
+    plan = peft.LoraConfig(r=4, target_modules=["attn.to_q"], **{setting: True})
+    model = peft.get_peft_model(policy_class("qwen_image").tiny().transformer, plan)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=f"need a LoRA of two factors for each .* got {setting}"):
+        read_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(ConfigError, match=r"got base_model\.model\.transformer_blocks\.0\.attn"):
+        read_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("[")
+    with pytest.raises(ConfigError, match=r"need JSON in .*adapter_config\.json"):
+        read_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("family", families())
