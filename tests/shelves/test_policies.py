@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import io
 import itertools
+import json
 import pkgutil
 from dataclasses import replace
 from typing import get_args
@@ -594,6 +595,23 @@ def test_what_is_saved_draws_the_same_without_burnish(policy, prompts, tmp_path)
         prompts[0], noise, num_steps=STEPS, guidance_scale=3.0
     )
     same(drawn, wanted)
+
+
+def test_what_is_never_trained_is_written_as_it_was_read(policy, tmp_path):
+    """Unrounded, and legible to whatever release of a library could read it."""
+    hub, out = tmp_path / "hub", tmp_path / "out"
+    policy.save(hub)
+    for file in hub.rglob("*.json"):
+        # As no release of today writes it.
+        file.write_text(json.dumps(json.loads(file.read_text())))
+    type(policy).load(hub, dtype=torch.bfloat16, resolution=64).save(out)
+    before, after = (
+        {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+        for folder in (hub, out)
+    )
+    assert before.keys() == after.keys()
+    changed = {path.parts[0] for path in before if before[path] != after[path]}
+    assert changed == {"transformer"}
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from burnish import activations, vision_build
 from burnish.buckets import MULTIPLE, Buckets, Size
 from burnish.config import ConfigError
 from burnish.guidance import compose
-from burnish.pipeline_folders import read_index
+from burnish.pipeline_folders import INDEX, read_index
 from burnish.policies.base import Guided, Policy, Prefix, Work, copied
 from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
@@ -136,13 +136,18 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
                 "need a transformer without adapters to write a pipeline folder, got "
                 f"{', '.join(adapters)}; merge or unload them first"
             )
-        self.pipeline.save_pretrained(folder)
-        if self.frozen_dtype != self.dtype:
-            # As they were before they were rounded.
-            source = Path(self.pipeline.name_or_path or "")
-            for name in self.networks().keys() - {"transformer"}:
-                shutil.rmtree(folder / name)
-                shutil.copytree(source / name, folder / name)
+        source = self.pipeline.name_or_path
+        if not source:
+            # It was made in memory.
+            self.pipeline.save_pretrained(folder)
+            return
+        self.transformer.save_pretrained(folder / "transformer")
+        # All else as it is stored: weights unrounded, and what reads text in words that every
+        # release of transformers knows which knows those of the source.
+        for name, part in self.pipeline.components.items():
+            if name != "transformer" and part is not None:
+                shutil.copytree(Path(source) / name, folder / name, dirs_exist_ok=True)
+        shutil.copyfile(Path(source) / INDEX, folder / INDEX)
 
     def sibling(self: PolicyT, *, is_empty: bool = False) -> PolicyT:
         other = copy.copy(self)
