@@ -12,6 +12,7 @@ it, none of them is copied: they borrow those weights, and differ by their adapt
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +185,11 @@ class Stored:
     def shapes(self) -> dict[str, torch.Size]:
         """Of all weights, by name."""
         return {name: tensor.shape for name, tensor in self._plain.items()}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest that holds all weights as they are stored."""
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self._plain.values()))
 
     def read(self, name: str, rows: slice = slice(None)) -> Tensor:
         """Some rows of a weight."""

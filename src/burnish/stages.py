@@ -39,7 +39,7 @@ from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
 from burnish.rewards.base import ByTask
 from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig, teachers_of
-from burnish.runtime import Runtime
+from burnish.runtime import ALONE, Runtime
 from burnish.shelves import load_policy
 from burnish.significance import MIN_COVERAGE
 from burnish.tracking import Run, RunError, read_rows, write_atomic
@@ -148,7 +148,8 @@ def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
 
 def _merge(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     plan = config.merges[name]
-    policy = load_policy(config.policy, located(config.policy.path), rt)
+    # Nothing is drawn, so that no device is needed.
+    policy = load_policy(config.policy, located(config.policy.path), ALONE)
     merge_into(policy, [model_folder(folder, STAGE + source) for source in plan.of], plan)
     policy.save(job_folder(folder, f"merge/{name}") / "model")
 

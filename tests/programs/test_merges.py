@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from burnish import cli
 from burnish.adapters import Adapter, read_adapter, write_adapter
@@ -59,6 +60,25 @@ def test_the_command_writes_a_pipeline(models: dict[str, Path], tmp_path: Path) 
     assert cli.main([*command, *scales, "--base", str(models["base"]), "--out", str(out)]) == 0
     base, one, other = (read(models[name]) for name in ("base", "one", "other"))
     torch.testing.assert_close(read(out), base + 0.25 * (one - base) + 0.5 * (other - base))
+
+
+def test_a_merge_is_stored_as_its_base_is(models: dict[str, Path], tmp_path: Path) -> None:
+    """Rounded as the base's transformer is, and the very files of all else."""
+    policy = QwenImage21Policy.tiny()
+    policy.transformer.to(torch.bfloat16)
+    policy.save(tmp_path / "base")
+    out = tmp_path / "merged"
+    command = ["merge", "average", str(models["one"]), str(models["other"])]
+    assert cli.main([*command, "--base", str(tmp_path / "base"), "--out", str(out)]) == 0
+    name = "transformer/diffusion_pytorch_model.safetensors"
+    written = load_file(out / name)
+    one, other = (load_file(models[teacher] / name) for teacher in ("one", "other"))
+    assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
+    for key, tensor in written.items():
+        torch.testing.assert_close(tensor, ((one[key] + other[key]) / 2).bfloat16())
+    for part in ("vae", "text_encoder"):
+        for file in (tmp_path / "base" / part).iterdir():
+            assert (out / part / file.name).read_bytes() == file.read_bytes()
 
 
 def test_loras_are_merged_exactly_and_written_as_one(tmp_path: Path) -> None:

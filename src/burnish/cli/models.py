@@ -42,10 +42,10 @@ def merge(
     The control of a distilled student: it costs nothing, and draws with guidance as its parts do.
     A run measures merges of its own stages if its recipe has `merges`.
     """
-    from burnish import runtime
     from burnish.adapters import read_adapter, write_adapter
     from burnish.merging import MergeConfig, merge_adapters, merge_into
-    from burnish.shelves import PolicyConfig, family_of, load_policy
+    from burnish.residency import Source, Stored
+    from burnish.shelves import family_of, policy_class
 
     if out.exists():
         raise ConfigError(f"need a folder that does not exist yet, got {out}; change --out")
@@ -56,10 +56,10 @@ def merge(
     settings = {"method": method, "density": density} | ({"scales": scale} if scale else {})
     config = parse(MergeConfig, settings)
     folders = [pipeline_folder(model) for model in models]
-    rt = runtime.start()
-    # Nothing is drawn, so that any resolution does.
-    plain = PolicyConfig(family=family_of(located(base)), path=base, resolution=64)
-    policy = load_policy(plain, located(base), rt)
+    start = located(base)
+    # Nothing is drawn, so that any resolution does, and no device is needed.
+    family = policy_class(family_of(start))
+    policy = family.load(start, dtype=Stored(Source(start)).dtype, resolution=64)
     merge_into(policy, folders, config)
     policy.save(out)
     print(f"Model: {out}")
