@@ -21,8 +21,9 @@ from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_y
 from burnish.model_card import SAMPLES, model_card
 from burnish.pipeline_folders import check_parts
 from burnish.prompts import read_prompts
+from burnish.residency import Source, Stored
 from burnish.run_config import BASE, STAGE, RunConfig
-from burnish.runtime import ALONE, Runtime
+from burnish.runtime import ALONE, DTYPES, Runtime
 from burnish.shelves import PolicyConfig, family_of, load_policy, policy_class
 from burnish.stages import is_complete, model_folder
 from burnish.summary import read_run
@@ -242,7 +243,9 @@ def _drawn(
     gc.collect()
     model: Any = load_policy(config.policy.drawing(rt.dtype), folder, rt)
     if lora is not None:
-        own = {name: tensor.cpu() for name, tensor in model.transformer.state_dict().items()}
+        # As the stage added it: to the base as it was trained beside, not as rounded to be drawn.
+        stored, trained = Stored(Source(folder)), DTYPES[config.policy.dtype]
+        own = {name: stored.read(name).to(trained) for name in stored.shapes}
         merged = adapted(own, read_adapter(lora), where=str(lora))
         model.transformer.load_state_dict(merged)
     for network in model.networks().values():

@@ -3,6 +3,7 @@
 import inspect
 import shutil
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.run_config import RunConfig
 from burnish.shelves import load_policy
 from burnish.stages import run_job
+from burnish.summary import read_run
 from burnish.tracking import Run, RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore::burnish.fixed_states.FixedStatesWarning")
@@ -119,6 +121,15 @@ def test_a_lora_changes_a_fresh_base_to_the_teacher(run: Path, tmp_path: Path) -
     trained = QwenImage21Policy.load(run / "stages" / "teacher" / "model", resolution=64)
     torch.testing.assert_close(drawn(base), drawn(trained.pipeline), atol=1e-3, rtol=1e-3)
     assert not torch.allclose(drawn(base), before, atol=1e-3)
+
+
+def test_a_lora_is_right_on_a_device_that_draws_rounded(run: Path) -> None:
+    """The stage's weights are rounded once, after the LoRA was added; so must those be that a fresh
+    base and the LoRA make."""
+    config, teacher = read_run(run), run / "stages" / "teacher"
+    rt = replace(runtime.ALONE, dtype=torch.bfloat16)
+    asked = (config, "teacher", teacher / "model", teacher / "lora", rt)
+    exporting.check_export(*asked, as_lora=True)
 
 
 def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
