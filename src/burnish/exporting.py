@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from burnish import images
 from burnish.adapters import adapted, read_adapter
 from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_yaml
-from burnish.model_card import SAMPLES, model_card
+from burnish.model_card import SAMPLES, check_base_model, licence_facts, model_card, renamed
 from burnish.pipeline_folders import check_parts
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Stored
@@ -36,7 +36,15 @@ _PICTURES = 8  # Of the base and of the model, side by side.
 
 
 def export(
-    folder: Path, policy: str, out: Path, rt: Runtime, *, licence: str, as_lora: bool = False
+    folder: Path,
+    policy: str,
+    out: Path,
+    rt: Runtime,
+    *,
+    licence: str,
+    licence_link: str | None = None,
+    base_model: str | None = None,
+    as_lora: bool = False,
 ) -> Path:
     """Write a policy of a run as a folder for others; returns it.
 
@@ -45,16 +53,20 @@ def export(
         policy: a stage or merge.
         out: folder to write; it must not exist.
         rt: device.
-        licence: SPDX identifier, for the card.
+        licence: identifier of the hub, or the name of another one, for the card.
+        licence_link: to the text of another one.
+        base_model: ORG/NAME of the base on the hub, for the card; None leaves it unnamed.
         as_lora: write the LoRA of a stage that trained one, instead of the whole pipeline.
 
     Raises:
-        ConfigError: no such policy, one that is not complete or not a LoRA, or a folder that
-            exists.
+        ConfigError: no such policy, one that is not complete or not a LoRA, a folder that exists,
+            or a licence or base that the hub would not take.
         RunError: a fresh pipeline does not draw what the model draws.
     """
     config = read_run(folder)
     _check(config, folder, policy, out, as_lora=as_lora)
+    licence_facts(licence, licence_link)
+    check_base_model(base_model)
     unfinished = out.with_name(f".{out.name}.tmp")
     family = policy_class(config.policy.family)
     model = model_folder(folder, STAGE + policy)
@@ -73,13 +85,15 @@ def export(
             folder,
             policy,
             licence=licence,
+            licence_link=licence_link,
+            base_model=base_model,
             family=family,
             as_lora=as_lora,
             has_pictures=(unfinished / SAMPLES).is_file(),
         )
         write_atomic(unfinished / "README.md", card)
-        deployed = Deployment.of(config, policy).model_dump(mode="json")
-        write_json(unfinished / DEPLOYED, deployed)
+        deployed = Deployment.of(renamed(config, base_model), policy)
+        write_json(unfinished / DEPLOYED, deployed.model_dump(mode="json"))
         unfinished.replace(out)
     return out
 

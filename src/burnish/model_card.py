@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from burnish import page
-from burnish.config import EMBEDDED, dump_yaml
+from burnish.config import EMBEDDED, ConfigError, dump_yaml
 from burnish.ledger import digest_of
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig
@@ -25,6 +26,60 @@ SAMPLES = "samples.png"
 """Name of the pictures beside the card."""
 _TASKS = {"t2i": "text-to-image", "edit": "image-to-image"}
 """As the hub calls them."""
+UNNAMED = "BASE"
+"""What a card calls a base that has no name on the hub: a path is of no use to others."""
+_LICENCES = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m
+bigscience-bloom-rail-1.0 bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear
+bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0
+cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cc-by-nd-4.0
+cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0
+creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2
+gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr
+lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other
+pddl postgresql unknown unlicense wtfpl zlib
+"""
+"""Identifiers that the hub takes for a licence; any other is `other` with a name and a link."""
+
+
+def licence_facts(licence: str, link: str | None = None) -> dict[str, str]:
+    """The front matter of a licence.
+
+    Args:
+        licence: identifier of the hub, or the name of another licence.
+        link: to the text of another one.
+
+    Raises:
+        ConfigError: an unknown identifier without a link.
+
+    >>> licence_facts("mit")
+    {'license': 'mit'}
+    """
+    if link is not None:
+        return {"license": "other", "license_name": licence, "license_link": link}
+    if licence not in _LICENCES.split():
+        raise ConfigError(
+            f"need a licence that the hub knows, such as apache-2.0, got {licence!r}; add "
+            "--licence-link URL for another one, or LICENSE for a file that you put beside the card"
+        )
+    return {"license": licence}
+
+
+def check_base_model(name: str | None) -> None:
+    """Raise unless the name of a base is one of the hub."""
+    if name is None:
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        known = False
+    else:
+        known = "/" in name
+    if not known:
+        raise ConfigError(
+            f"need the base as ORG/NAME of the hub, got {name!r}; leave --base-model out for one "
+            "that is not there"
+        )
 
 
 def model_card(
@@ -33,6 +88,8 @@ def model_card(
     policy: str,
     *,
     licence: str,
+    licence_link: str | None = None,
+    base_model: str | None = None,
     family: type[Policy[Any, Any]],
     as_lora: bool = False,
     has_pictures: bool = False,
@@ -43,20 +100,25 @@ def model_card(
         config: of the run.
         folder: of the run.
         policy: a stage or merge.
-        licence: SPDX identifier.
+        licence: identifier of the hub, or the name of another one.
+        licence_link: to the text of another one.
+        base_model: of the base on the hub; None leaves it unnamed.
         family: whose pipeline it is.
         as_lora: the model is a LoRA on its base.
         has_pictures: there are pictures beside the card.
     """
     summary = write_summary(folder)
+    config = renamed(config, base_model)
     call: Any = family.pipeline_class.__call__
-    tasks = config.tasks(policy)
+    tasks, terms = config.tasks(policy), licence_facts(licence, licence_link)
     front = ModelCardData(
-        license=licence,
         library_name="diffusers",
         pipeline_tag=_TASKS[tasks[0]],
-        base_model=config.policy.path,
+        base_model=base_model,
         tags=["burnish", *(["lora"] if as_lora else [])],
+        license=terms["license"],
+        license_name=terms.get("license_name"),
+        license_link=terms.get("license_link"),
     )
     return page.template("card.md.j2").render(
         front=front.to_yaml(),
@@ -73,6 +135,7 @@ def model_card(
         # That of FLUX.2 [klein] takes its embedding alone.
         takes_negative="negative_prompt" in inspect.signature(call).parameters,
         sizes=config.policy.buckets.sizes,
+        unnamed=UNNAMED,
         is_embedded=config.policy.path.startswith(EMBEDDED),
         tasks=tasks,
         as_lora=as_lora,
@@ -86,6 +149,13 @@ def model_card(
         ancestors=list(_ancestors(config, folder, policy)),
         shown=shown,
     )
+
+
+def renamed(config: RunConfig, base_model: str | None) -> RunConfig:
+    """A run as others may read it, its base by the name that it has for them."""
+    own = config.policy.path
+    name = base_model or (own if own.startswith(EMBEDDED) else UNNAMED)
+    return config.model_copy(update={"policy": config.policy.model_copy(update={"path": name})})
 
 
 def _judge(judge: RewardConfig) -> str:

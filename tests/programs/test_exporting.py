@@ -141,9 +141,11 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     for name, card in found.items():
         assert card.data.to_dict() == {
-            "base_model": str(run.parent / "base"), "library_name": "diffusers",
-            "license": "mit", "pipeline_tag": "text-to-image", "tags": ["burnish"],
+            "library_name": "diffusers", "license": "mit", "pipeline_tag": "text-to-image",
+            "tags": ["burnish"],
         }  # fmt: skip
+        # Nobody else has its folder.
+        assert "`BASE` stands for the model" in card.text and str(run.parent) not in card.text
         assert card.text.strip().startswith(f"# small: {name}")
         assert "missing" in card.text and "None" not in card.text.split("```yaml")[0]
     student, teacher, soup = (found[name].text for name in ("student", "teacher", "soup"))
@@ -162,6 +164,28 @@ def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
         sorted(after.index(f"- **{name}**") for name in ("teacher", "student", "soup", "after"))
     )
     assert "The oracle of the embedded world was a training reward" in teacher
+
+
+def test_the_hub_takes_the_facts_of_a_card(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, link = tmp_path / "out", "https://example.org/LICENSE.md"
+    command = ["export", str(run / "teacher"), "--lora", "--out", str(out)]
+    for wrong, said in (
+        (["--licence", "flux-non-commercial"], "add --licence-link URL for another one"),
+        (["--base-model", str(run.parent / "base")], "need the base as ORG/NAME of the hub, got"),
+        (["--base-model", "model"], "need the base as ORG/NAME of the hub, got 'model'"),
+    ):
+        assert cli.main([*command, *wrong]) == 2
+        assert said in capsys.readouterr().err and not out.exists()
+    licence = ["--licence", "flux-non-commercial", "--licence-link", link]
+    assert cli.main([*command, *licence, "--base-model", "acme/tiny"]) == 0
+    card = ModelCard.load(out / "README.md")
+    found = card.data.to_dict()
+    assert found["license"] == "other" and found["base_model"] == "acme/tiny"
+    assert (found["license_name"], found["license_link"]) == ("flux-non-commercial", link)
+    assert 'from_pretrained("acme/tiny")' in card.text and "`BASE`" not in card.text
+    assert str(run.parent) not in (out / exporting.DEPLOYED).read_text()
 
 
 def test_pictures_of_base_and_model_stand_beside_the_card(run: Path, tmp_path: Path) -> None:

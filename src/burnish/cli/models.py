@@ -71,8 +71,30 @@ def export(
         Path, typer.Argument(metavar="RUN/POLICY", help="A stage or merge of a run folder.")
     ],
     licence: Annotated[
-        str, typer.Option(help="Its licence as an SPDX identifier, for the card.", metavar="SPDX")
+        str,
+        typer.Option(
+            help="Its licence, for the card: an identifier of the hub, such as apache-2.0, or any "
+            "name with --licence-link.",
+            metavar="NAME",
+        ),
     ] = "other",
+    licence_link: Annotated[
+        str | None,
+        typer.Option(
+            "--licence-link",
+            help="Of a licence that the hub has no identifier for: its text, as a URL or a file "
+            "beside the card.",
+            metavar="URL",
+        ),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            "--base-model",
+            help="The base's name on the hub, for the card; unnamed if left out.",
+            metavar="ORG/NAME",
+        ),
+    ] = None,
     lora: Annotated[
         bool, typer.Option("--lora", help="The LoRA of a stage that trained one, alone.")
     ] = False,
@@ -94,7 +116,16 @@ def export(
     # The folder of a stage serves too.
     folder = folder.parent if folder.name == "stages" else folder
     target = out or Path("exports") / f"{folder.resolve().name}-{policy}"
-    exporting.export(folder, policy, target, runtime.start(), licence=licence, as_lora=lora)
+    exporting.export(
+        folder,
+        policy,
+        target,
+        runtime.start(),
+        licence=licence,
+        licence_link=licence_link,
+        base_model=base_model,
+        as_lora=lora,
+    )
     print(f"Model: {target}\nCard: {target / 'README.md'}")
 
 
