@@ -189,7 +189,10 @@ def _deployed(text: str) -> tuple[Path, Deployment]:
     if text.startswith(EMBEDDED):
         small = PolicyConfig(resolution=64)
         return folder, Deployment(policy=small, num_steps=6, guidance_scale=2.5)
-    return folder, Deployment(policy=PolicyConfig(family=family_of(folder)))
+    family = family_of(folder)
+    fixed = policy_class(family).fixed_steps(folder)
+    plain = Deployment(policy=PolicyConfig(family=family))
+    return folder, plain.changed(policy={}, num_steps=fixed)
 
 
 def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:

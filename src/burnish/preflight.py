@@ -26,7 +26,7 @@ from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.rewards.oracle import OracleConfig
 from burnish.run_config import STAGE, RunConfig, teachers_of
 from burnish.sharding import check_prefix
-from burnish.shelves import check_kernels, family_of, policy_class
+from burnish.shelves import check_kernels, check_steps, family_of, policy_class
 from burnish.training import StageConfig
 
 _LOOKED_AT = 500
@@ -202,11 +202,14 @@ def _check_family(config: RunConfig) -> None:
                 f"{family.family}, got {strange[0]}; leave the task out, or take another family"
             )
         scales[f"stages.{name}.rollout.guidance_scale"] = stage.rollout.guidance_scale
+    base = located(config.policy.path)
     with _under("policy"):
-        family.check_sizes(located(config.policy.path), config.policy.buckets)
+        family.check_sizes(base, config.policy.buckets)
+    with _under("evaluation.num_steps"):
+        check_steps(family.family, base, config.evaluation.num_steps)
     for key, scale in scales.items():
         with _under(key):
-            family.check_guidance(located(config.policy.path), scale)
+            family.check_guidance(base, scale)
 
 
 def _check_bench(key: str, config: BenchConfig) -> None:

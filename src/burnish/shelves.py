@@ -179,6 +179,20 @@ def family_of(folder: Path) -> str:
     return known[found]
 
 
+def check_steps(family: str, folder: Path, num_steps: int) -> None:
+    """Look, before weights are read, whether a pipeline draws in as many steps as it is asked.
+
+    Raises:
+        ConfigError: it takes others.
+    """
+    fixed = policy_class(family).fixed_steps(folder)
+    if fixed not in (None, num_steps):
+        raise ConfigError(
+            f"need {fixed} steps for the model in {folder}, whose pipeline takes those of its own "
+            f"grid whatever it is asked, got {num_steps}; take {fixed}"
+        )
+
+
 def check_kernels(config: PolicyConfig) -> None:
     """Look, before weights are read, whether the kernel of attention can be had.
 

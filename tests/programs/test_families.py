@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.family_recipes import DRAW, recipe
 
-from burnish import checkpoint, images, runtime, stages
+from burnish import checkpoint, cli, images, runtime, stages
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import HEADLINE, read_scores
@@ -560,6 +560,20 @@ def test_a_model_of_another_family_is_told_before_it_is_read(tmp_path: Path) -> 
     index("Flux2KleinPipeline", is_distilled=True)
     with pytest.raises(ConfigError, match=r"evaluation\.guidance_scale: need guidance_scale=1"):
         check_inputs(recipe("flux2_klein", tmp_path))
+
+
+def test_steps_that_a_pipeline_does_not_take_are_told_before_it_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would draw by its own grid what was measured in other steps."""
+    grid = [1 - step / 8 for step in range(8)]
+    index = {"_class_name": "QwenImage21Pipeline", "sample_sigmas": grid}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"evaluation\.num_steps: need 8 steps .*got 2; take 8"):
+        check_inputs(recipe("qwen_image21", tmp_path))
+    assert deployed_model(str(tmp_path))[1].num_steps == 8
+    assert cli.main(["sample", "a cat", "--model", str(tmp_path), "--steps", "4"]) == 2
+    assert "got 4; take 8" in capsys.readouterr().err
 
 
 def test_a_size_that_the_model_cannot_draw_is_told_before_it_is_read(tmp_path: Path) -> None:

@@ -77,8 +77,9 @@ def sample(
 
 def _check(plan: "Deployment", folder: Path, prompts: "Sequence[Prompt]") -> None:
     """Raise, before weights are read, unless a model can draw what it is asked."""
-    from burnish.shelves import policy_class
+    from burnish.shelves import check_steps, policy_class
 
+    check_steps(plan.policy.family, folder, plan.num_steps)
     family = policy_class(plan.policy.family)
     family.check_sources(prompts)
     family.check_sizes(folder, plan.policy.buckets)

@@ -199,6 +199,11 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """
 
     @classmethod
+    def fixed_steps(cls, folder: Path) -> int | None:
+        """The steps that the pipeline of a folder takes whatever it is asked; None if it obeys."""
+        return None
+
+    @classmethod
     def check_sizes(cls, folder: Path, buckets: Buckets) -> None:
         """Look, before weights are read, whether a model can draw in all sizes.
 

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from burnish import runtime, vision_build
 from burnish.buckets import Size
 from burnish.config import ConfigError
+from burnish.pipeline_folders import read_index
 from burnish.policies.parts.execution import uncompiled
 from burnish.policies.parts.pipelines import PipelinePolicy, check_rows
 from burnish.policies.parts.qwen_assembly import assemble
@@ -82,6 +83,10 @@ class QwenImage21Policy(PipelinePolicy[QwenCondition, QwenPrefix | WholePrefix])
 
     def _make_reader(self, cache_folder: Path | None) -> QwenReader:
         return QwenReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
+
+    @classmethod
+    def fixed_steps(cls, folder: Path) -> int | None:
+        return len(read_index(folder).get("sample_sigmas") or ()) or None
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "QwenImage21Policy":
