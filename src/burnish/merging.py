@@ -26,6 +26,9 @@ from burnish.residency import Source, read_kin
 Weights = Mapping[str, Shaped[Tensor, "..."]]
 """Named tensors, as a `state_dict` has them."""
 
+_HALF = 16  # Bits of half of a float32.
+_LOWER = (1 << _HALF) - 1
+
 Method = Literal["average", "task_arithmetic", "ties"]
 """How teachers become one; see the functions of these names."""
 
@@ -234,11 +237,28 @@ def _back(like: Tensor, values: Tensor) -> Tensor:
 
 
 def _magnitude(base: Weights, teacher: Weights, density: float) -> float:
-    """The least change that belongs to the largest share; above 0, as no change is none."""
-    changes = torch.cat([_learnt(name, base, [teacher])[0].abs().flatten() for name in base])
-    count = max(1, round(density * len(changes)))
-    least = float(changes.topk(count).values[-1])
-    return max(least, torch.finfo(torch.float32).tiny)
+    """The least change that belongs to the largest share; above 0, as no change is none.
+
+    Sizes of floats are ordered as their bits are. So a count of their upper halves, tensor after
+    tensor, tells the upper half of the one that is sought, and a count of the lower halves beside
+    it the rest; the changes of a whole model are never there at once.
+    """
+    rank = max(1, round(density * sum(tensor.numel() for tensor in base.values())))
+    least = 0
+    for shift in (_HALF, 0):
+        counts = torch.zeros(1 << _HALF, dtype=torch.int64)
+        for name in base:
+            sizes = _learnt(name, base, [teacher])[0].abs().flatten().view(torch.int32)
+            if shift == 0:
+                sizes = sizes[sizes >> _HALF == least >> _HALF]
+            counts += torch.bincount((sizes >> shift) & _LOWER, minlength=len(counts))
+        # How many are as large or larger, from the largest.
+        reached = counts.flip(0).cumsum(0)
+        place = int((reached < rank).sum())
+        rank -= int(reached[place - 1]) if place else 0
+        least |= (_LOWER - place) << shift
+    found = torch.tensor(least, dtype=torch.int32).view(torch.float32)
+    return max(float(found), torch.finfo(torch.float32).tiny)
 
 
 def _check(base: Weights, teachers: Sequence[Weights]) -> None:

@@ -1,10 +1,12 @@
 """Merges: what they are at their ends, what they leave out, and exactness of LoRA."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from burnish.merging import average, concatenate_lora, task_arithmetic, ties
 
@@ -49,6 +51,38 @@ def test_ties_keeps_the_largest_changes_of_a_single_teacher(density: float) -> N
     largest = wanted.abs().topk(count).indices
     assert set(change.nonzero().flatten().tolist()) == set(largest.tolist())
     torch.testing.assert_close(change[largest], wanted[largest])
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that was made."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **kwargs or {})
+        if isinstance(found, Tensor):
+            self.count = max(self.count, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("spacing", [0.25, 1e-30, 1e-44])
+@pytest.mark.parametrize("density", [1e-6, 0.2, 0.9, 1.0])
+def test_ties_ranks_the_changes_of_the_whole_model_without_gathering_them(
+    density: float, spacing: float
+) -> None:
+    """Many are equal, and all that are as large as the last one that is kept are kept."""
+    draws = torch.Generator().manual_seed(0)
+    teacher = {
+        str(n): torch.randn(5000, generator=draws).mul(4).round() * spacing for n in range(20)
+    }
+    base = {name: torch.zeros(5000) for name in teacher}
+    changes = torch.cat(list(teacher.values()))
+    least = changes.abs().topk(max(1, round(density * len(changes)))).values[-1]
+    least = least.clamp_min(torch.finfo(torch.float32).tiny)
+    with Largest() as made:
+        merged = ties(base, [teacher], density=density)
+    assert torch.equal(torch.cat(list(merged.values())), changes.where(changes.abs() >= least, 0))
+    assert made.count < len(changes)
 
 
 def test_ties_never_mixes_signs_and_averages_only_those_that_agree() -> None:
