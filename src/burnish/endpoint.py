@@ -2,10 +2,12 @@
 
 Decided here is what another try can mend. The network, 408, 429 and 5xx pass: they are tried again
 with growing, jittered pauses, never sooner than `Retry-After` says and never beyond the deadline.
-Every other status is a wrong setting, which no try mends: a `ConfigError` at once. A reply that is
-too large or no JSON is a `Failed` for whoever asked. Redirects are not followed: they would carry
-the token to another host. After many failures in a row the breaker opens, and nothing is asked
-until a pause has passed, so that a dead server costs a run seconds and not hours.
+A server that answers 429 or 503 with `Retry-After` is there and busy: the question waits its turn
+until the deadline, and is neither a try nor a failure. Every other status is a wrong setting, which
+no try mends: a `ConfigError` at once. A reply that is too large or no JSON is a `Failed` for
+whoever asked. Redirects are not followed: they would carry the token to another host. After many
+failures in a row the breaker opens, and nothing is asked until a pause has passed, so that a dead
+server costs a run seconds and not hours.
 """
 
 import asyncio
@@ -29,6 +31,8 @@ MAX_REPLY = 16 << 20
 """Most bytes of a reply that are read; a long answer with all its log-probabilities has 1 MB."""
 
 _TRY_AGAIN = (408, 429)
+_BUSY = (429, 503)
+"""With `Retry-After`; without it nobody knows whether a 503 ends."""
 # Not the global generator: its state belongs to whoever seeded it.
 _jitter = random.Random()
 
@@ -89,6 +93,8 @@ class _Again:
 
     problem: str
     after: float = 0.0
+    is_busy: bool = False
+    """The server asked to wait, so this was no try."""
 
 
 class Endpoint:
@@ -130,28 +136,29 @@ class Endpoint:
             client: from `client`.
             path: behind the server's address.
             body: plain data.
-            until: no pause reaches beyond this moment of `time.monotonic`; who needs the call to
-                end by then cancels it.
+            until: no pause reaches beyond this moment of `time.monotonic`, and a busy server is
+                waited for until then; who needs the call to end by then cancels it.
 
         Raises:
             Unanswered: every try failed, or the breaker is open.
             ConfigError: the server answered and does not take the request.
         """
         content = None if body is None else json.dumps(body).encode()
-        tries = self._patience.retries + 1
-        for number in range(1, tries + 1):
-            if self._breaker.is_open:
-                raise Unanswered(f"{self.url} failed too often in a row, so it is left alone")
+        asked, tried = 0, 0
+        while not self._breaker.is_open:
             result = await self._try(client, path, content)
             if not isinstance(result, _Again):
                 return result
-            pause = self._patience.pause * 2 ** (number - 1) * _jitter.uniform(0.5, 1.5)
-            pause = max(pause, result.after)
-            if number == tries or time.monotonic() + pause >= until:
-                tried = "1 try" if number == 1 else f"{number} tries"
-                raise Unanswered(f"{self.url}: {result.problem}, after {tried}")
+            asked += 1
+            tried += not result.is_busy
+            pause = self._patience.pause * 2 ** max(tried - 1, 0) * _jitter.uniform(0.5, 1.5)
+            # Spread, because those that were sent away together would come back together.
+            pause = max(pause, result.after * _jitter.uniform(1.0, 1.5))
+            if tried > self._patience.retries or time.monotonic() + pause >= until:
+                times = "1 try" if asked == 1 else f"{asked} tries"
+                raise Unanswered(f"{self.url}: {result.problem}, after {times}")
             await asyncio.sleep(pause)
-        raise AssertionError("the loop above returns or raises")
+        raise Unanswered(f"{self.url} failed too often in a row, so it is left alone")
 
     async def _try(self, client: httpx.AsyncClient, path: str, content: bytes | None) -> Any:
         """One try: JSON, `Failed`, or `_Again`."""
@@ -168,13 +175,15 @@ class Endpoint:
             return self._lost(f"no answer in {self._patience.timeout:g} s")
         except httpx.RequestError as error:
             return self._lost(" ".join(f"{type(error).__name__} {error}".split())[:120])
-        status = response.status_code
+        status, after = response.status_code, _retry_after(response)
+        if status in _BUSY and after:
+            return _Again(f"status {status}", after, is_busy=True)
         if status >= 500:
             self._breaker.note(is_failure=True)
-            return _Again(f"status {status}", _retry_after(response))
+            return _Again(f"status {status}", after)
         self._breaker.note(is_failure=False)
         if status in _TRY_AGAIN:
-            return _Again(f"status {status}", _retry_after(response))
+            return _Again(f"status {status}", after)
         if status != 200:
             raise self._refusal(path, status, data or b"", 0 if content is None else len(content))
         if data is None:

@@ -8,8 +8,10 @@ recipe. Decided here:
   known is an error. What is inside them is the business of `burnish.translation`.
 - Everything but `/health` needs the bearer token, compared in constant time. A server without a
   token starts only on loopback and only when told so. Encryption is the work of a proxy in front.
-- Few wait. Where the queue is full the answer is 503 with `Retry-After`, before the body is read,
-  and who went away is not answered: he asks again, and the queue would fill with his old questions.
+- Few wait. Where the queue is full, or twice as many requests are inside, the answer is 503 with
+  `Retry-After`, before the body is read. Connections are not counted: a limit of them would refuse
+  without `Retry-After`, and askers keep theirs. Who went away is not answered: he asks again, and
+  the queue would fill with his old questions.
 
 It needs the extra `burnish[serve]`.
 """
@@ -115,7 +117,6 @@ def serve(
         ConfigError: no token, a short one, or none on an address that others can reach.
     """
     check_token(token, host, is_open=is_open)
-    limits = limits or Limits()
     uvicorn.run(
         app(judge, name=name, token=token or None, limits=limits),
         host=host,
@@ -123,8 +124,6 @@ def serve(
         log_level="warning",
         access_log=False,
         server_header=False,
-        # Bodies are held in memory while their questions wait.
-        limit_concurrency=2 * limits.waiting,
     )
 
 
@@ -161,9 +160,23 @@ class _Door:
     def __init__(self, translator: Translator, desk: Desk, token: str | None) -> None:
         self._translator, self._desk, self._limits = translator, desk, translator.limits
         self._token = None if token is None else token.encode()
+        self._inside = 0
+        """Requests that were admitted and have no answer."""
 
-    async def admit(self, request: Request) -> None:
-        """Let a request in, if it carries the token."""
+    async def admit(self, request: Request) -> AsyncIterator[None]:
+        """Let a request in, if it carries the token and there is room."""
+        self._check(request)
+        # Bodies are held in memory while their questions wait.
+        if self._inside >= 2 * self._limits.waiting:
+            raise _full()
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def _check(self, request: Request) -> None:
+        """Refuse a request that does not carry the token."""
         if self._token is None:
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")

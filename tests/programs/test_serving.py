@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import queue
@@ -28,7 +29,7 @@ from burnish.prompts import read_prompts
 from burnish.protocol import TOP, Asking, ImagePart, ImageUrl, Message, encoded, turn
 from burnish.rewards.remote import Remote, RemoteConfig
 from burnish.rewards.vlm import Judge, Vlm
-from burnish.serving import app, check_token
+from burnish.serving import app, check_token, serve
 from burnish.translation import Limits, Question, Written
 from burnish.types import Failed, Scored, ScoreRequest
 
@@ -51,8 +52,10 @@ def requests(count: int = 3) -> list[ScoreRequest]:
 class Running:
     """A server of this process on a free port."""
 
-    def __init__(self, served: Any) -> None:
-        config = uvicorn.Config(served, host="127.0.0.1", port=0, log_level="error")
+    def __init__(self, served: Any, **settings: Any) -> None:
+        config = uvicorn.Config(
+            served, **{**settings, "host": "127.0.0.1", "port": 0, "log_level": "error"}
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
@@ -424,6 +427,62 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(
     assert all(
         reply.headers["Retry-After"] == "1" and "too many" in reply.text for reply in refused
     )
+
+
+def test_connections_of_many_askers_are_no_reason_to_refuse(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where bodies are too many, the refusal says when to come back."""
+    started: list[Running] = []
+    monkeypatch.setattr(
+        uvicorn, "run", lambda app, **settings: started.append(Running(app, **settings))
+    )
+    serve(judge, name="small", token=TOKEN, limits=replace(LIMITS, waiting=1))
+    (running,) = started
+    begun = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+    asked = {"model": "small", "prompt": "five"}
+
+    def tokenize() -> httpx.Response:
+        headers = {"Authorization": f"Bearer {TOKEN}"}
+        return httpx.post(f"{running.url}/tokenize", json=asked, headers=headers, trust_env=False)
+
+    with contextlib.ExitStack() as lines:
+
+        def connect() -> socket.socket:
+            line = socket.create_connection(("127.0.0.1", running.port), timeout=20)
+            return lines.enter_context(line)
+
+        lines.callback(running.close)
+        _ = [connect() for _ in range(6)]
+        assert tokenize().status_code == 200
+        for _ in range(2):
+            connect().sendall(f"{begun}Content-Length: 100\r\n\r\n{{".encode())
+        while (refused := tokenize()).status_code == 200:
+            time.sleep(0.02)
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+
+
+def test_scores_of_more_askers_than_places_only_come_later(
+    judge: Judge, small_judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting is neither a try nor a failure of the server."""
+
+    class Slow(Writer):
+        def __call__(self, questions: Sequence[Question]) -> list[Written]:
+            time.sleep(0.2)
+            return super().__call__(questions)
+
+    monkeypatch.setattr("burnish.serving.Writer", Slow)
+    limits = replace(LIMITS, waiting=2, batch=1)
+    running = Running(app(judge, name="small", token=TOKEN, limits=limits))
+    fields = {"concurrency": 5, "retries": 0, "failures": 6, "reasoning": False}
+    try:
+        reward = remote(running.url, small_judge, monkeypatch, **fields)
+        asked = [replace(requests(1)[0], image=torch.full((3, 64, 64), n / 8)) for n in range(8)]
+        scores = reward.score(asked)
+    finally:
+        running.close()
+    assert all(isinstance(score, Scored) for score in scores), scores
 
 
 def test_a_full_desk_raises() -> None:

@@ -187,6 +187,12 @@ def serve(
     is_open: Annotated[
         bool, typer.Option("--open", help="Admit everybody on this machine, without a token.")
     ] = False,
+    batch: Annotated[
+        int, typer.Option(help="Questions that are written together; 1 repeats exactly.", min=1)
+    ] = 8,
+    waiting: Annotated[
+        int, typer.Option(help="Questions that may wait; others are told to come back.", min=1)
+    ] = 64,
 ) -> None:
     """Serve a judge over HTTP, for the reward `remote`.
 
@@ -198,10 +204,19 @@ def serve(
     judge_facts(folder)
     from burnish import serving
     from burnish.runtime import choose_device
+    from burnish.translation import Limits
 
     token = os.environ.get(TOKEN)
     serving.check_token(token, host, is_open=is_open)
     judge = Judge.load(folder, choose_device("auto"))
     shown = name or folder.resolve().name
     print(f"serving {shown} on http://{host}:{port}", flush=True)
-    serving.serve(judge, name=shown, token=token, host=host, port=port, is_open=is_open)
+    serving.serve(
+        judge,
+        name=shown,
+        token=token,
+        host=host,
+        port=port,
+        is_open=is_open,
+        limits=Limits(batch=batch, waiting=waiting),
+    )

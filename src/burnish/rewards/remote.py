@@ -76,6 +76,7 @@ class RemoteConfig(RewardConfig):
     concurrency: int = Field(default=16, ge=1)
     """Pictures asked about at the same time."""
     retries: int = Field(default=3, ge=0)
+    """Tries after the first one; a busy server that says when to come back costs none."""
     pause: float = Field(default=0.5, ge=0)
     """Before the second try; doubles with each further one."""
     failures: int = Field(default=64, ge=1)
