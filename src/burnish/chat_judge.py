@@ -31,7 +31,6 @@ from burnish.types import Failed
 
 MAX_REPLY = 200_000
 """Characters of a reply; a judge that thinks for 4,096 tokens writes a tenth of that."""
-_OF_ONE_QUESTION = (400, 413, 422)
 _OPENAI = frozenset({"model", "messages", "max_tokens", "temperature", "top_p", "seed"})
 
 
@@ -165,9 +164,7 @@ class ChatJudge(Judge):
                 return Failed(reason=str(error))
             except Refused as error:
                 # A filter, or a text that is too long: of this question, not of the server.
-                if error.status not in _OF_ONE_QUESTION:
-                    raise
-                return Failed(reason=f"the server refuses the question: {error}")
+                return error.of_one_question()
         reply = data if isinstance(data, Failed) else read_reply(data)
         if isinstance(reply, Failed):
             return reply

@@ -31,6 +31,7 @@ MAX_REPLY = 16 << 20
 """Most bytes of a reply that are read; a long answer with all its log-probabilities has 1 MB."""
 
 _TRY_AGAIN = (408, 429)
+_OF_ONE_QUESTION = (400, 413, 422)
 _BUSY = (429, 503)
 """With `Retry-After`; without it nobody knows whether a 503 ends."""
 # Not the global generator: its state belongs to whoever seeded it.
@@ -47,6 +48,16 @@ class Refused(ConfigError):
     def __init__(self, problem: str, status: int) -> None:
         super().__init__(problem)
         self.status = status
+
+    def of_one_question(self) -> Failed:
+        """The failure of the question alone, for whoever knows that the server takes others.
+
+        Raises:
+            Refused: no text and no picture makes a server answer with this status.
+        """
+        if self.status not in _OF_ONE_QUESTION:
+            raise self
+        return Failed(reason=f"the server refuses the question: {self}")
 
 
 @dataclass(frozen=True)

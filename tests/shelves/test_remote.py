@@ -273,8 +273,10 @@ CASES = [
     Case("token refused (401)", status(401), "stopped", "check the variable of `token_env`"),
     Case("token without rights (403)", status(403), "stopped", "need a token"),
     Case("unknown model (404)", status(404), "stopped", "status 404"),
-    Case("request too large (413)", status(413), "stopped", "within the server's limit"),
-    Case("request refused (400)", status(400, {"message": "no"}), "stopped", '"message": "no"'),
+    Case("request too large (413)", status(413), "failed", "within the server's limit", tries=1),
+    Case("request refused (400)", status(400, {"message": "no"}), "failed", '"message": "no"'),
+    Case("request refused (422)", status(422), "failed", "refuses the question", tries=1),
+    Case("all prompts refused (400)", status(400), "stopped", "status 400", is_everywhere=True),
     Case("redirect", status(307, Location="http://127.0.0.1:1/"), "stopped", "a redirect"),
 ]
 
@@ -349,6 +351,24 @@ def test_the_table_of_faults(
     path = Path(os.environ.get("BURNISH_FAULT_TABLE", tmp_path / "faults.md"))
     path.write_text("\n".join(lines) + "\n")
     assert len(CASES) >= 20 and len(path.read_text().splitlines()) == len(CASES) + 2
+
+
+@pytest.mark.parametrize("code", [400, 413, 422])
+def test_a_prompt_that_a_server_refuses_fails_alone_even_where_it_is_all_that_is_asked(
+    code: int, build: Callable[..., Remote], fake: Any
+) -> None:
+    """A call is one group in a run, and a run goes on without it."""
+    remote = build(fake)
+    remote.meet()
+    fake.fault = status(code)
+    group = [replace(request, prompt=pictures(1)[0].prompt) for request in pictures(3)]
+    for asked in (group, group[:1]):
+        scores = remote.score(asked)
+        assert all(isinstance(s, Failed) and f"status {code}" in s.reason for s in scores)
+    with pytest.raises(ConfigError, match=f"status {code}"):
+        remote.score(pictures(2))
+    fake.fault = None
+    assert all(isinstance(score, Scored) for score in remote.score(group))
 
 
 @pytest.mark.parametrize("name", ["503 for ever", "log-probability NaN", "score 26", "refusal"])
@@ -812,7 +832,7 @@ def test_the_token_is_sent_and_stands_in_no_setting(
     assert "canary" not in shown and "JUDGE_TOKEN" in shown
     fake.fault = lambda exchange: exchange.send(400, dict(exchange.handler.headers.items()))
     with pytest.raises(ConfigError, match="status 400") as caught:
-        remote.score(pictures(2))
+        remote.score(pictures(3)[1:])
     assert "canary" not in str(caught.value)
 
 

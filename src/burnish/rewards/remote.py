@@ -2,10 +2,12 @@
 
 A failure never becomes a number. What passes is tried again within one deadline for the whole call;
 an answer that cannot be read is asked for once more with another seed; what is then still missing
-is `Failed`, for this picture alone. Only a wrong setting raises, and another judge than the one of
-the handshake: every reply must name its model, and after a lost connection, behind which the server
-may have been restarted, the handshake is made again before the next call. Such a run ends loudly
-instead of going on with bent scores.
+is `Failed`, for this picture alone, and so is a question that the server refuses: its text or its
+pictures are more than it takes. Only a wrong setting raises, such as one that makes the server
+refuse all prompts of a call, and another judge than the one of the handshake: every reply must name
+its model, and after a lost connection, behind which the server may have been restarted, the
+handshake is made again before the next call. Such a run ends loudly instead of going on with bent
+scores.
 
 Scores are remembered by model, rubric, prompt, pictures and form of the question; failures never
 are. See `burnish.protocol` for what is asked and `burnish.endpoint` for how often.
@@ -22,7 +24,7 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from burnish.config import Config, ConfigError, located
-from burnish.endpoint import Endpoint, Patience, Unanswered, token_from
+from burnish.endpoint import Endpoint, Patience, Refused, Unanswered, token_from
 from burnish.handshake import Agreed, Deadline, Golden, Handshake, Line
 from burnish.images import ImageError
 from burnish.judging import Calibration, Rubric
@@ -146,7 +148,7 @@ class Remote(Reward):
 
         Raises:
             ConfigError: the server is not there at the first call, is no judge, is another judge
-                than before, or does not take what is asked.
+                than before, or takes none of the prompts, two or more, that it is asked about.
         """
         if not requests:
             return []
@@ -198,7 +200,12 @@ class Remote(Reward):
         except ExceptionGroup as errors:
             # The group has ended the other tasks; the first error is the one to be mended.
             raise errors.exceptions[0] from None
-        return [task.result() for task in asked]
+        found = [task.result() for task in asked]
+        refused = [one for one in found if isinstance(one, Refused)]
+        # A call is often one group, and what is wrong with its prompt is wrong with all its rows.
+        if len(refused) == len(found) and len({request.prompt.id for request in requests}) > 1:
+            raise refused[0]
+        return [one.of_one_question() if isinstance(one, Refused) else one for one in found]
 
     async def _score_one(
         self,
@@ -207,7 +214,7 @@ class Remote(Reward):
         agreed: Agreed,
         request: ScoreRequest,
         deadline: Deadline,
-    ) -> Score:
+    ) -> Score | Refused:
         """The score of one picture; whatever is wrong with it stays with it."""
         try:
             async with deadline.timeout(), gate:
@@ -223,6 +230,10 @@ class Remote(Reward):
                 return score
         except (ImageError, Unanswered) as error:
             return Failed(reason=str(error))
+        except Refused as error:
+            # Raises what no picture can be the reason of, which ends the call.
+            error.of_one_question()
+            return error
         except TimeoutError:
             return Failed(reason=str(deadline))
 
