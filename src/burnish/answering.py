@@ -9,6 +9,7 @@ questions share a batch changes scores by rounding; with `batch` 1 they are the 
 
 import queue
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -221,13 +222,18 @@ class Desk:
     def _answer(self, jobs: list[_Job]) -> None:
         if not jobs:
             return
+        answers: list[Written] | None = None
         try:
             answers = self._write([job.question for job in jobs])
         # Whatever a question does to the model, the thread must live on for the others.
         except Exception as error:
             if len(jobs) == 1:
+                # Whoever asked keeps the error, and would keep the tensors in its frames, too.
+                traceback.clear_frames(error.__traceback__)
                 jobs[0].future.set_exception(error)
                 return
+        if answers is None:
+            # Behind the block: inside it the error still holds what the batch had in memory.
             for job in jobs:
                 self._answer([job])
             return

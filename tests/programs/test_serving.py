@@ -9,6 +9,7 @@ import queue
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import replace
@@ -376,6 +377,29 @@ def test_questions_that_wait_are_written_together_and_poison_fails_alone() -> No
     assert write.batches[1] == ["a", "poison", "b"]
     assert all("gone" not in batch for batch in write.batches)
     desk.close()
+
+
+def test_what_breaks_the_model_is_out_of_memory_before_the_next_question() -> None:
+    """A card has room for the tensors of one try, the failed batch's or a single question's."""
+    tensors: list[weakref.ref[torch.Tensor]] = []
+    alive: list[tuple[int, int]] = []
+
+    def write(questions: Sequence[Question]) -> list[Written]:
+        large = torch.zeros(8)
+        tensors.append(weakref.ref(large))
+        alive.append((len(questions), sum(known() is not None for known in tensors)))
+        if len(questions) > 1 or questions[0].text == "too large":
+            raise torch.OutOfMemoryError("too large")
+        return [Written(text="fine")]
+
+    desk = Desk(write, places=8, batch=8)
+    futures = [desk.ask(plain(text)) for text in ("a", "too large", "b")]
+    desk.open()
+    assert [futures[n].result(30).text for n in (0, 2)] == ["fine", "fine"]
+    with pytest.raises(torch.OutOfMemoryError):
+        futures[1].result(30)
+    desk.close()
+    assert alive == [(3, 1), (1, 1), (1, 1), (1, 1)]
 
 
 def test_a_closed_desk_gives_up_what_waits() -> None:
