@@ -2,6 +2,10 @@
 
 Any model that transformers know as `AutoModelForImageTextToText` of the Qwen-VL line will do, and
 so will a judge, which is such a model with more beside it.
+
+A chat template that lets the model think begins an answer inside a thought, but puts a begun answer
+that a server continues behind one, so that a judge would be read elsewhere than it was taught. Such
+a model is trained and written with Qwen's plain template.
 """
 
 import math
@@ -15,7 +19,9 @@ import torch
 from burnish import vision_build
 from burnish.annotations.schema import Annotation
 from burnish.config import ConfigError
+from burnish.judging import MARKER, Rubric, question
 from burnish.lessons import Collator, spoken
+from burnish.policies.parts.qwen_tokens import CHAT_TEMPLATE
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
@@ -67,6 +73,8 @@ def read_student(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ConfigError(f"path: need {needed}, got {path}: {reason}") from None
+    if not _is_continued_as_begun(processor):
+        processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
     if max_pixels is not None:
         # Transformers call an area an edge.
         size, most = processor.image_processor.size, max_pixels
@@ -78,6 +86,20 @@ def read_student(
         return replace(student, model=model.float().requires_grad_(True))
     adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LANGUAGE_MATRICES)
     return replace(student, model=get_peft_model(model, adapter))
+
+
+def _is_continued_as_begun(processor: Any) -> bool:
+    """Whether a server that continues an answer writes before it what stands before a lesson's."""
+    user = {"role": "user", "content": question(Rubric("any", "Rate it."), "", num_sources=0)}
+    asked = processor.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
+    for begun in (MARKER, f"Good{MARKER}"):
+        answer = {"role": "assistant", "content": [{"type": "text", "text": begun}]}
+        told = processor.apply_chat_template(
+            [user, answer], continue_final_message=True, tokenize=False
+        )
+        if told != f"{asked}{begun}":
+            return False
+    return True
 
 
 @torch.no_grad()

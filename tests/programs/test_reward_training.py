@@ -23,8 +23,9 @@ from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
 from burnish.config import ConfigError, located
+from burnish.judge_model import read_student
 from burnish.judge_trainer import Objective, judge_loss
-from burnish.judging import MARKER, Rubric, answer
+from burnish.judging import MARKER, Rubric, answer, question
 from burnish.lessons import Collator, Curriculum, Lesson, compared, exercises, prompt_of, spoken
 from burnish.miniature.annotated import PicturesPlan, annotated_pictures
 from burnish.miniature.eyes import CLASSES, EyesPlan, learn_to_recognise, to_recognise
@@ -439,6 +440,47 @@ def test_a_faulty_configuration_is_one_line(
     assert "\n" not in str(caught.value)
     # A typing error does not make the folder its own: the same command, corrected, may use it.
     assert not (tmp_path / "run").exists()
+
+
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+"""As the templates of Qwen's thinking models: a new answer begins in a thought, a begun one behind
+an empty thought."""
+
+
+def test_a_server_continues_an_answer_where_the_lessons_of_a_thinking_model_end(
+    fresh: Path, tmp_path: Path
+) -> None:
+    # After `vision_build`, as in the package.
+    from transformers import AutoProcessor
+
+    shutil.copytree(fresh / "model", tmp_path / "thinking")
+    (tmp_path / "thinking" / "chat_template.jinja").write_text(THINKING)
+    lesson = Lesson(SOME[0], Rubric(SOME[0].dimension, "Rate it."), "It is good", True)
+    user = {"role": "user", "content": question(lesson.rubric, "a cat", num_sources=0)}
+    shown: dict[str, str] = {}
+    for name, model in (("plain", fresh / "model"), ("thinking", tmp_path / "thinking")):
+        student = read_student(model, lora_rank=0, max_pixels=None, device=CPU.device)
+        student.collator.processor.save_pretrained(tmp_path / name / "written")
+        processor = AutoProcessor.from_pretrained(tmp_path / name / "written")
+        ids = student.collator([(lesson,)])["input_ids"][0]
+        taught = processor.tokenizer.decode(ids).partition("<|im_start|>assistant")[2]
+        for template in (processor.chat_template, processor.tokenizer.chat_template):
+            shown[name] = processor.apply_chat_template(
+                [user, {"role": "assistant", "content": f"{lesson.reasoning}{MARKER}"}],
+                chat_template=template,
+                continue_final_message=True,
+                tokenize=False,
+            )
+            assert taught.startswith(shown[name].partition("<|im_start|>assistant")[2])
+    assert shown["plain"] == shown["thinking"]
 
 
 def test_a_judge_that_is_trained_again_keeps_its_rubrics_and_its_split(

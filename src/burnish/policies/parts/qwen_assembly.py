@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from burnish import vision_build
-from burnish.policies.parts.qwen_tokens import SPECIAL_TOKENS
+from burnish.policies.parts.qwen_tokens import CHAT_TEMPLATE, SPECIAL_TOKENS
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
@@ -31,16 +31,6 @@ from transformers import (  # noqa: E402
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
-)
-
-# The pipeline measures its system message with this template and writes the rest itself.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
-    "{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}"
-    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -170,5 +160,6 @@ def _processor(tokenizer: PreTrainedTokenizerBase, vision: Any) -> Qwen3VLProces
         ),
         tokenizer=tokenizer,
         video_processor=Qwen3VLVideoProcessor(**patches),
+        # The pipeline measures its system message with it and writes the rest itself.
         chat_template=CHAT_TEMPLATE,
     )
