@@ -18,6 +18,7 @@ It needs the extra `burnish[serve]`.
 
 import asyncio
 import contextlib
+import copy
 import hmac
 import ipaddress
 import json
@@ -69,7 +70,9 @@ def app(judge: Judge, *, name: str, token: str | None, limits: Limits | None = N
     """
     limits = limits or Limits()
     desk = Desk(Writer(judge), places=limits.waiting, batch=limits.batch)
-    door = _Door(Translator(name, judge.processor, limits), desk, token)
+    # A processor of its own: the desk's thread sets how the other's tokenizer pads.
+    translator = Translator(name, copy.deepcopy(judge.processor), limits)
+    door = _Door(translator, desk, token)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

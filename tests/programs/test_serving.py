@@ -336,6 +336,18 @@ def test_tokens_are_those_of_the_judge(judge: Judge, client: httpx.Client) -> No
     assert reply["count"] == len(reply["tokens"])
 
 
+def test_who_asks_for_tokens_does_not_change_how_the_judge_pads(
+    judge: Judge, client: httpx.Client
+) -> None:
+    """The judge's thread would find its batch without padding."""
+    tokenizer = judge.processor.tokenizer
+    tokenizer(["five", "six pictures"], padding=True, padding_side="left")
+    before = tokenizer.backend_tokenizer.padding
+    asked = {"model": "small", "prompt": "five", "add_special_tokens": False}
+    assert client.post("/tokenize", json=asked).json()["count"] > 0
+    assert before and tokenizer.backend_tokenizer.padding == before
+
+
 # --- The queue and the model -----------------------------------------------------------------
 
 
