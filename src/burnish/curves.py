@@ -22,6 +22,7 @@ from burnish.stages import job_folder
 from burnish.tracking import read_rows
 
 _RESAMPLES = 1000
+_TAIL = 0.025  # Of the resamples, which an interval leaves out at each end.
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def budget(control: Curve, other: Curve) -> Estimate | None:
 
     Returns:
         With the 95 % interval over prompts; infinite where the level is not reached. None without a
-        prompt that both have.
+        prompt that both have, and where the control is at its level from its first look on, or in
+        more resamples than the interval leaves out: what gained nothing had no need to spend.
     """
     shared = [name for name in control.prompts if name in set(other.prompts)]
     if not shared:
@@ -112,14 +114,21 @@ def budget(control: Curve, other: Curve) -> Estimate | None:
     def share(rows: Int[ndarray, " pick"]) -> float:
         means = own[:, rows].mean(axis=1)
         level = float(means[-3:].mean())
+        if means[0] >= level:
+            return float("nan")
         needed = crossing(control.evaluations, means, level)
-        return crossing(other.evaluations, theirs[:, rows].mean(axis=1), level) / max(needed, 1.0)
+        return crossing(other.evaluations, theirs[:, rows].mean(axis=1), level) / needed
 
-    every = np.arange(len(shared))
+    mean = share(np.arange(len(shared)))
     rng = np.random.default_rng(0)
-    found = [share(rng.integers(len(shared), size=len(shared))) for _ in range(_RESAMPLES)]
-    low, high = np.quantile(found, [0.025, 0.975], method="nearest")
-    return Estimate(share(every), float(low), float(high), len(shared))
+    found = np.array(
+        [share(rng.integers(len(shared), size=len(shared))) for _ in range(_RESAMPLES)]
+    )
+    known = found[~np.isnan(found)]
+    if np.isnan(mean) or len(known) < (1 - _TAIL) * _RESAMPLES:
+        return None
+    low, high = np.quantile(known, [_TAIL, 1 - _TAIL], method="nearest")
+    return Estimate(mean, float(low), float(high), len(shared))
 
 
 def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:

@@ -10,7 +10,7 @@ import pytest
 from burnish import revision, studies
 from burnish.config import ConfigError, parse
 from burnish.courses import course, mean_course
-from burnish.curves import budgets
+from burnish.curves import Curve, budget, budgets
 from burnish.evaluation import Row, read_scores, write_rows
 from burnish.guard import FOLDER, GuardConfig
 from burnish.launcher import pending
@@ -154,6 +154,24 @@ def test_what_an_arm_needs_to_be_as_good_as_the_first(tmp_path: Path) -> None:
     make_looks(runs[0], "better", {s: g / 4 for s, g in slow.items()})
     make_looks(runs[1], "better", {s: g / 4 for s, g in slow.items()})
     assert budgets(config, runs)["better"]["share"]["mean"] is None
+    # A control that only falls is at its level before it has spent anything, whoever asks.
+    for run in runs:
+        make_looks(run, "plain", {step: -gain for step, gain in slow.items()})
+    assert [own["share"] for own in budgets(config, runs).values()] == [None, None]
+
+
+def test_a_control_that_hardly_rises_makes_no_budget() -> None:
+    """It does in the mean, and in so few resamples of its prompts that no interval is left."""
+    spent, names = np.array([0.0, 100.0, 200.0]), tuple(f"p{n}" for n in range(20))
+    gains = np.where(np.arange(20) % 2, 0.2, -0.19)
+    control, other = (
+        Curve((0, 1, 2), spent, np.stack([0 * gains, rise * gains, rise * gains]), names)
+        for rise in (1.0, 2.0)
+    )
+    assert budget(control, other) is None
+    sure = Curve((0, 1, 2), spent, np.stack([0 * gains, abs(gains), abs(gains)]), names)
+    found = budget(sure, sure)
+    assert found is not None and (found.mean, found.low, found.high) == (1.0, 1.0, 1.0)
 
 
 def test_a_study_without_a_complete_run_has_no_table(tmp_path: Path) -> None:
