@@ -33,9 +33,10 @@ def main() -> None:
     marks = [time.perf_counter()]
     clusters = ratings.tally(left, right, score, num, prompt)
     marks.append(time.perf_counter())
-    again = ratings.resampled(clusters, arguments.resamples)
+    again = ratings.with_upsets(ratings.resampled(clusters, arguments.resamples), clusters)
     marks.append(time.perf_counter())
-    low, high = ratings.interval(ratings.fit(again, has_side=True).elo(0))
+    fitted = ratings.fit(again, prior=ratings.RESAMPLE_PRIOR, has_side=True)
+    low, high = ratings.interval(fitted.elo(0))
     marks.append(time.perf_counter())
     parts = dict(zip(("tally", "resample", "fit"), np.diff(marks).tolist(), strict=True))
     width = float((high - low)[1:].mean())

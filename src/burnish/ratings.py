@@ -8,11 +8,15 @@ per unit of strength, with one player anchored: only differences within one set 
 anything.
 
 Votes on one prompt share what is special about it, so a vote is not the unit of an interval:
-prompts are drawn again, with all their votes. Everything works on tallies, matrices of votes and
-scores by left and right player, so that thousands of resamples are one batch of small systems.
+prompts are drawn again, with all their votes. Where (nearly) all prompts say the same, so do all
+resamples, and their spread is no measure of what the next prompt may say: each resample also has an
+upset, a random part of a prompt that turned out the other way round. Everything works on tallies,
+matrices of votes and scores by left and right player, so that thousands of resamples are one batch
+of small systems.
 
 Reference: Bradley and Terry (1952); ties as half wins and the scale of Elo as in Chatbot Arena,
-arXiv:2403.04132.
+arXiv:2403.04132. For a player who won everything the weight of upsets is that of Jeffreys' prior of
+a chance: Brown, Cai and DasGupta, "Interval estimation for a binomial proportion" (2001).
 """
 
 from collections.abc import Sequence
@@ -27,6 +31,12 @@ from burnish.significance import POWER
 ELO = 400 / np.log(10)
 """Points per unit of strength: ten to one are 400 points apart."""
 _TOLERANCE = 1e-7  # Of a strength; a hundred-thousandth of a point of Elo.
+UPSET = 0.5
+"""Prompts that an upset is worth in the mean; its weight is drawn from a gamma distribution of this
+shape. A half covers at any distance of two players (`tests/laws/test_ratings.py`)."""
+RESAMPLE_PRIOR = 0.1
+"""Ties of each player with the average one in a resample: a whole one would bound how far apart two
+players can be, and the upset keeps ratings finite."""
 _MAX_STEPS = 500
 _LONGEST_STEP = 2.0  # Of a strength; Newton's step may overshoot far from the end.
 
@@ -165,6 +175,36 @@ def resampled(clusters: Tally, resamples: int, seed: int = 0) -> Tally:
     flat = (values.reshape(count, -1) for values in (clusters.votes, clusters.score))
     votes, score = (draws.astype(float) @ values for values in flat)
     return Tally(votes.reshape(-1, num, num), score.reshape(-1, num, num))
+
+
+def with_upsets(again: Tally, clusters: Tally, seed: int = 0) -> Tally:
+    """Resamples, each with a random part of a prompt on which everybody lost as they won.
+
+    Args:
+        again: resamples, as `resampled` returns them.
+        clusters: that they were drawn from.
+        seed: of the weights, one for each resample.
+
+    The votes of two players weigh as on a mean prompt of whoever of them met others on fewer.
+    """
+    met = (clusters.votes.sum(-1) + clusters.votes.sum(-2) > 0).sum(0)
+    share = 1 / np.maximum(np.minimum.outer(met, met), 1)
+    votes, score = clusters.votes.sum(0) * share, clusters.score.sum(0) * share
+    weight = np.random.default_rng([seed, 1]).gamma(UPSET, size=len(again.votes))[:, None, None]
+    return Tally(again.votes + weight * votes, again.score + weight * (votes - score))
+
+
+def bootstrap(clusters: Tally, resamples: int, *, seed: int = 0, has_side: bool = False) -> Fit:
+    """Fits to resamples of prompts with upsets; `interval` of their ratings is one over prompts.
+
+    Args:
+        clusters: one row for each prompt.
+        resamples: how many.
+        seed: of the draws.
+        has_side: also fit what standing on the left is worth.
+    """
+    again = with_upsets(resampled(clusters, resamples, seed), clusters, seed)
+    return fit(again, prior=RESAMPLE_PRIOR, has_side=has_side)
 
 
 def components(votes: Float[ndarray, "left right"]) -> list[list[int]]:

@@ -98,6 +98,10 @@ def test_a_winner_of_everything_has_a_finite_rating_and_a_wide_interval() -> Non
     first = np.arange(50)
     chain = ratings.tally(first, first + 1, np.ones(50), 51)
     assert (np.diff(ratings.fit(chain).strength) < 0).all()
+    # Who is 400 points ahead wins twenty of twenty in one case of seven, who is 800 ahead mostly.
+    each = ratings.tally(left, right, score, 2, np.arange(20))
+    low, high = ratings.interval(ratings.bootstrap(each, 1000).elo(1, at=0.0))
+    assert 200 < low[0] < 400 < apart < 800 < high[0]
 
 
 def test_players_that_no_battle_connects_are_told_apart() -> None:
@@ -134,7 +138,7 @@ def coverage(prompts: int, tournaments: int) -> tuple[float, float]:
         clusters = ratings.Tally(np.zeros((prompts, num, num)), np.zeros((prompts, num, num)))
         clusters.votes[:, pairs[:, 0], pairs[:, 1]] = per_pair
         clusters.score[:, pairs[:, 0], pairs[:, 1]] = wins
-        low, high = ratings.interval(ratings.fit(ratings.resampled(clusters, 400)).elo(0, at=0.0))
+        low, high = ratings.interval(ratings.bootstrap(clusters, 400).elo(0, at=0.0))
         covered.append((low[1:] <= planted[1:]) & (planted[1:] <= high[1:]))
         # The same votes, each for itself: intervals that are far too narrow.
         whole = ratings.Tally(clusters.votes.sum(0), clusters.score.sum(0))
@@ -161,6 +165,39 @@ def test_few_prompts_make_intervals_that_are_somewhat_short() -> None:
     share, _ = coverage(prompts=MIN_PROMPTS, tournaments=400)
     print(f"{MIN_PROMPTS} prompts: {share:.3f} covered over prompts")
     assert 0.85 <= share <= 0.95
+
+
+def coverage_at(prompts: int, gap: float, tournaments: int) -> float:
+    """Share of intervals that hold how far two players are apart, one vote on each prompt."""
+    rng = np.random.default_rng(0)
+    first, chance = np.arange(prompts), 1 / (1 + 10 ** (-gap / 400))
+    covered = []
+    for _ in range(tournaments):
+        right = rng.integers(2, size=prompts)
+        wins = rng.random(prompts) < chance
+        score = np.where(right == 1, wins, ~wins).astype(float)
+        clusters = ratings.tally(1 - right, right, score, 2, first)
+        low, high = ratings.interval(ratings.bootstrap(clusters, 200).elo(1, at=0.0))
+        covered.append(low[0] <= gap <= high[0])
+    return float(np.mean(covered))
+
+
+@pytest.mark.parametrize("prompts", [MIN_PROMPTS, 20, 96])
+def test_intervals_cover_however_far_two_players_are_apart(prompts: int) -> None:
+    """Where one wins nearly always, all prompts say the same, and so would all resamples."""
+    found = {gap: coverage_at(prompts, gap, tournaments=100) for gap in (0, 200, 400, 600, 800)}
+    print(f"{prompts} prompts:", ", ".join(f"{share:.3f} at {gap}" for gap, share in found.items()))
+    assert min(found.values()) >= 0.9
+
+
+def test_ratings_of_resamples_do_not_depend_on_the_order_of_players() -> None:
+    left, right, score, _ = votes(5, 4, 300)
+    cluster, order = np.arange(300) // 10, np.array([2, 0, 3, 1])
+    one, other = (
+        ratings.bootstrap(ratings.tally(a, b, score, 4, cluster), 20).strength
+        for a, b in ((left, right), (order[left], order[right]))
+    )
+    np.testing.assert_allclose(one, other[:, order], atol=1e-6)
 
 
 def test_the_prior_pulls_few_votes_to_the_middle_and_many_not_at_all() -> None:

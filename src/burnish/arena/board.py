@@ -1,9 +1,9 @@
 """A leaderboard from battles: ratings with intervals over prompts, win rates, voters.
 
 All numbers come from the same votes: Elo by `burnish.ratings` with the base anchored at 1000, and
-intervals from drawing prompts again with all their votes. A category has a board of its own, fitted
-to its own votes. What standing on the left is worth is fitted too, where pairs met in both orders,
-so that a habit of voters is no rating.
+intervals from drawing prompts again with all their votes and an upset. A category has a board of
+its own, fitted to its own votes. What standing on the left is worth is fitted too, where pairs met
+in both orders, so that a habit of voters is no rating.
 """
 
 from collections import Counter
@@ -155,7 +155,7 @@ def _intervals(
     if len(votes.prompts) < MIN_PROMPTS:
         return None, None
     clusters = ratings.tally(votes.left, votes.right, votes.score, len(votes.players), votes.prompt)
-    again = ratings.fit(ratings.resampled(clusters, resamples), has_side=has_side)
+    again = ratings.bootstrap(clusters, resamples, has_side=has_side)
     return ratings.interval(again.elo(anchor, AT))
 
 
