@@ -1,6 +1,7 @@
 """Battles from a file or by simulated raters, and the leaderboard that is made of them."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from burnish import cli, images, ratings
 from burnish.arena.battles import Battle, read_battles, write_battles
 from burnish.arena.board import rate, voters
 from burnish.arena.contest import Contest, gather
-from burnish.arena.raters import RatersConfig, vote
+from burnish.arena.raters import RatersConfig, scores, vote
 from burnish.config import ConfigError
+from burnish.rewards.base import Reward
 from burnish.tracking import Run
-from burnish.types import Prompt
+from burnish.types import Failed, NotApplicable, Prompt, Score, Scored, ScoreRequest
 
 STRENGTH = {"base": 0.0, "teacher": 0.5, "student": 0.8}
 CATEGORIES = ("portrait", "typography")
@@ -224,11 +226,41 @@ def test_simulated_raters_prefer_the_higher_score_and_say_who_they_are() -> None
     assert {b.winner for b in bad if "student" not in (b.a, b.b)} == {"both_bad"}
     noisy = vote(contest(), seen, RatersConfig(count=8, noise=2.0), crowd="oracle")
     assert 0.5 < rate(noisy)["board"]["rows"][0]["score"] < 0.7
-    del seen["student", "p3"]
-    assert len(vote(contest(), seen, RatersConfig(count=1), crowd="oracle")) == 88
+    # On a prompt of which the reward has nothing to say nobody meets.
+    rest = {key: value for key, value in seen.items() if key[1] != "p3"}
+    assert len(vote(contest(), rest, RatersConfig(count=1), crowd="oracle")) == 87
     # Nobody could read the page of an arena without a vote.
     with pytest.raises(ConfigError, match="need scores of two pictures of a prompt, got none"):
         vote(contest(), {}, RatersConfig(count=1), crowd="oracle")
+
+
+def test_a_contestant_whose_pictures_cannot_be_scored_is_told_and_not_rated_by_the_rest() -> None:
+    """A few of very many are left out; what is missing of one alone would flatter it."""
+    prompts = tuple(Prompt(id=f"p{n}", text="x") for n in range(200))
+    names = ("base", "broken")
+    own = Contest(prompts=prompts, pictures={n: {p.id: Path(p.id) for p in prompts} for n in names})
+    seen: dict[tuple[str, str], float | Failed] = {(n, p.id): 0.5 for n in names for p in prompts}
+    seen |= {("broken", f"p{n}"): Failed(reason=f"no face in {n}") for n in range(2)}
+    assert len(vote(own, seen, RatersConfig(count=1), crowd="face")) == 198
+    seen["broken", "p2"] = Failed(reason="no face in 2")
+    words = r"need scores of 99% of the 200 pictures of broken, got 197 .*face \(no face in 0\)"
+    with pytest.raises(ConfigError, match=words):
+        vote(own, seen, RatersConfig(count=1), crowd="face")
+
+
+class _Mute(Reward):
+    """Has no say on one prompt, and fails on another."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        odd: dict[str, Score] = {"p0": NotApplicable(reason="x"), "p1": Failed(reason="lost")}
+        return [odd.get(one.prompt.id, Scored(value=1.0)) for one in requests]
+
+
+def test_scores_keep_why_a_picture_has_none(tmp_path: Path) -> None:
+    places = {name: write_pictures(tmp_path / name, 3) for name in ("x", "y")}
+    found = scores(gather(places, PROMPTS), _Mute())
+    assert found["x", "p1"] == Failed(reason="lost") and found["y", "p2"] == 1.0
+    assert ("x", "p0") not in found and len(found) == 4
 
 
 def test_the_commands_rate_a_file_and_write_a_page(

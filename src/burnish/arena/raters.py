@@ -5,7 +5,7 @@ the higher one; within a margin it is a tie, and two pictures below `bad` are bo
 are named after their reward, so that nobody takes them for people.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from pydantic import Field
@@ -17,7 +17,8 @@ from burnish.config import Config, ConfigError
 from burnish.progress import progress
 from burnish.rewards.base import Reward
 from burnish.shelves import AnyReward
-from burnish.types import Scored, ScoreRequest
+from burnish.significance import MIN_COVERAGE
+from burnish.types import Failed, NotApplicable, Scored, ScoreRequest
 
 
 class RatersConfig(Config):
@@ -41,10 +42,13 @@ class CrowdConfig(Config):
     raters: RatersConfig = RatersConfig()
 
 
-def scores(contest: Contest, reward: Reward, batch_size: int = 64) -> dict[tuple[str, str], float]:
-    """What a reward says of every picture, by contestant and prompt; failures are missing."""
+def scores(
+    contest: Contest, reward: Reward, batch_size: int = 64
+) -> dict[tuple[str, str], float | Failed]:
+    """What a reward says of every picture, by contestant and prompt; a prompt on which it has no
+    say is missing."""
     wanted = [(name, prompt) for name in contest.pictures for prompt in contest.prompts]
-    found: dict[tuple[str, str], float] = {}
+    found: dict[tuple[str, str], float | Failed] = {}
     with progress("score pictures", len(wanted)) as bar:
         for first in range(0, len(wanted), batch_size):
             block = wanted[first : first + batch_size]
@@ -58,15 +62,16 @@ def scores(contest: Contest, reward: Reward, batch_size: int = 64) -> dict[tuple
                 for name, prompt in block
             ]
             for (name, prompt), answer in zip(block, reward.score(requests), strict=True):
-                if isinstance(answer, Scored):
-                    found[name, prompt.id] = answer.value
+                if not isinstance(answer, NotApplicable):
+                    value = answer.value if isinstance(answer, Scored) else answer
+                    found[name, prompt.id] = value
             bar.advance(len(block))
     return found
 
 
 def vote(
     contest: Contest,
-    seen: dict[tuple[str, str], float],
+    seen: Mapping[tuple[str, str], float | Failed],
     plan: RatersConfig,
     *,
     crowd: str,
@@ -82,16 +87,19 @@ def vote(
         per_prompt: meetings of each prompt for each rater; None is all pairs.
 
     Raises:
-        ConfigError: no two pictures of a prompt have scores.
+        ConfigError: too many pictures of a contestant failed to score, or no two pictures of a
+            prompt have scores.
     """
+    _check_scored(contest, seen, crowd)
+    told = {key: value for key, value in seen.items() if not isinstance(value, Failed)}
     battles = []
     for rater in range(plan.count):
         draws = np.random.default_rng([plan.seed, rater])
         meetings = contest.pairs(int(draws.integers(2**31)), per_prompt)
         for number, (prompt, left, right) in enumerate(meetings):
-            if (left, prompt.id) not in seen or (right, prompt.id) not in seen:
+            if (left, prompt.id) not in told or (right, prompt.id) not in told:
                 continue
-            values = [seen[name, prompt.id] for name in (left, right)]
+            values = [told[name, prompt.id] for name in (left, right)]
             noisy = np.array(values) + plan.noise * draws.standard_normal(2)
             battles.append(
                 Battle(
@@ -110,6 +118,21 @@ def vote(
             "name another one (the oracle knows prompts of the embedded world alone)"
         )
     return battles
+
+
+def _check_scored(
+    contest: Contest, seen: Mapping[tuple[str, str], float | Failed], crowd: str
+) -> None:
+    """Raise where one contestant would be rated by the pictures that a reward could read."""
+    for name in contest.pictures:
+        own = [value for (other, _), value in seen.items() if other == name]
+        lost = [value.reason for value in own if isinstance(value, Failed)]
+        if len(own) - len(lost) < MIN_COVERAGE * len(own):
+            raise ConfigError(
+                f"need scores of {MIN_COVERAGE:.0%} of the {len(own)} pictures of {name}, got "
+                f"{len(own) - len(lost)} from the judge {crowd} ({lost[0]}); see what is wrong "
+                "with the judge or the pictures and start the same command again"
+            )
 
 
 def _winner(values: Sequence[float], plan: RatersConfig) -> Winner:
