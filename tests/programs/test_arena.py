@@ -145,7 +145,19 @@ def test_a_model_that_met_on_few_prompts_has_no_interval_and_the_others_have() -
     rows = {row["model"]: row for row in found["rows"]}
     assert rows["new"]["low"] is rows["new"]["high"] is None
     assert rows["student"]["low"] < rows["student"]["high"]
-    assert "fewer than 10 prompts" in found["reason"]
+    assert found["reason"] == "fewer than 10 prompts of new: no intervals there"
+
+
+def test_an_anchor_that_met_on_few_prompts_leaves_nobody_an_interval() -> None:
+    """All intervals are those of a difference to it."""
+    apart = [battle for battle in battles() if "base" not in (battle.a, battle.b)]
+    few = [b for b in battles() if "base" in (b.a, b.b) and b.prompt in ("p1", "p2")]
+    found = rate([*apart, *few])
+    rows = found["board"]["rows"]
+    assert {row["low"] for row in rows} == {row["high"] for row in rows} == {None}
+    assert found["board"]["reason"] == "fewer than 10 prompts of the anchor, base: no intervals"
+    other = rate([*apart, *few], anchor="student")["board"]["rows"]
+    assert {row["model"] for row in other if row["low"] is None} == {"base"}
 
 
 def test_agreement_counts_others_on_the_same_pictures() -> None:

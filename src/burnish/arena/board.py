@@ -118,6 +118,9 @@ def board(
     wins = whole.score.sum(1) + (whole.votes - whole.score).sum(0)
     order = ratings.order(found.strength)
     few = _prompts_of_each(votes) < MIN_PROMPTS
+    reason = _reason([name for name, is_few in zip(players, few, strict=True) if is_few], anchor)
+    # An interval is one of a difference to the anchor: its few prompts are everybody's.
+    few |= few[place]
     if low is not None and high is not None:
         # Few prompts of one model make an interval that errs too often, whatever the others have.
         low, high = (np.where(few, np.nan, ends) for ends in (low, high))
@@ -140,8 +143,17 @@ def board(
         "prompts": len(votes.prompts),
         "matrix": [[None if np.isnan(v) else round(float(v), 4) for v in row] for row in rates],
         "left_side": round(float(ratings.ELO * found.side), 2) if has_side else None,
-        "reason": f"fewer than {MIN_PROMPTS} prompts: no intervals" if few.any() else "",
+        "reason": reason,
     }
+
+
+def _reason(few: Sequence[str], anchor: str) -> str:
+    """Why there is no interval, or none of some models."""
+    if not few:
+        return ""
+    if anchor in few:
+        return f"fewer than {MIN_PROMPTS} prompts of the anchor, {anchor}: no intervals"
+    return f"fewer than {MIN_PROMPTS} prompts of {', '.join(few)}: no intervals there"
 
 
 def _tally(votes: Votes) -> ratings.Tally:
