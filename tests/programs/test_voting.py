@@ -289,12 +289,17 @@ def test_a_file_of_another_contest_version_or_kind_is_refused(tmp_path: Path) ->
     Ballots(path, own)
     with pytest.raises(ConfigError, match="need the models, pictures and prompts that"):
         Ballots(path, Contest(prompts=own.prompts[:3], pictures=own.pictures))
+    # What was to be changed and where a vote counts belong to it as the pictures do.
+    for other in ({"category": "other"}, {"sources": (b"other",)}, {"task": "edit"}):
+        prompts = (replace(own.prompts[0], **other), *own.prompts[1:])
+        with pytest.raises(ConfigError, match="need the models, pictures and prompts that"):
+            Ballots(path, Contest(prompts=prompts, pictures=own.pictures))
     database = sqlite3.connect(path)
     database.execute("UPDATE facts SET value = '99' WHERE name = 'version'")
     database.commit()
-    with pytest.raises(ConfigError, match=r"need votes of version 2, .* has version 99"):
+    with pytest.raises(ConfigError, match=r"need votes of version 3, .* has version 99"):
         Ballots(path, own)
-    with pytest.raises(ConfigError, match=r"need votes of version 2, .* has version 99"):
+    with pytest.raises(ConfigError, match=r"need votes of version 3, .* has version 99"):
         read_votes(path)
     (tmp_path / "text").write_text("no database at all, but long enough to look at" * 50)
     with pytest.raises(ConfigError, match="need an SQLite file of votes"):

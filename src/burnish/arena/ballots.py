@@ -28,8 +28,8 @@ from burnish.arena.battles import Battle, Winner
 from burnish.arena.contest import Contest
 from burnish.config import ConfigError
 
-VERSION = 2
-"""Of the layout; another version is refused by name."""
+VERSION = 3
+"""Of the layout and of what a contest is known by; another version is refused by name."""
 RUINED = "gold:ruined"
 """Stands for the worse picture of a gold battle."""
 _SCHEMA = """

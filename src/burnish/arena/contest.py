@@ -31,8 +31,19 @@ class Contest:
     """By contestant, then by prompt."""
 
     def digest(self) -> str:
-        """Changes with prompts, contestants, and their pictures."""
-        found = hashlib.sha256(repr([(p.id, p.text) for p in self.prompts]).encode())
+        """Changes with all that a voter sees or a vote is filed under: prompts with their sources
+        and categories, contestants, and their pictures."""
+        told = [
+            (
+                p.id,
+                p.text,
+                p.task,
+                p.category,
+                [hashlib.sha256(data).hexdigest() for data in p.sources],
+            )
+            for p in self.prompts
+        ]
+        found = hashlib.sha256(repr(told).encode())
         for name in sorted(self.pictures):
             found.update(f"\0{name}\0".encode())
             for prompt in self.prompts:
