@@ -282,6 +282,20 @@ def test_gold_pairs_tell_who_looks_and_are_no_votes(tmp_path: Path) -> None:
     assert sizes == [(64, 64), (64, 64)]
 
 
+def test_every_model_stands_in_gold_pairs_and_no_voter_sees_one_twice(tmp_path: Path) -> None:
+    """However many are asked for; pairs that count are not used up by them."""
+    ballots = Ballots(tmp_path / "votes.sqlite", contest(tmp_path, count=4), gold=1.0)
+    owners: list[tuple[str, str]] = []
+    for _ in range(4 * 3 * 2):
+        shown = ballots.show("me")
+        assert shown is not None
+        if RUINED in (shown.a, shown.b):
+            owners.append((shown.prompt, shown.a if shown.b == RUINED else shown.b))
+        ballots.vote(shown.token, "me", "a")
+    assert len(set(owners)) == len(owners) == len(votes(ballots)) == 4 * 3
+    assert {name for _, name in owners} == set(NAMES) and ballots.show("me") is None
+
+
 def test_a_file_of_another_contest_version_or_kind_is_refused(tmp_path: Path) -> None:
     own = contest(tmp_path)
     path = tmp_path / "votes.sqlite"

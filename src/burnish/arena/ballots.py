@@ -188,8 +188,9 @@ class Ballots:
         place = int(draws.choice(len(pairs), p=chances))
         prompt = left[pairs[place]][int(draws.integers(len(left[pairs[place]])))]
         names = list(pairs[place])
-        if draws.random() < self._gold:
-            names[1] = RUINED
+        fresh = [name for name in names if (prompt.id, frozenset((name, RUINED))) not in seen]
+        if fresh and draws.random() < self._gold:
+            names = [fresh[int(draws.integers(len(fresh)))], RUINED]
         draws.shuffle(names)
         row = {
             "id": secrets.token_hex(8), "voter": voter, "prompt": prompt.id,
