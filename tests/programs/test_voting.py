@@ -29,6 +29,7 @@ from burnish.prompts import read_prompts
 from burnish.types import Prompt
 
 NAMES = ("aardvark", "buffalo", "cormorant")
+HERE = "http://localhost"
 
 
 def contest(folder: Path, count: int = 6, task: str = "t2i") -> Contest:
@@ -55,7 +56,7 @@ def ballots(tmp_path: Path) -> Ballots:
 
 @pytest.fixture
 def client(ballots: Ballots) -> Iterator[TestClient]:
-    with TestClient(server.app(ballots._contest, ballots)) as found:
+    with TestClient(server.app(ballots._contest, ballots), base_url=HERE) as found:
         yield found
 
 
@@ -181,7 +182,7 @@ def test_nothing_names_a_model(client: TestClient) -> None:
 
 def test_a_picture_is_for_whom_it_was_shown(client: TestClient, ballots: Ballots) -> None:
     place = pictures(client.get("/"))[0]
-    with TestClient(server.app(ballots._contest, ballots)) as stranger:
+    with TestClient(server.app(ballots._contest, ballots), base_url=HERE) as stranger:
         assert stranger.get(place).status_code == 404
     assert client.get(place[:-1] + "x").status_code == 404
     assert client.get("/picture/none").status_code == 404
@@ -196,8 +197,29 @@ def test_forms_of_other_sites_and_large_ones_are_refused(
     assert evil.status_code == 403
     assert client.post("/vote", data=form | {"x": "y" * 5000}).status_code == 413
     assert votes(ballots) == []
-    own = client.post("/vote", data=form, headers={"origin": "http://testserver"})
+    own = client.post("/vote", data=form, headers={"origin": HERE})
     assert own.status_code == 200 and len(votes(ballots)) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("evil.example:8200", 421), ("127.0.0.1.evil.example", 421), ("localhost.evil.example", 421),
+     ("[evil.example]", 421), ("127.0.0.1:8200", 200), ("[::1]:8200", 200), ("LOCALHOST", 200),
+     ("arena.example:8200", 200)],
+)  # fmt: skip
+def test_names_of_other_sites_that_lead_here_are_refused(
+    host: str, status: int, ballots: Ballots
+) -> None:
+    """A page may let its own name mean loopback, so that host and origin agree."""
+    served = server.app(ballots._contest, ballots, names=("Arena.example",))
+    with TestClient(served, base_url=HERE) as client:
+        page = client.get("/")
+        assert client.get("/", headers={"host": host}).status_code == status
+        headers = {"host": host, "origin": f"http://{host}"}
+        form = {"token": token(page), "winner": "a"}
+        sent = client.post("/vote", data=form, headers=headers, follow_redirects=False)
+    assert sent.status_code == (303 if status == 200 else status)
+    assert len(votes(ballots)) == (status == 200)
 
 
 def test_a_voter_who_is_too_fast_must_wait(
@@ -213,7 +235,7 @@ def test_a_voter_who_is_too_fast_must_wait(
 
 def test_an_edit_shows_what_was_to_be_changed(tmp_path: Path) -> None:
     edits = contest(tmp_path, task="edit")
-    with TestClient(server.app(edits, Ballots(tmp_path / "v", edits))) as client:
+    with TestClient(server.app(edits, Ballots(tmp_path / "v", edits)), base_url=HERE) as client:
         page = client.get("/")
         (place,) = re.findall(r'src="(/source/[^"]+)"', page.text)
         assert Image.open(io.BytesIO(client.get(place).content)).size == (64, 64)
@@ -225,7 +247,7 @@ def test_an_edit_shows_all_its_sources_in_order(tmp_path: Path) -> None:
     edits = contest(tmp_path, count=1, task="edit")
     prompt = replace(edits.prompts[0], sources=tuple(shades))
     edits = Contest(prompts=(prompt,), pictures=edits.pictures)
-    with TestClient(server.app(edits, Ballots(tmp_path / "v", edits))) as client:
+    with TestClient(server.app(edits, Ballots(tmp_path / "v", edits)), base_url=HERE) as client:
         page = client.get("/").text
         places = re.findall(r'src="(/source/[^"]+)"', page)
         shown = [Image.open(io.BytesIO(client.get(place).content)) for place in places]
@@ -239,7 +261,7 @@ def test_words_of_a_prompt_are_words(tmp_path: Path) -> None:
     sly = contest(tmp_path, count=1)
     prompt = Prompt(id=sly.prompts[0].id, text="<script>alert(1)</script>")
     sly = Contest(prompts=(prompt,), pictures=sly.pictures)
-    with TestClient(server.app(sly, Ballots(tmp_path / "v", sly))) as client:
+    with TestClient(server.app(sly, Ballots(tmp_path / "v", sly)), base_url=HERE) as client:
         assert "<script>alert" not in client.get("/").text
 
 
@@ -276,7 +298,7 @@ def test_gold_pairs_tell_who_looks_and_are_no_votes(tmp_path: Path) -> None:
     ballots.vote(again.token, "me", "tie")
     found, gold = read_votes(tmp_path / "votes.sqlite")
     assert found == [] and gold == {"me": (1, 2)}
-    with TestClient(server.app(own, ballots)) as client:
+    with TestClient(server.app(own, ballots), base_url=HERE) as client:
         sizes = [Image.open(io.BytesIO(client.get(p).content)).size
                  for p in pictures(client.get("/"))]  # fmt: skip
     assert sizes == [(64, 64), (64, 64)]

@@ -3,13 +3,17 @@
 Rendered on the server, so that it works without a script; a small script adds keys, zoom and
 flicker. Pictures are decoded and encoded again, pixels only, and go by names that are signatures of
 battle and side. Votes come from forms of this page alone: the cookie of a voter is sent by no other
-site, and the origin of a request is looked at besides. A voter is a random name in a signed cookie.
+site, and the origin of a request is looked at besides. The page answers to addresses in numbers and
+to names that it was given: any site can have its own name lead here. A voter is a random name in a
+signed cookie.
 
 It needs the extra `burnish[serve]`.
 """
 
+import ipaddress
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,14 +43,22 @@ _SIDES = ("a", "b")
 _WAIT = "That was very fast: wait a minute."
 
 
-def app(contest: Contest, ballots: Ballots, *, title: str = "Which picture is better?") -> FastAPI:
+def app(
+    contest: Contest,
+    ballots: Ballots,
+    *,
+    title: str = "Which picture is better?",
+    names: Collection[str] = (),
+) -> FastAPI:
     """The application of one arena.
 
     Args:
         contest: its pictures.
         ballots: its votes.
         title: of the page.
+        names: of hosts that it is reached by, beside `localhost` and addresses in numbers.
     """
+    known = {"localhost", *(name.lower() for name in names)}
     booth = _Booth(contest, ballots, title)
     served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     served.add_api_route("/", booth.show, methods=["GET"], response_class=HTMLResponse)
@@ -54,12 +66,31 @@ def app(contest: Contest, ballots: Ballots, *, title: str = "Which picture is be
     served.add_api_route("/source/{name}", booth.source, methods=["GET"], response_model=None)
     served.add_api_route("/vote", booth.vote, methods=["POST"], response_model=None)
     served.add_api_route("/undo", booth.undo, methods=["POST"], response_model=None)
-    served.middleware("http")(_guarded)
+    served.middleware("http")(partial(_guarded, known))
     return served
 
 
-async def _guarded(request: Request, answer: Callable[[Request], Awaitable[Response]]) -> Response:
-    """Refuse large bodies and forms of other sites; tell browsers to fetch nothing else."""
+def _is_ours(host: str, known: Collection[str]) -> bool:
+    """Whether a request was sent to an address in numbers, or to a name that is known.
+
+    >>> [_is_ours(host, {"localhost"}) for host in ("127.0.0.1:80", "[::1]", "localhost", "x.org")]
+    [True, True, True, False]
+    """
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        return name in known or ipaddress.ip_address(name) is not None
+    except ValueError:
+        return False
+
+
+async def _guarded(
+    known: Collection[str], request: Request, answer: Callable[[Request], Awaitable[Response]]
+) -> Response:
+    """Refuse foreign names of this host, large bodies and forms of other sites; tell browsers to
+    fetch nothing else."""
+    if not _is_ours(request.headers.get("host", ""), known):
+        words = "This arena does not know that name of its host; add it with --public-host."
+        return Response(words, status_code=421)
     if request.method == "POST":
         size = request.headers.get("content-length", "")
         if not size.isdigit() or int(size) > MAX_BODY:

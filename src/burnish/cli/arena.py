@@ -165,6 +165,10 @@ def serve(
         str, typer.Option(help="Address; others than loopback are seen.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.")] = 8200,
+    public_host: Annotated[
+        list[str] | None,
+        typer.Option(help="Name that voters reach it by; once for each. Others are refused."),
+    ] = None,
 ) -> None:
     """Serve the voting page: two anonymous pictures, keys 1 to 4, undo.
 
@@ -182,8 +186,8 @@ def serve(
     print(f"Vote at http://{host}:{port}; votes go to {votes}", flush=True)
     # No log of requests: it would join voters to battles. No name of the program in headers.
     uvicorn.run(
-        served(contest, ballots), host=host, port=port, log_level="warning", access_log=False,
-        server_header=False,
+        served(contest, ballots, names=(host, *(public_host or ()))), host=host, port=port,
+        log_level="warning", access_log=False, server_header=False,
     )  # fmt: skip
 
 
