@@ -93,7 +93,10 @@ def pair_accuracy_with_ties(ours: Scores, theirs: Scores, groups: Groups) -> flo
 
 def calibration_error(ours: Scores, theirs: Scores, groups: Groups) -> float:
     """Expected calibration error in points: how far the mean score of `BINS` bins of pictures with
-    like scores is from raters' mean there, weighted by pictures."""
+    like scores is from raters' mean there, weighted by pictures.
+
+    Chance alone makes it more than nothing; percentiles of resamples are no interval for it.
+    """
     if not len(ours):
         return float("nan")
     parts = np.array_split(np.argsort(ours, kind="stable"), min(BINS, len(ours)))

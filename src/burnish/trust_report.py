@@ -79,7 +79,7 @@ def _lede(found: Sequence[Examination]) -> str:
     return (
         f"This judge read {len(readings):,} pictures of {len(prompts):,} prompts from "
         f"{', '.join(origins)}. Below is how its scores agree with what raters said of the same "
-        "pictures. Brackets: 95 % intervals over prompts."
+        "pictures. Brackets: 95 % intervals over prompts; the calibration error has none."
     )
 
 

@@ -71,6 +71,11 @@ def test_a_judge_of_brightness_agrees_with_raters_of_brightness(found: Examinati
     assert metrics["failed"].value == 0 and metrics["mass"].value > 0.9
     # The judge's own scale is compressed; a map fitted on other prompts mends most of it.
     assert metrics["calibration_error"].value < 0.5
+    # Resamples add chance to what chance has added: not even nothing would lie in their interval.
+    assert np.isnan(metrics["calibration_error"].low) and np.isnan(
+        metrics["calibration_error"].high
+    )
+    assert found.to_json()["calibration_error"]["low"] is None
 
 
 def test_asking_again_in_other_company_changes_next_to_nothing(found: Examination) -> None:

@@ -112,7 +112,8 @@ def _intervals(values: dict[str, Any]) -> str:
     for name in shown:
         found = values.get(name)
         if found is not None and found["value"] is not None:
-            ends = f" [{found['low']:.2f}, {found['high']:.2f}]"
+            is_known = found["low"] is not None
+            ends = f" [{found['low']:.2f}, {found['high']:.2f}]" if is_known else ""
             parts.append(f"{name.replace('_', ' ')} {found['value']:.2f}{ends}")
     return ", ".join(parts)
 
