@@ -20,7 +20,7 @@ from burnish.annotations.schema import HIGHEST, LOWEST, Annotation
 from burnish.concordance import spearman, within_prompt
 from burnish.config import ConfigError
 from burnish.judging import Calibration
-from burnish.lessons import compared, comparison_group, prompt_of
+from burnish.lessons import compared, prompt_group, prompt_of
 from burnish.progress import Progress, progress
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.types import Score, Scored, ScoreRequest
@@ -140,9 +140,9 @@ def calibrated_apart(
     Returns:
         In the order given, or None where one half of the prompts is too small for a map.
     """
-    names = sorted({comparison_group(annotation) for annotation in annotations})
+    names = sorted({prompt_group(annotation) for annotation in annotations})
     half = {name: number % 2 for number, name in enumerate(names)}
-    sides = [half[comparison_group(annotation)] for annotation in annotations]
+    sides = [half[prompt_group(annotation)] for annotation in annotations]
     found = [math.nan] * len(raw)
     for side in (0, 1):
         rows = [row for row, own in enumerate(sides) if own != side]
@@ -180,8 +180,9 @@ def agreement(
 
     Returns:
         `count` pictures and the share that `failed`; `absolute_error` in points and the rank
-        correlations `spearman` over all pictures and `within_prompt`; `pairs` of pictures of one
-        prompt, and the share `pair_accuracy` that the judge orders as raters did, half for a tie.
+        correlations `spearman` over all pictures and `within_prompt`; `pairs` of pictures that
+        were compared, and the share `pair_accuracy` that the judge orders as raters did, half for a
+        tie.
         Correlation over all pictures mostly says whether the judge knows a hard prompt; training by
         groups lives on the others. None where it is not defined.
     """
@@ -192,7 +193,7 @@ def agreement(
     ]
     ours = np.asarray([score for _, score in read], dtype=np.float64)
     theirs = np.asarray([annotation.score_mean for annotation, _ in read], dtype=np.float64)
-    groups = np.asarray([comparison_group(annotation) for annotation, _ in read])
+    groups = np.asarray([prompt_group(annotation) for annotation, _ in read])
     leads = _leads(annotations, raw)
     right = (np.sign(leads) + 1) / 2
     return {

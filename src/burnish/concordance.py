@@ -16,9 +16,10 @@ from scipy.stats import rankdata
 Scores = NDArray[np.float64]
 """One number per picture."""
 Groups = NDArray[Any]
-"""The prompt of each picture."""
-Statistic = Callable[[Scores, Scores, Groups], float]
-"""Of a judge's scores, raters' scores and groups; NaN where it is not defined."""
+"""The prompt of each picture, or the comparison in which it stands."""
+Statistic = Callable[..., float]
+"""Of a judge's scores, raters' scores and prompts, and of comparisons where it is one of pairs; NaN
+where it is not defined."""
 
 RESAMPLES = 1000
 BINS = 10
@@ -63,17 +64,23 @@ def within_prompt(ours: Scores, theirs: Scores, groups: Groups) -> float:
     return float(np.mean(found)) if found else float("nan")
 
 
-def pair_accuracy(ours: Scores, theirs: Scores, groups: Groups) -> float:
+def pair_accuracy(
+    ours: Scores, theirs: Scores, groups: Groups, comparisons: Groups | None = None
+) -> float:
     """Share of the pairs of one prompt that raters order and the judge orders alike; half for a
-    tie of the judge's."""
-    lead, wanted = _pairs(ours, theirs, groups)
+    tie of the judge's. With `comparisons`, only pictures of one of them make pairs."""
+    lead, wanted = _pairs(ours, theirs, groups, comparisons)
     is_ordered = wanted != 0
     right = (np.sign(lead[is_ordered] * wanted[is_ordered]) + 1) / 2
     return float(right.mean()) if len(right) else float("nan")
 
 
-def pair_accuracy_with_ties(ours: Scores, theirs: Scores, groups: Groups) -> float:
+def pair_accuracy_with_ties(
+    ours: Scores, theirs: Scores, groups: Groups, comparisons: Groups | None = None
+) -> float:
     """Share of the pairs of one prompt of which judge and raters say the same: better, worse, tie.
+
+    With `comparisons`, only pictures of one of them make pairs.
 
     A judge's scores are never exactly equal, so leads up to a threshold count as ties; it is chosen
     on every other prompt and used on the rest, then the other way round.
@@ -82,10 +89,15 @@ def pair_accuracy_with_ties(ours: Scores, theirs: Scores, groups: Groups) -> flo
     the best threshold of the test set itself.
     """
     halves = np.unique(groups, return_inverse=True)[1] % 2
+    within = groups if comparisons is None else comparisons
     right, count = 0.0, 0
     for part in (0, 1):
-        chosen = _tie_threshold(*_pairs(*(side[halves != part] for side in (ours, theirs, groups))))
-        lead, wanted = _pairs(*(side[halves == part] for side in (ours, theirs, groups)))
+        others, own = (
+            _pairs(*(side[rows] for side in (ours, theirs, groups, within)))
+            for rows in (halves != part, halves == part)
+        )
+        chosen = _tie_threshold(*others)
+        lead, wanted = own
         right += _agreed(lead, wanted, chosen).sum()
         count += len(lead)
     return right / count if count else float("nan")
@@ -109,7 +121,7 @@ def interval(
     ours: Scores,
     theirs: Scores,
     groups: Groups,
-    *,
+    *comparisons: Groups,
     resamples: int = RESAMPLES,
 ) -> Interval:
     """A statistic with the percentile interval of a bootstrap over prompts.
@@ -119,6 +131,7 @@ def interval(
         ours: the judge's scores.
         theirs: raters' scores of the same pictures.
         groups: the prompt of each picture.
+        comparisons: in which each picture stands, for a statistic of pairs; none leaves them out.
         resamples: draws of as many prompts as there are, with replacement.
     """
     rows = _rows_of(groups)
@@ -129,10 +142,10 @@ def interval(
         picks = np.concatenate(drawn)
         # A prompt that is drawn twice is two prompts.
         names = np.repeat(np.arange(len(drawn)), [len(part) for part in drawn])
-        found.append(statistic(ours[picks], theirs[picks], names))
+        found.append(statistic(ours[picks], theirs[picks], names, *(c[picks] for c in comparisons)))
     known = [value for value in found if not np.isnan(value)]
     low, high = np.quantile(known, [0.025, 0.975]) if known else (float("nan"),) * 2
-    return Interval(statistic(ours, theirs, groups), float(low), float(high))
+    return Interval(statistic(ours, theirs, groups, *comparisons), float(low), float(high))
 
 
 def _rows_of(groups: Groups) -> list[NDArray[np.intp]]:
@@ -142,12 +155,17 @@ def _rows_of(groups: Groups) -> list[NDArray[np.intp]]:
     return np.split(order, edges)
 
 
-def _pairs(ours: Scores, theirs: Scores, groups: Groups) -> tuple[Scores, Scores]:
+def _pairs(
+    ours: Scores, theirs: Scores, groups: Groups, comparisons: Groups | None = None
+) -> tuple[Scores, Scores]:
     """By how much the first picture of each pair of one prompt leads, for the judge and raters."""
+    within = groups if comparisons is None else comparisons
     leads: Sequence[Scores] = [ours[:0]]
     wanted: Sequence[Scores] = [theirs[:0]]
     for rows in _rows_of(groups) if len(groups) else []:
         one, other = (rows[side] for side in np.triu_indices(len(rows), k=1))
+        is_compared = within[one] == within[other]
+        one, other = one[is_compared], other[is_compared]
         leads.append(ours[one] - ours[other])
         wanted.append(theirs[one] - theirs[other])
     return np.concatenate(leads), np.concatenate(wanted)

@@ -144,8 +144,14 @@ def compared(annotations: Sequence[Annotation]) -> list[tuple[Annotation, Annota
 
 def comparison_group(annotation: Annotation) -> str:
     """The name that an annotation shares with those it may be compared with."""
-    if annotation.pair_group is not None:
-        return annotation.pair_group
+    return prompt_group(annotation) if annotation.pair_group is None else annotation.pair_group
+
+
+def prompt_group(annotation: Annotation) -> str:
+    """The name that an annotation shares with all of its task, prompt and sources.
+
+    One prompt may stand in many comparisons of a public set; they are one unit all the same.
+    """
     parts = (annotation.task.encode(), annotation.prompt.encode(), *annotation.sources)
     digests = b"".join(hashlib.sha256(part).digest() for part in parts)
     # No file can name a group like this, as names there are not blank.

@@ -27,7 +27,7 @@ from burnish.agreement import (
 from burnish.annotations.schema import Annotation
 from burnish.concordance import Interval, Scores, Statistic, interval
 from burnish.config import Config, ConfigError
-from burnish.lessons import SourceConfig, comparison_group, read_sources
+from burnish.lessons import SourceConfig, comparison_group, prompt_group, read_sources
 from burnish.probes import PROBES
 from burnish.progress import Progress, progress
 from burnish.rewards.vlm import Judge
@@ -37,10 +37,13 @@ STATISTICS: dict[str, Statistic] = {
     "spearman": concordance.spearman,
     "pearson": concordance.pearson,
     "within_prompt": concordance.within_prompt,
+}
+"""Agreement with raters, of raw scores, as a monotone map changes none but `pearson`."""
+PAIR_STATISTICS: dict[str, Statistic] = {
     "pair_accuracy": concordance.pair_accuracy,
     "pair_accuracy_with_ties": concordance.pair_accuracy_with_ties,
 }
-"""Agreement with raters, of raw scores, as a monotone map changes none but `pearson`."""
+"""The same, of the pictures that were compared."""
 CEILINGS = ("spearman", "within_prompt")
 """The statistics for which the best possible value is estimated."""
 
@@ -191,7 +194,7 @@ def _examined(
     if len(read) < 2:
         return Examination(dimension, tuple(readings), _failures(readings), {})
     probed, before = requests[: config.probed], readings[: config.probed]
-    groups = np.asarray([comparison_group(reading.annotation) for reading in before])
+    groups = _prompts(before)
     # Another order and other company in the batch: whatever changes is noise.
     again = ask(probed[::-1], max(1, config.batch_size * 2 // 3))[::-1]
     probes = {
@@ -208,8 +211,10 @@ def _agreement(read: Sequence[Reading]) -> dict[str, Interval]:
     raw = [raw_of(reading.score) for reading in read]
     ours = np.asarray(raw, dtype=np.float64)
     theirs = np.asarray([reading.annotation.score_mean for reading in read], dtype=np.float64)
-    groups = np.asarray([comparison_group(reading.annotation) for reading in read])
+    groups = _prompts(read)
+    compared = np.asarray([comparison_group(reading.annotation) for reading in read])
     found = {n: interval(s, ours, theirs, groups) for n, s in STATISTICS.items()}
+    found |= {n: interval(s, ours, theirs, groups, compared) for n, s in PAIR_STATISTICS.items()}
     other = _other_panel([reading.annotation for reading in read])
     for name in CEILINGS:
         found[f"{name}_ceiling"] = interval(STATISTICS[name], other, theirs, groups)
@@ -243,18 +248,21 @@ def _absolute_error(ours: Scores, theirs: Scores, groups: concordance.Groups) ->
 def _soundness(readings: Sequence[Reading], read: Sequence[Reading]) -> dict[str, Interval]:
     """Share of failures, and probability on the digits."""
     masses = np.asarray([r.score.detail["mass"] for r in read if isinstance(r.score, Scored)])
-    inner = np.asarray([comparison_group(reading.annotation) for reading in read])
     return {
         **_failures(readings),
-        "mass": interval(_mean, masses, masses, inner),
+        "mass": interval(_mean, masses, masses, _prompts(read)),
         "mass_lowest": Interval(float(masses.min()), math.nan, math.nan),
     }
 
 
 def _failures(readings: Sequence[Reading]) -> dict[str, Interval]:
-    groups = np.asarray([comparison_group(reading.annotation) for reading in readings])
     is_failed = np.asarray([float(isinstance(r.score, Failed)) for r in readings])
-    return {"failed": interval(_mean, is_failed, is_failed, groups)}
+    return {"failed": interval(_mean, is_failed, is_failed, _prompts(readings))}
+
+
+def _prompts(readings: Sequence[Reading]) -> concordance.Groups:
+    """The units of resampling."""
+    return np.asarray([prompt_group(reading.annotation) for reading in readings])
 
 
 def _mean(ours: Scores, theirs: Scores, groups: concordance.Groups) -> float:

@@ -93,6 +93,18 @@ def test_ties_are_counted_where_both_sides_have_them() -> None:
     assert without[same].mean() < 0.75
 
 
+def test_pairs_are_those_of_a_comparison_where_comparisons_are_told() -> None:
+    ours, theirs, groups = drawn(2, prompts=30)
+    pairs = np.arange(len(groups)) // 2
+    for statistic in (pair_accuracy, pair_accuracy_with_ties):
+        assert statistic(ours, theirs, groups, groups) == statistic(ours, theirs, groups)
+        found = interval(statistic, ours, theirs, groups, pairs, resamples=50)
+        assert found.value != statistic(ours, theirs, groups)
+    one, other = (side.reshape(-1, 2) for side in (ours, theirs))
+    right = np.sign(one[:, 0] - one[:, 1]) == np.sign(other[:, 0] - other[:, 1])
+    assert pair_accuracy(ours, theirs, groups, pairs) == right.mean()
+
+
 def test_calibration_error_is_the_offset_of_a_judge() -> None:
     theirs = np.random.default_rng(0).uniform(1, 5, 500)
     groups = np.arange(500)

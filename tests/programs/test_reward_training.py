@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from burnish import images, runtime
-from burnish.agreement import FEWEST, KNOTS, agreement, fit_calibration
+from burnish.agreement import FEWEST, KNOTS, agreement, calibrated_apart, fit_calibration
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
@@ -586,6 +586,18 @@ def test_agreement_is_whole_for_the_truth_and_half_for_a_constant() -> None:
     assert right["absolute_error"] == 0 and right["pairs"] == 10 * 6
     constant = agreement(rated(truth), [3.0] * 40)
     assert constant["spearman"] is None and constant["pair_accuracy"] == 0.5
+
+
+def test_agreement_counts_prompts_and_compares_only_what_was_compared() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(1, 5, 80)
+    raw: list[float | None] = [*np.clip(truth + rng.normal(0, 0.5, 80), 1, 5)]
+    loose = rated(truth)
+    apart = [replace(a, pair_group=str(n // 2)) for n, a in enumerate(loose)]
+    assert calibrated_apart(apart, raw) == calibrated_apart(loose, raw) is not None
+    ours, theirs = agreement(apart, raw), agreement(loose, raw)
+    assert ours["within_prompt"] == theirs["within_prompt"] is not None
+    assert (ours["pairs"], theirs["pairs"]) == (40, 20 * 6)
 
 
 # The rubrics and the miniature's judge

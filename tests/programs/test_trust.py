@@ -18,7 +18,7 @@ from burnish.concordance import Interval
 from burnish.config import ConfigError
 from burnish.probes import PROBES
 from burnish.rewards.vlm import Judge
-from burnish.trust import Examination, TrustConfig, examine
+from burnish.trust import Examination, Reading, TrustConfig, _agreement, examine
 from burnish.trust_report import write_trust_report
 from burnish.types import Failed, Scored
 
@@ -76,6 +76,28 @@ def test_a_judge_of_brightness_agrees_with_raters_of_brightness(found: Examinati
         metrics["calibration_error"].high
     )
     assert found.to_json()["calibration_error"]["low"] is None
+
+
+def test_a_prompt_is_one_unit_however_many_comparisons_it_stands_in() -> None:
+    """Public sets give every two pictures a comparison of their own, whose prompt is another's."""
+    rng = np.random.default_rng(0)
+    some = SOME[:40]
+    raw = [float(np.clip((a.score_mean or 0) + rng.normal(0, 1), 1, 5)) for a in some]
+
+    def agreed(group: Callable[[int], str | None]) -> dict[str, Interval]:
+        return _agreement(
+            [
+                Reading(
+                    replace(a, pair_group=group(n)),
+                    Scored(value=raw[n], detail={"raw": raw[n], "mass": 1.0}),
+                )
+                for n, a in enumerate(some)
+            ]
+        )
+
+    loose, apart = agreed(lambda n: None), agreed(lambda n: f"pair {n // 2}")
+    changed = {name for name, found in loose.items() if found != apart[name]}
+    assert changed == {"pair_accuracy", "pair_accuracy_with_ties"}
 
 
 def test_asking_again_in_other_company_changes_next_to_nothing(found: Examination) -> None:
