@@ -71,7 +71,10 @@ class SourceConfig(Config):
 
 
 def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> list[Annotation]:
-    """The annotations of several files in some dimensions, with ids that differ.
+    """The annotations of several files in some dimensions, with ids and pair groups that differ.
+
+    Ranks of two files are of two rankings, whatever their groups are called; scores without a group
+    are on one scale, and are compared across files.
 
     Args:
         sources: at least one.
@@ -88,8 +91,7 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
     for number, source in enumerate(sources):
         part = source.read()
         if len(sources) > 1:
-            # Ids are unique in their file only.
-            part = [replace(annotation, id=f"{number}-{annotation.id}") for annotation in part]
+            part = [_named_apart(annotation, number) for annotation in part]
         found += part
     known = sorted({annotation.dimension for annotation in found})
     for name in dimensions:
@@ -100,6 +102,16 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
                 f"{name!r}; did you mean {hint!r}?"
             )
     return [annotation for annotation in found if annotation.dimension in (dimensions or known)]
+
+
+def _named_apart(annotation: Annotation, number: int) -> Annotation:
+    """Ids and pair groups are unique in their file only."""
+    group = annotation.pair_group
+    return replace(
+        annotation,
+        id=f"{number}-{annotation.id}",
+        pair_group=None if group is None else f"{number}-{group}",
+    )
 
 
 def prompt_of(annotation: Annotation) -> Prompt:

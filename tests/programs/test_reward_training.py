@@ -26,7 +26,16 @@ from burnish.config import ConfigError, located
 from burnish.judge_model import read_student
 from burnish.judge_trainer import Objective, judge_loss
 from burnish.judging import MARKER, Rubric, answer, question
-from burnish.lessons import Collator, Curriculum, Lesson, compared, exercises, prompt_of, spoken
+from burnish.lessons import (
+    Collator,
+    Curriculum,
+    Lesson,
+    compared,
+    exercises,
+    prompt_of,
+    read_sources,
+    spoken,
+)
 from burnish.miniature.annotated import PicturesPlan, annotated_pictures
 from burnish.miniature.eyes import CLASSES, EyesPlan, learn_to_recognise, to_recognise
 from burnish.miniature.judges import new_judge
@@ -253,6 +262,27 @@ class TestLessons:
             assert len(found) == len(SOME)
             assert all((b.score_mean or 0) > (w.score_mean or 0) for b, w in found)
             assert all(b.dimension == w.dimension and b.prompt == w.prompt for b, w in found)
+
+    def test_files_whose_groups_have_one_name_are_compared_apart(self, tmp_path: Path) -> None:
+        def compare(name: str, prompt: str, **said: Any) -> SourceConfig:
+            some = [
+                replace(SOME[2 * n], id=str(n), prompt=prompt, output=picture(40 * n), **part)
+                for n, part in enumerate({k: v[n] for k, v in said.items()} for n in range(2))
+            ]
+            write_annotations(tmp_path / name, some)
+            return SourceConfig(path=str(tmp_path / name))
+
+        ranks = {"score_mean": (None, None), "pair_group": ("1", "1"), "rank": (1, 2)}
+        files = [compare("a.jsonl", "a", **ranks), compare("b.jsonl", "b", **ranks)]
+        ids = [(better.id, worse.id) for better, worse in compared(read_sources(files, ()))]
+        assert ids == [("0-0", "0-1"), ("1-0", "1-1")]
+        # One prompt, and still nobody has compared pictures of two rankings.
+        files = [files[0], compare("c.jsonl", "a", **ranks)]
+        assert len(compared(read_sources(files, ()))) == 2
+        # Scores are on one scale.
+        scores = {"score_mean": (1.0, 2.0), "pair_group": (None, None)}
+        files = [compare(name, "a", **scores) for name in ("d.jsonl", "e.jsonl")]
+        assert len(compared(read_sources(files, ()))) == 4
 
 
 class TestTraining:
