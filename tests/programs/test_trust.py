@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,19 @@ from burnish import images
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
-from burnish.concordance import Interval
+from burnish.concordance import Interval, spearman, within_prompt
 from burnish.config import ConfigError
 from burnish.probes import PROBES
 from burnish.rewards.vlm import Judge
-from burnish.trust import Examination, Reading, TrustConfig, _agreement, examine
+from burnish.trust import (
+    Examination,
+    Reading,
+    TrustConfig,
+    _agreement,
+    _error_variances,
+    _opinions,
+    examine,
+)
 from burnish.trust_report import write_trust_report
 from burnish.types import Failed, Scored
 
@@ -98,6 +107,51 @@ def test_a_prompt_is_one_unit_however_many_comparisons_it_stands_in() -> None:
     loose, apart = agreed(lambda n: None), agreed(lambda n: f"pair {n // 2}")
     changed = {name for name, found in loose.items() if found != apart[name]}
     assert changed == {"pair_accuracy", "pair_accuracy_with_ties"}
+
+
+def rated(truth: np.ndarray, raters: int) -> list[Reading]:
+    """Pictures, five of a prompt, by what raters with an error of one point said on average."""
+    said = truth[:, None] + np.random.default_rng(1).normal(0, 1, (len(truth), raters))
+    return [
+        Reading(
+            replace(
+                SOME[0],
+                id=str(n),
+                prompt=str(n // 5),
+                score_mean=float(own.mean()),
+                score_std=float(own.std()),
+                num_raters=raters,
+            ),
+            Scored(value=float(truth[n]), detail={"raw": float(truth[n]), "mass": 1.0}),
+        )
+        for n, own in enumerate(said)
+    ]
+
+
+@pytest.mark.parametrize(("raters", "shared"), [(5, 0.0), (5, 1.0), (9, 2.0)])
+def test_the_ceiling_is_what_a_judge_reaches_that_knows_the_opinion_behind_the_means(
+    raters: int, shared: float
+) -> None:
+    rng = np.random.default_rng(0)
+    truth = np.repeat(rng.normal(0, shared, 400), 5) + rng.normal(3, 0.7, 2000)
+    read = rated(truth, raters)
+    means = np.asarray([r.annotation.score_mean for r in read])
+    prompts = np.arange(2000) // 5
+    errors = _error_variances([r.annotation for r in read])
+    assert errors is not None and errors.mean() == pytest.approx(1 / raters, rel=0.05)
+    for statistic, units in ((spearman, 0 * prompts), (within_prompt, prompts)):
+        told = statistic(_opinions(means, errors, units), means, prompts)
+        assert told == pytest.approx(statistic(truth, means, prompts), abs=0.03)
+
+
+@pytest.mark.parametrize("unknown", [{"score_std": None}, {"num_raters": 1}])
+def test_nobody_knows_the_ceiling_of_raters_whose_spread_is_not_told(
+    unknown: dict[str, Any],
+) -> None:
+    first, *others = rated(np.linspace(1, 5, 10), 3)
+    found = _agreement([replace(first, annotation=replace(first.annotation, **unknown)), *others])
+    assert np.isnan(found["spearman_ceiling"].value) and found["spearman"].value > 0
+    assert np.isnan(found["within_prompt_ceiling"].value)
 
 
 def test_asking_again_in_other_company_changes_next_to_nothing(found: Examination) -> None:
