@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from burnish.curation import Profile
-from burnish.rewards.base import RewardConfig
+from burnish.rewards.base import MAX_ERROR, RewardConfig
 
 LEAST_PROMPTS = 8
 """That a reward has scored, for an opinion of its own."""
@@ -94,35 +94,37 @@ def correlation(rows: Sequence[Profile], left: str, right: str) -> float | None:
 def propose(
     rows: Sequence[Profile], configs: Mapping[str, RewardConfig]
 ) -> dict[str, dict[str, float]]:
-    """Weights that sum to 1, by category: the recipe's own, turned down where nothing is heard.
+    """Weights that sum to 1 on each task, by category: the recipe's own, turned down where nothing
+    is heard.
 
-    A category with few groups that a reward scored keeps the recipe's weight of it, and one in
-    which no reward is heard keeps all of them.
+    A category with few groups that a reward scored keeps the recipe's weight of it, and a task in
+    which no reward is heard keeps all of them. A category is missing where a reward has a say on
+    two tasks that would have to give it two weights.
     """
     proposal = {}
     for category in sorted({row["category"] for row in rows}):
         own = [row for row in rows if row["category"] == category]
-        weights = {}
-        for name, config in configs.items():
-            heard = loudness(own, name, config.floor)
-            is_known = heard is not None and heard.prompts >= LEAST_PROMPTS
-            signal = heard.signal if heard is not None and is_known else 1.0
-            weights[name] = config.weight_of(category) * signal
-        if not sum(weights.values()) > 0:
-            weights = {name: config.weight_of(category) for name, config in configs.items()}
-        proposal[category] = {
-            name: round(weight / (_together(weights, configs, name) or 1.0), 3)
-            for name, weight in weights.items()
+        recipe = {name: config.weight_of(category) for name, config in configs.items()}
+        turned = {
+            name: weight * _heard(own, name, configs[name]) for name, weight in recipe.items()
         }
+        # Rewards that score a prompt together are those of its task.
+        scored = [tuple(name for name in configs if name in row["scores"]) for row in own]
+        tasks = list(dict.fromkeys(filter(None, scored)))
+        weights = recipe
+        for names in tasks:
+            told = turned if any(turned[name] > 0 for name in names) else recipe
+            total = sum(told[name] for name in names) or 1.0
+            weights = weights | {name: round(told[name] / total, 3) for name in names}
+        if all(abs(sum(weights[name] for name in names) - 1) <= MAX_ERROR for names in tasks):
+            proposal[category] = weights
     return proposal
 
 
-def _together(
-    weights: Mapping[str, float], configs: Mapping[str, RewardConfig], name: str
-) -> float:
-    """Sum of the weights of a reward and of those that have a say on the same tasks."""
-    own = set(configs[name].tasks)
-    return sum(weight for other, weight in weights.items() if own & set(configs[other].tasks))
+def _heard(rows: Sequence[Profile], reward: str, config: RewardConfig) -> float:
+    """Signal of a reward in the groups of a category; 1 where too few of them are known."""
+    heard = loudness(rows, reward, config.floor)
+    return heard.signal if heard is not None and heard.prompts >= LEAST_PROMPTS else 1.0
 
 
 def calibrate(rows: Sequence[Profile], configs: Mapping[str, RewardConfig]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from burnish.calibration import calibrate, correlation, loudness, propose
+from burnish.rewards.base import check_weights
 from burnish.rewards.oracle import OracleConfig
 
 CONFIGS = {
@@ -97,6 +98,36 @@ def test_a_category_that_says_nothing_keeps_the_recipe() -> None:
     few = propose(rows("general", 0.05, 1.0, count=7), CONFIGS)
     silent = propose(rows("general", 0.01, 0.01), CONFIGS)
     assert few == silent == {"general": {"alignment": 0.6, "quality": 0.4}}
+
+
+def two_tasks(alignment: float, instruction: float) -> list[dict[str, Any]]:
+    """Groups of two tasks that share a reward; the others speak on one task each."""
+    drawn = rows("general", alignment, 1.0, count=40)
+    edits = rows("general", instruction, 1.0, count=40)
+    for row in edits:
+        row["scores"]["instruction"] = row["scores"].pop("alignment")
+    return [*drawn, *edits]
+
+
+def test_what_is_proposed_for_two_tasks_is_what_a_recipe_takes() -> None:
+    shared = {
+        "alignment": CONFIGS["alignment"].model_copy(update={"tasks": ("t2i",)}),
+        "instruction": OracleConfig(
+            dimension="instruction", tasks=("edit",), floor=0.1, weights={"default": 0.6}
+        ),
+        "quality": CONFIGS["quality"],
+    }
+    found = propose(two_tasks(1.0, 1.0), shared)["general"]
+    taken = {
+        name: config.model_copy(update={"weights": {"default": found[name]}})
+        for name, config in shared.items()
+    }
+    check_weights(taken, ("t2i", "edit"))
+    assert found == pytest.approx({"alignment": 0.6, "instruction": 0.6, "quality": 0.4}, abs=0.01)
+    # Half of what is heard of one task alone, and no weight of the shared reward is right for both.
+    assert propose(two_tasks(0.14, 1.0), shared) == {}
+    # A task of which there is no prompt asks for nothing.
+    assert set(propose(two_tasks(0.14, 1.0)[:40], shared)) == {"general"}
 
 
 def test_a_reward_that_failed_keeps_its_weight() -> None:

@@ -215,6 +215,11 @@ def calibrate(
         weights = {**reward.weights, **{c: own[name] for c, own in found["weights"].items()}}
         told = ", ".join(f"{category}: {weight:g}" for category, weight in weights.items())
         print(shlex.quote(f"stages.{config.stage}.rewards.{name}.weights={{{told}}}"))
+    for category in sorted(found["loudness"].keys() - found["weights"].keys()):
+        print(
+            f"{category}: no weights are proposed, as a reward would need another one on each of "
+            "its tasks; give the recipe a reward for each task"
+        )
     if as_json:
         print(json.dumps({"folder": str(folder), "calibration": found}))
 

@@ -28,7 +28,8 @@ from burnish.types import Failed, Group, NotApplicable, Prompt, Score, Scored, S
 Place = Literal["cpu", "cuda"]
 EVERY_CATEGORY = "default"
 """Key of the weights for categories that have none of their own."""
-_MAX_ERROR = 2e-3  # Of a sum of weights, as they may be rounded to three digits.
+MAX_ERROR = 2e-3
+"""Of a sum of weights, as they may be rounded to three digits."""
 
 
 class Reward(ABC):
@@ -146,7 +147,7 @@ def check_weights(
         named = [category for config in own.values() for category in config.weights]
         for category in dict.fromkeys([*named, *categories]):
             weights = {name: config.weight_of(category) for name, config in own.items()}
-            if abs(sum(weights.values()) - 1) > _MAX_ERROR:
+            if abs(sum(weights.values()) - 1) > MAX_ERROR:
                 told = ", ".join(f"{name} {weight:g}" for name, weight in weights.items())
                 raise ValueError(
                     f"need weights of category {category!r} that sum to 1 for task {task}, got "
