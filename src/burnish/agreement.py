@@ -27,6 +27,8 @@ from burnish.types import Score, Scored, ScoreRequest
 
 KNOTS = 10
 """Most knots of a calibration between the ends of the scale."""
+_LEAST_SLOPE = 0.02
+"""Of a calibration towards either end of the scale, beyond the outermost pictures seen."""
 FEWEST = 20
 """Held-out scores below which no calibration is fitted."""
 
@@ -162,11 +164,15 @@ def _averages(values: np.ndarray, weights: np.ndarray, starts: np.ndarray) -> np
 
 def _with_ends(knots: Sequence[tuple[float, float]]) -> Calibration:
     """The map through knots that rise in both, from one end of the scale to the other."""
-    (first, lowest), (last, highest) = knots[0], knots[-1]
-    low = [(LOWEST, LOWEST)] if first > LOWEST and lowest > LOWEST else []
-    high = [(HIGHEST, HIGHEST)] if last < HIGHEST and highest < HIGHEST else []
-    raw, calibrated = zip(*low, *knots, *high, strict=True)
-    return Calibration(raw, calibrated)
+    raw, heights = (np.asarray(side) for side in zip(*knots, strict=True))
+    # Room to rise in, where raters gave the best picture seen their full five, or the worst a one.
+    lowest = LOWEST + _LEAST_SLOPE * (raw - LOWEST)
+    highest = HIGHEST - _LEAST_SLOPE * (HIGHEST - raw)
+    inner = zip(raw.tolist(), heights.clip(lowest, highest).tolist(), strict=True)
+    low = [(LOWEST, LOWEST)] if raw[0] > LOWEST else []
+    high = [(HIGHEST, HIGHEST)] if raw[-1] < HIGHEST else []
+    ends = zip(*low, *inner, *high, strict=True)
+    return Calibration(*ends)
 
 
 def agreement(

@@ -600,6 +600,22 @@ def test_a_calibration_rises_and_misses_less_than_the_raw_score() -> None:
     assert after < 0.5 * np.abs(raw - truth).mean()
 
 
+def test_a_calibration_is_nowhere_flat_though_raters_agree_on_the_best_and_the_worst() -> None:
+    """What is better than all that was seen is better still, and pictures seen stay apart."""
+    rng = np.random.default_rng(0)
+    raw = np.sort(rng.uniform(1.5, 4.9, 400))
+    truth = np.clip(np.round((raw - 2) * 2), 1, 5)
+    assert (truth == 5).mean() > 0.1 and (truth == 1).mean() > 0.1
+    fitted = fit_calibration(rated(truth), raw.tolist())
+    assert fitted is not None and (fitted(1.0), fitted(5.0)) == (1.0, 5.0)
+    found = [fitted(score) for score in (1.0, *raw, 5.0)]
+    assert bool((np.diff(found) > 0).all())
+    assert fitted(raw[-1]) > 4.9 and fitted(raw[0]) < 1.1
+    # Raters who never differ, too.
+    same = fit_calibration(rated(np.full(40, 5.0)), np.linspace(2, 4, 40).tolist())
+    assert same is not None and same(2.0) < same(4.0) < same(5.0) == 5
+
+
 def test_few_or_failed_scores_give_no_calibration_and_failures_are_counted() -> None:
     known = rated(np.linspace(1, 5, 2 * FEWEST))
     raw: list[float | None] = [float(n) for n in range(FEWEST - 1)]
