@@ -13,6 +13,7 @@ needs no state.
 
 import hashlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -70,7 +71,13 @@ class SourceConfig(Config):
         return reader(self.reader)(path, limit=self.limit)
 
 
-def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> list[Annotation]:
+class AnnotationsWarning(UserWarning):
+    """A file gives less than it holds."""
+
+
+def read_sources(
+    sources: Sequence[SourceConfig], dimensions: Sequence[str], *, scored: bool = False
+) -> list[Annotation]:
     """The annotations of several files in some dimensions, with ids and pair groups that differ.
 
     Ranks of two files are of two rankings, whatever their groups are called; scores without a group
@@ -79,6 +86,8 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
     Args:
         sources: at least one.
         dimensions: which; empty takes all that there are.
+        scored: whether annotations without a score are of no use, so that a file with some is told
+            of (`AnnotationsWarning`).
 
     Raises:
         ConfigError: no source; a dimension that none of them has; or what a reader refuses.
@@ -90,6 +99,10 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
     found: list[Annotation] = []
     for number, source in enumerate(sources):
         part = source.read()
+        if scored:
+            _tell_of_ranks(
+                source, [a for a in part if a.dimension in (dimensions or [a.dimension])]
+            )
         if len(sources) > 1:
             part = [_named_apart(annotation, number) for annotation in part]
         found += part
@@ -102,6 +115,17 @@ def read_sources(sources: Sequence[SourceConfig], dimensions: Sequence[str]) -> 
                 f"{name!r}; did you mean {hint!r}?"
             )
     return [annotation for annotation in found if annotation.dimension in (dimensions or known)]
+
+
+def _tell_of_ranks(source: SourceConfig, annotations: Sequence[Annotation]) -> None:
+    """Warn of annotations of a file that only compare."""
+    if count := sum(annotation.score_mean is None for annotation in annotations):
+        warnings.warn(
+            f"{source.path}: {count} of {len(annotations)} annotations have a rank and no score, "
+            "and are left out; use loss=pairwise to learn from them",
+            AnnotationsWarning,
+            stacklevel=3,
+        )
 
 
 def _named_apart(annotation: Annotation, number: int) -> Annotation:

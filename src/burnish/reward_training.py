@@ -186,7 +186,8 @@ def _facts(config: RewardTrainingConfig, rubrics: Sequence[Rubric]) -> dict[str,
 
 def _material(config: RewardTrainingConfig) -> tuple[list[Annotation], list[Rubric]]:
     """The annotations of the wanted dimensions, and a rubric for each dimension."""
-    annotations = read_sources(config.annotations, config.dimensions)
+    scored = config.loss != "pairwise"
+    annotations = read_sources(config.annotations, config.dimensions, scored=scored)
     dimensions = sorted({annotation.dimension for annotation in annotations})
     folder = _rubrics(config)
     known = sorted(path.stem for path in folder.glob("*.md"))

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from burnish.judge_model import read_student
 from burnish.judge_trainer import Objective, judge_loss
 from burnish.judging import MARKER, Rubric, answer, question
 from burnish.lessons import (
+    AnnotationsWarning,
     Collator,
     Curriculum,
     Lesson,
@@ -283,6 +285,24 @@ class TestLessons:
         scores = {"score_mean": (1.0, 2.0), "pair_group": (None, None)}
         files = [compare(name, "a", **scores) for name in ("d.jsonl", "e.jsonl")]
         assert len(compared(read_sources(files, ()))) == 4
+
+    def test_annotations_that_only_compare_are_told_of_where_scores_are_learnt(
+        self, tmp_path: Path
+    ) -> None:
+        ranked = [replace(a, score_mean=None, rank=n % 3 + 1) for n, a in enumerate(SOME[::2])]
+        mixed = [*ranked, *SOME[1::2]]
+        write_annotations(tmp_path / "mixed.jsonl", mixed)
+        write_annotations(tmp_path / "scored.jsonl", SOME)
+        files = [SourceConfig(path=str(tmp_path / f"{n}.jsonl")) for n in ("mixed", "scored")]
+        with pytest.warns(
+            AnnotationsWarning, match=r"mixed.jsonl: 18 of 36 .*loss=pairwise"
+        ) as told:
+            assert len(exercises(read_sources(files, (), scored=True), in_pairs=False)) == 54
+        assert len(told) == 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            read_sources(files, ())
+            read_sources(files, ("instruction",), scored=True)
 
 
 class TestTraining:
