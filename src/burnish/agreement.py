@@ -8,7 +8,8 @@ equal, and advantages inside a group live on small differences.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def request_of(annotation: Annotation) -> ScoreRequest:
 def read_scores(
     judge: Judge,
     dimension: str,
-    requests: Sequence[ScoreRequest],
+    requests: Iterable[ScoreRequest],
     *,
     reasoning: bool,
     batch_size: int,
@@ -53,15 +54,16 @@ def read_scores(
     Args:
         judge: as it will be used.
         dimension: which of its rubrics to ask with.
-        requests: what is judged.
+        requests: what is judged; taken a batch at a time, so that the pictures of a lazy iterable
+            are never in memory together.
         reasoning: whether the judge writes its reasoning first.
         batch_size: pictures at once.
         bar: advanced by every picture.
     """
     reward = Vlm(judge, dimension, reasoning=reasoning, batch_size=batch_size)
     found: list[Score] = []
-    for start in range(0, len(requests), batch_size):
-        part = requests[start : start + batch_size]
+    waiting = iter(requests)
+    while part := list(islice(waiting, batch_size)):
         found += reward.score(part)
         bar.advance(len(part))
     return found
@@ -250,9 +252,13 @@ def measured(
     calibrations, agreements = {}, {}
     with progress("held-out pictures", sum(map(len, parts.values()))) as bar:
         for name, part in parts.items():
-            requests = [request_of(annotation) for annotation in part]
             scores = read_scores(
-                judge, name, requests, reasoning=reasoning, batch_size=batch_size, bar=bar
+                judge,
+                name,
+                map(request_of, part),
+                reasoning=reasoning,
+                batch_size=batch_size,
+                bar=bar,
             )
             raw = [raw_of(score) for score in scores]
             agreements[name] = agreement(part, raw)

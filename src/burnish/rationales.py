@@ -119,7 +119,7 @@ def write_rationales(
                 scores = read_scores(
                     judge,
                     dimension,
-                    [request_of(annotation) for annotation in block],
+                    map(request_of, block),
                     reasoning=True,
                     batch_size=batch_size,
                     bar=bar,

@@ -8,7 +8,7 @@ would say on average: raters differ, and nobody can agree with five of them bett
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,7 +178,7 @@ def _examined(
     config: TrustConfig,
     bar: Progress,
 ) -> Examination:
-    def ask(requests: Sequence[ScoreRequest], batch_size: int = config.batch_size) -> list[Score]:
+    def ask(requests: Iterable[ScoreRequest], batch_size: int = config.batch_size) -> list[Score]:
         return read_scores(
             judge,
             dimension,
@@ -188,17 +188,18 @@ def _examined(
             bar=bar,
         )
 
-    requests = [request_of(annotation) for annotation in annotations]
-    readings = [Reading(a, s) for a, s in zip(annotations, ask(requests), strict=True)]
+    # A request holds its picture decoded, so none is kept.
+    scores = ask(map(request_of, annotations))
+    readings = [Reading(a, s) for a, s in zip(annotations, scores, strict=True)]
     read = [reading for reading in readings if isinstance(reading.score, Scored)]
     if len(read) < 2:
         return Examination(dimension, tuple(readings), _failures(readings), {})
-    probed, before = requests[: config.probed], readings[: config.probed]
+    probed, before = annotations[: config.probed], readings[: config.probed]
     groups = _prompts(before)
     # Another order and other company in the batch: whatever changes is noise.
-    again = ask(probed[::-1], max(1, config.batch_size * 2 // 3))[::-1]
+    again = ask(map(request_of, probed[::-1]), max(1, config.batch_size * 2 // 3))[::-1]
     probes = {
-        name: _moved(before, ask([_changed(request, probe) for request in probed]), groups)
+        name: _moved(before, ask(_changed(request_of(a), probe) for a in probed), groups)
         for name, probe in PROBES.items()
     }
     metrics = _agreement(read) | _soundness(readings, read)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,15 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from burnish import images, runtime
-from burnish.agreement import FEWEST, KNOTS, agreement, calibrated_apart, fit_calibration
+from burnish.agreement import (
+    FEWEST,
+    KNOTS,
+    agreement,
+    calibrated_apart,
+    fit_calibration,
+    measured,
+    request_of,
+)
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
@@ -634,6 +643,27 @@ def test_a_calibration_is_nowhere_flat_though_raters_agree_on_the_best_and_the_w
     # Raters who never differ, too.
     same = fit_calibration(rated(np.full(40, 5.0)), np.linspace(2, 4, 40).tolist())
     assert same is not None and same(2.0) < same(4.0) < same(5.0) == 5
+
+
+def test_held_out_pictures_are_decoded_a_batch_at_a_time(
+    small_judge: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand of them at once would fill the memory of a machine."""
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+
+    def decoded(one: Annotation) -> ScoreRequest:
+        nonlocal most
+        request = request_of(one)
+        alive.add(request.image)
+        most = max(most, len(alive))
+        return request
+
+    monkeypatch.setattr("burnish.agreement.request_of", decoded)
+    some = [replace(annotation(n), dimension="alignment") for n in range(12)]
+    judge = Judge.load(small_judge)
+    found = measured(judge, some, limit=12, reasoning=False, batch_size=2)["held_out"]
+    assert found["alignment"]["failed"] == 0 and 2 <= most <= 4
 
 
 def test_few_or_failed_scores_give_no_calibration_and_failures_are_counted() -> None:
