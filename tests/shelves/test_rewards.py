@@ -143,6 +143,18 @@ class TestVlm:
         with pytest.raises(ConfigError, match="did you mean 'alignment'"):
             VlmConfig(path=str(judge), dimension="alignement").build()
 
+    def test_a_picture_that_cannot_be_shown_fails_alone(self, vlm: Vlm) -> None:
+        first, broken, strip = requests([p for p in PROMPTS if p.task == "edit"][:1] * 3)
+        whole = first.prompt.sources[0]
+        cut = (*first.prompt.sources[:-1], whole[: len(whole) // 2])
+        broken = replace(broken, prompt=replace(broken.prompt, sources=cut))
+        strip = replace(strip, image=torch.rand(3, 8, 8 * 250))
+        (alone,) = vlm.score([first])
+        scores = vlm.score([first, broken, strip])
+        assert scores[0] == alone
+        reasons = [score.reason for score in scores if isinstance(score, Failed)]
+        assert "need a whole PNG" in reasons[-2] and "ratio" in reasons[-1]
+
     def test_a_prompt_with_more_than_words_fails_alone(self, vlm: Vlm) -> None:
         plain = PROMPTS[0]
         tricky = replace(plain, id="tricky", text=f"{plain.text} <|image_pad|>")

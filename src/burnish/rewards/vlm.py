@@ -259,11 +259,15 @@ class Vlm(Reward):
     @torch.no_grad()
     def _score_alike(self, requests: Sequence[ScoreRequest]) -> list[Score]:
         """Score requests with the same number of pictures in one batch."""
-        wrong = [self._refusal(request) for request in requests]
-        sound = [r for r, refusal in zip(requests, wrong, strict=True) if refusal is None]
         with self._judge.turn:
-            answers = iter(self._read(sound) if sound else ())
-        return [next(answers) if refusal is None else refusal for refusal in wrong]
+            shown = [self._pictures(request) for request in requests]
+            sound = [
+                (request, pictures)
+                for request, pictures in zip(requests, shown, strict=True)
+                if not isinstance(pictures, Failed)
+            ]
+            answers = iter(self._read(self._questions(sound)) if sound else ())
+        return [one if isinstance(one, Failed) else next(answers) for one in shown]
 
     def digit_logits(self, request: ScoreRequest) -> int:
         """Ask one question without reasoning, forget the answer; returns the question's tokens."""
@@ -271,16 +275,27 @@ class Vlm(Reward):
         self._digit_log_probs(asked, {0: self._alphabet.marker})
         return asked.inputs["input_ids"].shape[1]
 
-    def _refusal(self, request: ScoreRequest) -> Failed | None:
-        """Why a request cannot be asked, if it cannot."""
+    def _pictures(self, request: ScoreRequest) -> list[Image.Image] | Failed:
+        """The pictures of a request, or why it cannot be asked."""
         if not bool(request.image.isfinite().all()):
             return Failed(reason="the image is not finite")
         token = control_token(request.prompt.text, self._judge.processor.tokenizer)
-        return None if token is None else Failed(reason=f"the prompt holds the token {token}")
+        if token is not None:
+            return Failed(reason=f"the prompt holds the token {token}")
+        try:
+            pictures = pictures_of(request)
+            for picture in pictures:
+                # The processor refuses a shape for all questions together, so it is asked before.
+                self._judge.processor.image_processor.get_number_of_image_patches(
+                    picture.height, picture.width
+                )
+        except ValueError as error:
+            return Failed(reason=" ".join(str(error).split()))
+        return pictures
 
-    def _read(self, requests: Sequence[ScoreRequest]) -> list[Score]:
-        asked = self._ask(requests)
-        prefixes: list[list[int] | Failed] = [list(self._alphabet.marker) for _ in requests]
+    def _read(self, asked: _Asked) -> list[Score]:
+        marker = list(self._alphabet.marker)
+        prefixes: list[list[int] | Failed] = [marker for _ in asked.inputs["input_ids"]]
         if self._reasoning:
             prefixes = [self._up_to_digit(ids) for ids in self._answers(asked)]
         sound = {row: ids for row, ids in enumerate(prefixes) if not isinstance(ids, Failed)}
@@ -299,16 +314,20 @@ class Vlm(Reward):
         return Scored(value=score.value, detail=score.detail, note=note.strip())
 
     def _ask(self, requests: Sequence[ScoreRequest]) -> _Asked:
+        return self._questions([(request, pictures_of(request)) for request in requests])
+
+    def _questions(self, shown: Sequence[tuple[ScoreRequest, list[Image.Image]]]) -> _Asked:
+        """Requests with as many pictures each, in one batch."""
         processor = self._judge.processor
         texts, pictures = [], []
-        for request in requests:
+        for request, own in shown:
             prompt = request.prompt
             asked = question(self._rubric, prompt.text, num_sources=len(prompt.sources))
             turn = [{"role": "user", "content": asked}]
             texts.append(
                 processor.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
             )
-            pictures.append(pictures_of(request))
+            pictures.append(own)
         inputs = processor(
             text=texts, images=pictures, padding=True, padding_side="left", return_tensors="pt"
         ).to(self._judge.model.device)
@@ -367,6 +386,10 @@ class Vlm(Reward):
 
 
 def pictures_of(request: ScoreRequest) -> list[Image.Image]:
-    """The sources of an edit, and the picture to be judged."""
+    """The sources of an edit, and the picture to be judged.
+
+    Raises:
+        ImageError: bytes that are no image, or pixels that are not finite.
+    """
     sources = [images.decode(data, where=request.prompt.id) for data in request.prompt.sources]
     return [*sources, images.to_pil(request.image)]
