@@ -8,13 +8,14 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
 from pyarrow import parquet
+from tests import saved_prompts
 from tests.saved_prompts import COUNT, FOLDER
 
 from burnish import cli, images
@@ -232,6 +233,37 @@ def test_columns_of_another_name_are_mapped_and_others_left_out(
     assert [(p.id, p.text) for p in found] == [(p.id, p.text) for p in prompts]
 
 
+def image_columns(place: Path) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """Columns of three rows, the second without an image, and which of them is the source."""
+    data = saved_prompts.picture(1, "PNG")
+    (place / "a.png").write_bytes(data)
+    plain, paths = [data, None, data], ["a.png", None, "a.png"]
+    records = [{"bytes": data, "path": "a.png"}, None, {"bytes": data, "path": None}]
+    named = {"source": "image.png"}
+    # Names with dots, as files of WebDataset have them.
+    yield {"image.png": plain}, named
+    yield {"image.png": records}, named
+    yield {"image": [{"png": 1}] * 3, "image.png": plain, "image.png.png": [1] * 3}, named
+    yield {"source": pyarrow.array(paths).dictionary_encode()}, {"source": "source"}
+
+
+@pytest.mark.parametrize("has_statistics", [True, False, None], ids=["told", "untold", "saved"])
+def test_a_set_is_opened_by_the_images_that_its_rows_have(
+    has_statistics: bool | None, tmp_path: Path
+) -> None:
+    for own, named in image_columns(tmp_path):
+        table = pyarrow.table({"text": ["a", "b", "c"], **own})
+        if has_statistics is None:
+            path = as_stream(table, tmp_path)
+        else:
+            path = tmp_path / "set.parquet"
+            parquet.write_table(table, path, write_statistics=has_statistics)
+        found = read_prompts(path, {"text": "text", **named})
+        labels = [(entry.task, entry.num_sources) for entry in found.entries]
+        assert [task for task, _ in labels] == ["edit", "t2i", "edit"]
+        assert labels == [(prompt.task, len(prompt.sources)) for prompt in found]
+
+
 def test_rows_without_an_id_are_called_by_their_place(table: Any, tmp_path: Path) -> None:
     """However many files they are in."""
     bare = table.select(["text"])
@@ -430,6 +462,11 @@ def test_row_groups_that_would_fill_the_memory_are_refused(
     path = as_file(table, tmp_path)
     monkeypatch.setattr(arrow, "MAX_GROUP", 1000)
     assert "need row groups of at most" in refused(path) and "row_group_size" in refused(path)
+    theirs = table.rename_columns([{"source": "in.png"}.get(n, n) for n in table.column_names])
+    parquet.write_table(theirs, path)
+    named = {"text": "text", "source": "in.png"}
+    monkeypatch.setattr(arrow, "MAX_GROUP", theirs["in.png"].nbytes)
+    assert "need row groups of at most" in refused(path, named)
 
 
 def test_a_set_that_changes_under_a_run_is_refused(table: Any, tmp_path: Path) -> None:

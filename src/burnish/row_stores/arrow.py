@@ -48,19 +48,27 @@ class ParquetRows(RowStore):
         self._pyarrow, self._parquet = parquet_modules()
         self._heads: list[Any] = []
         self._columns: list[dict[str, str]] = []
+        self._leaves: list[dict[str, range]] = []
         self._groups: list[_Group] = []
         self._held: tuple[int, Any] | None = None
         rows = 0
         for place, path in enumerate(self._files):
             with _reading(path, self._pyarrow), path.open("rb") as data:
                 file = self._parquet.ParquetFile(data)
-                head, names = file.metadata, file.schema_arrow.names
-            columns = fields.among(names, str(path))
+                head, schema = file.metadata, file.schema_arrow
+            columns = fields.among(schema.names, str(path))
+            leaves = _leaves(schema)
             self._heads.append(head)
             self._columns.append(columns)
+            self._leaves.append(leaves)
             first = 0
             for number in range(head.num_row_groups):
-                _check_size(head.row_group(number), set(columns.values()), f"{path}", number)
+                parts = [
+                    head.row_group(number).column(place)
+                    for column in set(columns.values())
+                    for place in leaves[column]
+                ]
+                _check_size(parts, str(path), number)
                 self._groups.append(_Group(place, number, rows + first, first))
                 first += head.row_group(number).num_rows
             rows += first
@@ -102,8 +110,7 @@ class ParquetRows(RowStore):
     def _present(self, group: _Group, column: str) -> list[bool]:
         """Whether each row of a group has a value, from the statistics where they tell."""
         head = self._heads[group.file].row_group(group.number)
-        parts = [head.column(place) for place in range(head.num_columns)]
-        own = [p for p in parts if p.path_in_schema.split(".")[0] == column]
+        own = [head.column(place) for place in self._leaves[group.file][column]]
         nulls = [p.statistics.null_count if _has_nulls(p) else None for p in own]
         if 0 in nulls:
             return [True] * head.num_rows
@@ -112,21 +119,34 @@ class ParquetRows(RowStore):
         # The path of an image is short, and enough where all records that are there have bytes.
         short = [p.path_in_schema for p in own if p.path_in_schema.endswith(".path")]
         if short:
-            paths = self._read(group, short).column(0)
+            paths = self._read(group, short)[column]
             if paths.null_count in nulls:
                 return paths.is_valid().to_pylist()
-        return [here for part in self._read(group, [column])[0].chunks for here in _present(part)]
+        return [
+            here for part in self._read(group, [column])[column].chunks for here in _present(part)
+        ]
 
 
 def _has_nulls(part: Any) -> bool:
     return part.is_stats_set and part.statistics.has_null_count
 
 
-def _check_size(group: Any, columns: set[str], path: str, number: int) -> None:
-    parts = [group.column(place) for place in range(group.num_columns)]
-    size = sum(
-        p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in columns
-    )
+def _leaves(schema: Any) -> dict[str, range]:
+    """Places of what each column is stored as: paths do not tell, as names may hold dots."""
+    found: dict[str, range] = {}
+    first = 0
+    for column in schema:
+        found[column.name] = range(first, first := first + _num_leaves(column.type))
+    return found
+
+
+def _num_leaves(kind: Any) -> int:
+    kind = getattr(kind, "storage_type", kind)
+    return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields)) or 1
+
+
+def _check_size(parts: Sequence[Any], path: str, number: int) -> None:
+    size = sum(part.total_uncompressed_size for part in parts)
     if size > MAX_GROUP:
         raise ConfigError(
             f"{path}: need row groups of at most {MAX_GROUP >> 20} MiB, as one is read whole for a "
@@ -221,7 +241,8 @@ def _plain(found: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
 def _present(column: Any) -> list[bool]:
     """Whether each row has a value; a record or a list of nothing is none."""
     found = np.asarray(column.is_valid())
-    if hasattr(column.type, "value_type"):
+    # Dictionaries have a type of values, too.
+    if hasattr(column, "value_lengths"):
         lengths = column.value_lengths().fill_null(0)
         found &= np.asarray(lengths) > 0
     elif column.type.num_fields:
