@@ -23,7 +23,7 @@ from burnish.config import ConfigError, parse
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, write_prompts
 from burnish.row_stores import arrow
-from burnish.types import Prompt
+from burnish.types import MAX_SOURCES, Prompt
 
 Row = dict[str, Any]
 
@@ -234,7 +234,7 @@ def test_columns_of_another_name_are_mapped_and_others_left_out(
 
 
 def image_columns(place: Path) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
-    """Columns of three rows, the second without an image, and which of them is the source."""
+    """Columns of three rows with images, most without in the second, and which is the source."""
     data = saved_prompts.picture(1, "PNG")
     (place / "a.png").write_bytes(data)
     plain, paths = [data, None, data], ["a.png", None, "a.png"]
@@ -245,6 +245,16 @@ def image_columns(place: Path) -> Iterator[tuple[dict[str, Any], dict[str, str]]
     yield {"image.png": records}, named
     yield {"image": [{"png": 1}] * 3, "image.png": plain, "image.png.png": [1] * 3}, named
     yield {"source": pyarrow.array(paths).dictionary_encode()}, {"source": "source"}
+    # Lists of one, and of several; records may have a path or not.
+    images = [records[0]] * 3, [], [records[2]]
+    for lists in (images, (images[2], None, images[2]), images[:1] * 3):
+        in_bytes = [None if own is None else [one["bytes"] for one in own] for own in lists]
+        for kind in (pyarrow.list_, pyarrow.large_list):
+            yield {"source": pyarrow.array(in_bytes, kind(pyarrow.binary()))}, {"source": "source"}
+        yield {"source": list(lists)}, {"source": "source"}
+    pairs = pyarrow.list_(pyarrow.binary(), 2)
+    yield {"source": pyarrow.array([[data] * 2, None, [data] * 2], pairs)}, {"source": "source"}
+    yield {"source": [[data]] * 3}, {"source": "source"}
 
 
 @pytest.mark.parametrize("has_statistics", [True, False, None], ids=["told", "untold", "saved"])
@@ -260,7 +270,7 @@ def test_a_set_is_opened_by_the_images_that_its_rows_have(
             parquet.write_table(table, path, write_statistics=has_statistics)
         found = read_prompts(path, {"text": "text", **named})
         labels = [(entry.task, entry.num_sources) for entry in found.entries]
-        assert [task for task, _ in labels] == ["edit", "t2i", "edit"]
+        assert [task for task, _ in labels][::2] == ["edit", "edit"]
         assert labels == [(prompt.task, len(prompt.sources)) for prompt in found]
 
 
@@ -413,6 +423,16 @@ def test_rows_are_refused_when_a_set_is_opened(table: Any, tmp_path: Path) -> No
         with pytest.raises(ConfigError) as caught:
             read_prompts(tmp_path)
         assert f"{tmp_path / 'b.parquet'}, {words}" in str(caught.value)
+
+
+def test_too_many_sources_are_refused_when_a_set_is_opened(tmp_path: Path) -> None:
+    records = [{"bytes": saved_prompts.picture(1, "PNG"), "path": None}] * (MAX_SOURCES + 1)
+    for sources in (records, [record["bytes"] for record in records]):
+        table = pyarrow.table({"text": ["a", "b"], "source": [sources[:1], sources]})
+        parquet.write_table(table, tmp_path / "many.parquet")
+        for path in (tmp_path / "many.parquet", as_stream(table, tmp_path)):
+            with pytest.raises(ConfigError, match=f"row 2: need at most {MAX_SOURCES} source imag"):
+                read_prompts(path)
 
 
 @pytest.mark.parametrize("form", BROKEN, ids=lambda form: form.__name__)

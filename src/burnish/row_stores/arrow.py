@@ -9,7 +9,7 @@ used: it would first copy Parquet into a cache of its own.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +38,13 @@ class _Group(NamedTuple):
     first_in_file: int
 
 
+class _Leaves(NamedTuple):
+    """What a column of Parquet is stored as."""
+
+    places: range
+    is_list: bool
+
+
 class ParquetRows(RowStore):
     """The rows of Parquet files, one file after the other."""
 
@@ -48,7 +55,7 @@ class ParquetRows(RowStore):
         self._pyarrow, self._parquet = parquet_modules()
         self._heads: list[Any] = []
         self._columns: list[dict[str, str]] = []
-        self._leaves: list[dict[str, range]] = []
+        self._leaves: list[dict[str, _Leaves]] = []
         self._groups: list[_Group] = []
         self._held: tuple[int, Any] | None = None
         rows = 0
@@ -57,7 +64,7 @@ class ParquetRows(RowStore):
                 file = self._parquet.ParquetFile(data)
                 head, schema = file.metadata, file.schema_arrow
             columns = fields.among(schema.names, str(path))
-            leaves = _leaves(schema)
+            leaves = _leaves(schema, self._pyarrow.types)
             self._heads.append(head)
             self._columns.append(columns)
             self._leaves.append(leaves)
@@ -66,7 +73,7 @@ class ParquetRows(RowStore):
                 parts = [
                     head.row_group(number).column(place)
                     for column in set(columns.values())
-                    for place in leaves[column]
+                    for place in leaves[column].places
                 ]
                 _check_size(parts, str(path), number)
                 self._groups.append(_Group(place, number, rows + first, first))
@@ -84,8 +91,8 @@ class ParquetRows(RowStore):
             columns = self._columns[group.file]
             small = {n: c for n, c in columns.items() if n not in self._large}
             table = self._read(group, list(small.values()))
-            there = {n: self._present(group, columns[n]) for n in columns if n in self._large}
-            yield from _scanned(table, small, there)
+            marks = {n: self._marks(group, columns[n]) for n in columns if n in self._large}
+            yield from _scanned(table, small, marks)
 
     def row(self, row: int) -> dict[str, Any]:
         place = self._group_of(row)
@@ -107,36 +114,41 @@ class ParquetRows(RowStore):
             file = self._parquet.ParquetFile(data, metadata=head)
             return file.read_row_group(group.number, columns=columns, use_threads=False)
 
-    def _present(self, group: _Group, column: str) -> list[bool]:
-        """Whether each row of a group has a value, from the statistics where they tell."""
-        head = self._heads[group.file].row_group(group.number)
-        own = [head.column(place) for place in self._leaves[group.file][column]]
+    def _marks(self, group: _Group, column: str) -> list[Any]:
+        """As `_marks` of a group's column, from the statistics where they tell."""
+        head, leaves = self._heads[group.file].row_group(group.number), self._leaves[group.file]
+        own = [head.column(place) for place in leaves[column].places]
         nulls = [p.statistics.null_count if _has_nulls(p) else None for p in own]
-        if 0 in nulls:
-            return [True] * head.num_rows
+        is_list = leaves[column].is_list
+        if 0 in nulls and own[0].num_values == head.num_rows:
+            return [[PRESENT] if is_list else PRESENT] * head.num_rows
+        if is_list:
+            # All that a record has are lists of the same lengths.
+            smallest = min(own, key=lambda part: part.total_uncompressed_size)
+            return _marks(self._read(group, [smallest.path_in_schema])[column])
         if all(count == part.num_values for count, part in zip(nulls, own, strict=True)):
-            return [False] * head.num_rows
+            return [None] * head.num_rows
         # The path of an image is short, and enough where all records that are there have bytes.
         short = [p.path_in_schema for p in own if p.path_in_schema.endswith(".path")]
         if short:
             paths = self._read(group, short)[column]
             if paths.null_count in nulls:
-                return paths.is_valid().to_pylist()
-        return [
-            here for part in self._read(group, [column])[column].chunks for here in _present(part)
-        ]
+                return _standing(paths.is_valid().to_pylist())
+        return _marks(self._read(group, [column])[column])
 
 
 def _has_nulls(part: Any) -> bool:
     return part.is_stats_set and part.statistics.has_null_count
 
 
-def _leaves(schema: Any) -> dict[str, range]:
-    """Places of what each column is stored as: paths do not tell, as names may hold dots."""
-    found: dict[str, range] = {}
+def _leaves(schema: Any, types: Any) -> dict[str, _Leaves]:
+    """What each column is stored as: paths do not tell, as names may hold dots."""
+    found: dict[str, _Leaves] = {}
     first = 0
     for column in schema:
-        found[column.name] = range(first, first := first + _num_leaves(column.type))
+        places = range(first, first := first + _num_leaves(column.type))
+        is_list = types.is_nested(column.type) and not types.is_struct(column.type)
+        found[column.name] = _Leaves(places, is_list)
     return found
 
 
@@ -187,12 +199,12 @@ class SavedRows(RowStore):
 
     def scan(self) -> Iterator[dict[str, Any]]:
         small = {n: c for n, c in self._columns.items() if n not in self._large}
-        there = {
-            name: [here for part in self._table.column(c).chunks for here in _present(part)]
+        marks = {
+            name: _marks(self._table.column(c))
             for name, c in self._columns.items()
             if name in self._large
         }
-        yield from _scanned(self._table, small, there)
+        yield from _scanned(self._table, small, marks)
 
     def row(self, row: int) -> dict[str, Any]:
         return _one(self._table, row, self._columns)
@@ -217,13 +229,14 @@ def _reading(path: Path, pyarrow: Any, kind: str = "Parquet") -> Iterator[None]:
 
 
 def _scanned(
-    table: Any, small: Mapping[str, str], there: Mapping[str, Sequence[bool]]
+    table: Any, small: Mapping[str, str], marks: Mapping[str, Sequence[Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of small columns, and what is there of large ones."""
+    """Rows of small columns, with marks in the place of large values."""
     row = 0
     for batch in table.select(list(dict.fromkeys(small.values()))).to_batches(_BATCH):
         for found in batch.to_pylist():
-            yield _plain(found, small) | {n: PRESENT for n, here in there.items() if here[row]}
+            large = {n: own[row] for n, own in marks.items() if own[row] is not None}
+            yield _plain(found, small) | large
             row += 1
 
 
@@ -238,17 +251,27 @@ def _plain(found: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, An
     return {n: v for n, v in named.items() if not _is_nothing(v)}
 
 
-def _present(column: Any) -> list[bool]:
-    """Whether each row has a value; a record or a list of nothing is none."""
-    found = np.asarray(column.is_valid())
+def _marks(column: Any) -> list[Any]:
+    """What stands in the place of each value of a column: `PRESENT`, a list of as many as a list
+    has, or None for nothing, a record of nothing and an empty list."""
+    return [mark for part in column.chunks for mark in _marks_of_part(part)]
+
+
+def _marks_of_part(part: Any) -> list[Any]:
     # Dictionaries have a type of values, too.
-    if hasattr(column, "value_lengths"):
-        lengths = column.value_lengths().fill_null(0)
-        found &= np.asarray(lengths) > 0
-    elif column.type.num_fields:
-        parts = [np.asarray(part.is_valid()) for part in column.flatten()]
+    if hasattr(part, "value_lengths"):
+        lengths = part.value_lengths().fill_null(0).to_pylist()
+        lists = {length: [PRESENT] * length or None for length in set(lengths)}
+        return [lists[length] for length in lengths]
+    found = np.asarray(part.is_valid())
+    if part.type.num_fields:
+        parts = [np.asarray(own.is_valid()) for own in part.flatten()]
         found &= np.any(parts, axis=0)
-    return found.tolist()
+    return _standing(found.tolist())
+
+
+def _standing(found: Iterable[bool]) -> list[Any]:
+    return [PRESENT if here else None for here in found]
 
 
 def _is_nothing(value: Any) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from burnish.config import ConfigError, nearest
 
 PRESENT = b"not read"
-"""Stands in a scan for a large value that is there; known by identity."""
+"""Stands in a scan for a large value that is there, a list of it for a list; known by identity."""
 
 
 @dataclass(frozen=True, kw_only=True)
