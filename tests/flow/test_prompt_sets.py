@@ -333,10 +333,34 @@ def test_a_hundred_thousand_prompts_stay_on_disk(form: str, tmp_path: Path) -> N
     assert grown < 400e6, f"{grown / 1e6:.0f} MB"
 
 
-def _noise() -> Any:
+def test_an_image_of_many_rows_is_in_memory_once(tmp_path: Path) -> None:
+    data = images.encode_png(images.to_pil(_noise(300)))
+    one = pyarrow.array([0, None, *[0] * 998], pyarrow.int32())
+    table = pyarrow.table(
+        {
+            "text": [f"make it {number}" for number in range(1000)],
+            "source": pyarrow.DictionaryArray.from_arrays(one, [data]),
+        }
+    )
+    path = tmp_path / "shared.parquet"
+    # Rows that are there are looked for, in a column that is not known as a dictionary.
+    parquet.write_table(table, path, write_statistics=False, store_schema=False)
+    # Nobody else uses this pool, which outlives all that is in it.
+    usual, pool = pyarrow.default_memory_pool(), pyarrow.system_memory_pool()
+    pyarrow.set_memory_pool(pool)
+    try:
+        found = read_prompts(path)
+        assert images.decode(found[7].sources[0], where="x").size == (300, 300)
+    finally:
+        pyarrow.set_memory_pool(usual)
+    assert [entry.num_sources for entry in found.entries[:3]] == [1, 0, 1]
+    assert pool.max_memory() < 20 * len(data)
+
+
+def _noise(size: int = 8) -> Any:
     import torch
 
-    return torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return torch.rand(3, size, size, generator=torch.Generator().manual_seed(0))
 
 
 # --- Faults ----------------------------------------------------------------------------------

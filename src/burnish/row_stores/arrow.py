@@ -24,6 +24,7 @@ MAX_GROUP = 512 << 20
 """Bytes of the wanted columns of a row group of Parquet, at most."""
 
 _BATCH = 1024
+_DICTIONARIES = {"PLAIN_DICTIONARY", "RLE_DICTIONARY"}
 _END = b"\xff\xff\xff\xff\0\0\0\0"
 """What a stream of Arrow ends with."""
 
@@ -64,18 +65,12 @@ class ParquetRows(RowStore):
                 file = self._parquet.ParquetFile(data)
                 head, schema = file.metadata, file.schema_arrow
             columns = fields.among(schema.names, str(path))
-            leaves = _leaves(schema, self._pyarrow.types)
             self._heads.append(head)
             self._columns.append(columns)
-            self._leaves.append(leaves)
+            self._leaves.append(_leaves(schema, self._pyarrow.types))
             first = 0
             for number in range(head.num_row_groups):
-                parts = [
-                    head.row_group(number).column(place)
-                    for column in set(columns.values())
-                    for place in leaves[column].places
-                ]
-                _check_size(parts, str(path), number)
+                _check_size(self._parts(place, number), str(path), number)
                 self._groups.append(_Group(place, number, rows + first, first))
                 first += head.row_group(number).num_rows
             rows += first
@@ -90,9 +85,11 @@ class ParquetRows(RowStore):
         for group in self._groups:
             columns = self._columns[group.file]
             small = {n: c for n, c in columns.items() if n not in self._large}
-            table = self._read(group, list(small.values()))
             marks = {n: self._marks(group, columns[n]) for n in columns if n in self._large}
-            yield from _scanned(table, small, marks)
+            wanted = list(dict.fromkeys(small.values()))
+            with self._opened(group) as file:
+                batches = file.iter_batches(_BATCH, [group.number], wanted, use_threads=False)
+                yield from _scanned(batches, small, marks)
 
     def row(self, row: int) -> dict[str, Any]:
         place = self._group_of(row)
@@ -106,13 +103,26 @@ class ParquetRows(RowStore):
     def _group_of(self, row: int) -> int:
         return bisect_right(self._starts, row) - 1
 
-    def _read(self, group: _Group, columns: Sequence[str]) -> Any:
-        path = self._files[group.file]
-        head = self._heads[group.file]
+    @contextmanager
+    def _opened(self, group: _Group, shared: Sequence[str] = ()) -> Iterator[Any]:
+        """The file of a group, whose leaves of these paths stay dictionaries."""
+        path, head = self._files[group.file], self._heads[group.file]
         # From an open file, so that nothing in a path is taken for an address.
         with _reading(path, self._pyarrow), path.open("rb") as data:
-            file = self._parquet.ParquetFile(data, metadata=head)
+            yield self._parquet.ParquetFile(data, metadata=head, read_dictionary=shared)
+
+    def _read(self, group: _Group, columns: Sequence[str]) -> Any:
+        # A value that many rows share is in memory once, as it is in the file.
+        parts = self._parts(group.file, group.number)
+        shared = [part.path_in_schema for part in parts if _is_dictionary(part)]
+        with self._opened(group, shared) as file:
             return file.read_row_group(group.number, columns=columns, use_threads=False)
+
+    def _parts(self, file: int, number: int) -> list[Any]:
+        """What the wanted columns of a group are stored as."""
+        head, leaves = self._heads[file].row_group(number), self._leaves[file]
+        columns = dict.fromkeys(self._columns[file].values())
+        return [head.column(place) for column in columns for place in leaves[column].places]
 
     def _marks(self, group: _Group, column: str) -> list[Any]:
         """As `_marks` of a group's column, from the statistics where they tell."""
@@ -155,6 +165,13 @@ def _leaves(schema: Any, types: Any) -> dict[str, _Leaves]:
 def _num_leaves(kind: Any) -> int:
     kind = getattr(kind, "storage_type", kind)
     return sum(_num_leaves(kind.field(place).type) for place in range(kind.num_fields)) or 1
+
+
+def _is_dictionary(part: Any) -> bool:
+    """Whether values are in a dictionary that can be kept: beside others as they are at most."""
+    encodings = set(part.encodings)
+    is_plain = encodings <= {"PLAIN", "RLE", "BIT_PACKED", *_DICTIONARIES}
+    return part.physical_type == "BYTE_ARRAY" and is_plain and bool(encodings & _DICTIONARIES)
 
 
 def _check_size(parts: Sequence[Any], path: str, number: int) -> None:
@@ -204,7 +221,8 @@ class SavedRows(RowStore):
             for name, c in self._columns.items()
             if name in self._large
         }
-        yield from _scanned(self._table, small, marks)
+        wanted = self._table.select(list(dict.fromkeys(small.values())))
+        yield from _scanned(wanted.to_batches(_BATCH), small, marks)
 
     def row(self, row: int) -> dict[str, Any]:
         return _one(self._table, row, self._columns)
@@ -229,11 +247,11 @@ def _reading(path: Path, pyarrow: Any, kind: str = "Parquet") -> Iterator[None]:
 
 
 def _scanned(
-    table: Any, small: Mapping[str, str], marks: Mapping[str, Sequence[Any]]
+    batches: Iterable[Any], small: Mapping[str, str], marks: Mapping[str, Sequence[Any]]
 ) -> Iterator[dict[str, Any]]:
     """Rows of small columns, with marks in the place of large values."""
     row = 0
-    for batch in table.select(list(dict.fromkeys(small.values()))).to_batches(_BATCH):
+    for batch in batches:
         for found in batch.to_pylist():
             large = {n: own[row] for n, own in marks.items() if own[row] is not None}
             yield _plain(found, small) | large
