@@ -8,8 +8,6 @@ two an image is its bytes, or the `{bytes, path}` of `datasets`. Sets stay on di
 state and ranks agree without talking.
 """
 
-import base64
-import binascii
 import contextlib
 import json
 import os
@@ -20,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from PIL import Image
 from pydantic import Field, field_validator
 
 from burnish import images, runtime
@@ -28,10 +25,11 @@ from burnish.buckets import aspect_ratio
 from burnish.config import Config, ConfigError, located, nearest
 from burnish.prompt_sets import Entry, PromptSet, content_of
 from burnish.records import encodable, object_of, shown
+from burnish.row_images import decoded, encoded, is_url, listed, look_for, sources_of
 from burnish.row_stores.base import PRESENT, Fields, RowStore
 from burnish.row_stores.opening import open_rows
 from burnish.tracking import writing
-from burnish.types import MAX_SOURCES, Labelled, Prompt, Task
+from burnish.types import Labelled, Prompt, Task
 
 EntryT = TypeVar("EntryT")
 
@@ -165,7 +163,7 @@ class _Rows:
         found, where = self._rows.row(row), self._rows.where(row)
         for one in _pictures(found):
             # Not encoded again, as for a prompt that is drawn: that takes far longer.
-            read = _picture if _is_url(one) else _decoded
+            read = encoded if is_url(one) else decoded
             read(one, where, self._rows.folder)
         self.scanned(row, found)
 
@@ -179,17 +177,17 @@ class _Rows:
         }
         made = self._made(row, {**found, **marks}, where)
         for one in _pictures(found):
-            if isinstance(one, str) and not _is_url(one):
-                _look_for(folder / one, where)
+            if isinstance(one, str) and not is_url(one):
+                look_for(folder / one, where)
         return made
 
     def sources(self, found: Mapping[str, Any], name: str) -> Iterator[str]:
         """What tells the sources of a row apart from others, without reading them."""
-        for one in _listed(found.get("source")):
+        for one in listed(found.get("source")):
             if not isinstance(one, str):
                 yield name
             else:
-                yield one if _is_url(one) else os.path.abspath(self._rows.folder / one)
+                yield one if is_url(one) else os.path.abspath(self._rows.folder / one)
 
     def _made(self, row: int, found: Mapping[str, Any], where: str) -> Prompt:
         if isinstance(facts := found.get("facts"), str):
@@ -200,21 +198,7 @@ class _Rows:
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:
-    return [one for key in _PICTURES if key in row for one in _listed(row[key])]
-
-
-def _is_url(picture: Any) -> bool:
-    return isinstance(picture, str) and picture.startswith("data:")
-
-
-def _look_for(path: Path, where: str) -> None:
-    try:
-        path.stat()
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{where}: need a readable image file, got {path}: {problem}; check the path"
-        ) from None
+    return [one for key in _PICTURES if key in row for one in listed(row[key])]
 
 
 def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -> Prompt:
@@ -236,7 +220,7 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
         raise ConfigError(
             f"{where}: need an id of letters, digits and . _ -, got {name!r}; it names files"
         )
-    sources = _sources(row.get("source"), where, folder)
+    sources = sources_of(row.get("source"), where, folder)
     if bool(sources) != (task == "edit"):
         given = "a source image" if sources else "no source image"
         raise ConfigError(f"{where}: need a source image for an edit only, got {given} for {task}")
@@ -250,7 +234,7 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
         category=encodable(str(row.get("category", "general")), "category", where),
         sources=sources,
         aspect=aspect,
-        target=None if target is None else _picture(target, where, folder),
+        target=None if target is None else encoded(target, where, folder),
         tags=tuple(map(str, tags)),
         facts=facts,
     )
@@ -260,50 +244,6 @@ def _check_aspect(aspect: Any, where: str) -> None:
     try:
         aspect_ratio(str(aspect))
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-def _listed(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
-
-
-def _sources(given: Any, where: str, folder: Path) -> tuple[bytes, ...]:
-    listed = _listed(given)
-    # Before any of them is read.
-    if len(listed) > MAX_SOURCES:
-        raise ConfigError(
-            f"{where}: need at most {MAX_SOURCES} source images, got {len(listed)}; leave some out"
-        )
-    return tuple(_picture(one, where, folder) for one in listed)
-
-
-def _picture(given: Any, where: str, folder: Path) -> bytes:
-    if given is PRESENT:
-        return PRESENT
-    if _is_url(given):
-        try:
-            data = base64.b64decode(given.partition(",")[2], validate=True)
-        except binascii.Error:
-            raise ConfigError(
-                f"{where}: need base64 after 'data:', got other text; mend the line"
-            ) from None
-        try:
-            images.decode(data, where="its image")
-        except images.ImageError as error:
-            raise ConfigError(f"{where}: {error}") from None
-        return data
-    return images.encode_png(_decoded(given, where, folder))
-
-
-def _decoded(given: Any, where: str, folder: Path) -> Image.Image:
-    """An image by its bytes, by the path of its file, or by either as `datasets` has it."""
-    if isinstance(given, Mapping):
-        given = given.get("bytes") or given.get("path")
-    try:
-        if isinstance(given, bytes):
-            return images.decode(given, where="its image")
-        return images.read(folder / str(given))
-    except images.ImageError as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
