@@ -61,7 +61,9 @@ def content_of(prompt: Prompt, sources: Iterable[str | bytes]) -> int:
     """
     digest = hashlib.blake2b(repr((prompt.task, prompt.text)).encode(), digest_size=8)
     for source in sources:
-        digest.update(b"\0" + (source if isinstance(source, bytes) else source.encode()))
+        # What is no whole character is refused when the image is read.
+        own = source if isinstance(source, bytes) else source.encode(errors="surrogatepass")
+        digest.update(b"\0" + own)
     return int.from_bytes(digest.digest())
 
 

@@ -4,7 +4,6 @@ Faults are errors of one line that name the row, as its other fields' are.
 """
 
 import base64
-import binascii
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +67,7 @@ def encoded(given: Any, where: str, folder: Path) -> bytes:
     if is_url(given):
         try:
             data = base64.b64decode(given.partition(",")[2], validate=True)
-        except binascii.Error:
+        except ValueError:
             raise ConfigError(
                 f"{where}: need base64 after 'data:', got other text; mend the line"
             ) from None

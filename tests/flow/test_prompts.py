@@ -67,6 +67,8 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
         ({"text": "a", "task": "edit"}, "need a source image for an edit only"),
         ({"text": "a", "source": "gone.png"}, "need a readable image file"),
         ({"text": "a", "source": "data:image/png;base64,@@@"}, "need base64"),
+        ({"text": "a", "source": "data:image/png;base64,\u00e9"}, "need base64"),
+        ({"text": "a", "source": "data:image/png;base64,\ud83d"}, "need base64"),
         ({"text": "a", "source": "data:image/png;base64,aGFsbG8="}, "need"),
         ({"text": "a", "source": [None, "red.png"]}, "need a readable image file"),
         ({"text": "a", "source": ["gone.png"] * 9}, "need at most 8 source images, got 9"),
