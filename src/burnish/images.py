@@ -130,9 +130,10 @@ def read(
     try:
         with Path(path).open("rb") as file:
             data = file.read(max_bytes + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
         raise ImageError(
-            f"need a readable image file, got {path}: {error.strerror}; check the path"
+            f"need a readable image file, got {path}: {problem}; check the path"
         ) from None
     return decode(data, where=str(path), max_bytes=max_bytes, max_pixels=max_pixels)
 

@@ -198,6 +198,8 @@ def test_reading_a_file(tmp_path: Path) -> None:
         read(path, max_bytes=10)
     with pytest.raises(ImageError, match="No such file"):
         read(tmp_path / "none.png")
+    with pytest.raises(ImageError, match=r"need a readable image file.*null byte"):
+        read(tmp_path / "no\0ne.png")
 
 
 def test_a_grid_puts_pictures_in_reading_order() -> None:
