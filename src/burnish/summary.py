@@ -315,7 +315,9 @@ def points(config: RunConfig, task: str) -> float:
 def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str, Any]:
     """What one stage cost, and what it gained for that over where it started, in points of 100."""
     stage, cost = config.stages[name], spent(config, folder, name)
-    images, total = cost["images"], cost["minutes"]["total"]
+    total = cost["minutes"]["total"]
+    # Those that chose the prompts were drawn and scored as well.
+    images = cost["images"] and cost["images"] + cost["curated"]
     gains = {
         task: _scaled(cells.gain(name, stage.start, task, HEADLINE), points(config, task))
         for task in stage.prompts.tasks

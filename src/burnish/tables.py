@@ -62,6 +62,9 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
         name, method = Text(stage["stage"]), stage["algorithm"]
         images, minutes = stage["images"], stage["minutes"]["total"]
         drawn = "missing" if images is None else f"{images:,.0f}"
+        if stage["curated"]:
+            drawn += f" + {stage['curated']:,.0f}"
+            found.caption = "+: images that chose the prompts"
         spent = "missing" if minutes is None else f"{minutes:.1f}"
         for rate in stage["rates"]:
             rates = (rate["per_1000_images"], rate["per_minute"])

@@ -248,6 +248,22 @@ def test_the_cost_is_counted(summary: dict[str, Any]) -> None:
     assert [rate["task"] for rate in student["rates"]] == ["t2i", "edit"]
 
 
+def test_pictures_that_chose_the_prompts_are_paid_for(tmp_path: Path) -> None:
+    """As many as were trained on, so that each thousand gained half."""
+    folder = make_run(tmp_path)
+    data = read_run(folder).model_dump()
+    data["stages"]["t2i-teacher"]["curation"] = {}
+    config = parse(RunConfig, data)
+    plain = summarise(read_run(folder), folder, all_scores(config, folder))
+    rows = [{"prompt": f"p-{n}", "scores": {"truth": [0.5] * 20}} for n in range(100)]
+    write_rows(folder / "curation" / "t2i-teacher" / "profile-0.jsonl", rows)
+    found = summarise(config, folder, all_scores(config, folder))
+    before, after = (one["cost"][0]["rates"][0]["per_1000_images"] for one in (plain, found))
+    assert after["mean"] == pytest.approx(before["mean"] / 2)
+    assert found["cost"][0]["curated"] == 2000 and found["cost"][1]["curated"] == 0
+    assert "2,000 + 2,000" in printed(cost_table(found))
+
+
 def test_the_summary_is_written(summary: dict[str, Any], run_folder: Path) -> None:
     """As JSON without NaN, and nothing is missing."""
 
