@@ -65,7 +65,7 @@ class Cells:
         return asdict(gain([*mine, *theirs], policy, over))
 
     def means(
-        self, policy: str, task: str, only: str = "", but: Collection[str] = ()
+        self, policy: str, task: str, only: str | None = None, but: Collection[str] = ()
     ) -> dict[str, float]:
         """Mean headline score of every held-out prompt, of one category or all but some."""
         rows = self._narrowed(policy, task, HEADLINE, category=only)
@@ -77,10 +77,15 @@ class Cells:
         return {p: v[0] for p, v in best_of(self.rows(BEST_OF, task, HEADLINE)).items()}
 
     def _narrowed(
-        self, policy: str, task: str, metric: str, category: str = "", knowledge: bool = False
+        self,
+        policy: str,
+        task: str,
+        metric: str,
+        category: str | None = None,
+        knowledge: bool = False,
     ) -> list[Row]:
         rows = self.rows(policy, task, metric, knowledge=knowledge)
-        return [row for row in rows if row["category"] == category] if category else rows
+        return [row for row in rows if category is None or row["category"] == category]
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -245,11 +250,11 @@ def _distillation(config: RunConfig, cells: Cells) -> Iterator[dict[str, Any]]:
     for student in config.stages:
         taught = teachers(config, student)
         for label, teacher in taught.items():
-            task, _, category = label.partition("/")
+            task, slash, category = label.partition("/")
+            # Who teaches a task without its category teaches what no other one of it does.
             own = {other.partition("/")[2] for other in taught if other.startswith(f"{task}/")}
-            mine, theirs, base = (
-                cells.means(p, task, category, own - {category}) for p in (student, teacher, BASE)
-            )
+            of = (category, ()) if slash else (None, own)
+            mine, theirs, base = (cells.means(p, task, *of) for p in (student, teacher, BASE))
             shared = sorted(mine.keys() & theirs.keys() & base.keys())
             found = ratio(
                 [mine[p] - base[p] for p in shared], [theirs[p] - base[p] for p in shared]

@@ -22,7 +22,7 @@ from burnish.prompts import write_prompts
 from burnish.report import write_report
 from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig
 from burnish.stages import all_scores
-from burnish.summary import KNOWLEDGE, ratio, read_run, summarise, write_summary
+from burnish.summary import KNOWLEDGE, Cells, ratio, read_run, summarise, write_summary
 from burnish.tables import cost_table, table
 from burnish.tracking import Run
 from burnish.types import Prompt
@@ -262,6 +262,18 @@ def test_pictures_that_chose_the_prompts_are_paid_for(tmp_path: Path) -> None:
     assert after["mean"] == pytest.approx(before["mean"] / 2)
     assert found["cost"][0]["curated"] == 2000 and found["cost"][1]["curated"] == 0
     assert "2,000 + 2,000" in printed(cost_table(found))
+
+
+def test_a_category_without_a_name_is_one() -> None:
+    rows: list[Row] = [
+        {"policy": BASE, "prompt": f"p-{n}", "task": "t2i", "category": ("", "portrait")[n % 2]}
+        | {"seed": 0, "metric": HEADLINE, "value": float(n % 2)}
+        for n in range(8)
+    ]
+    cells = Cells(rows, frozenset())
+    scores = [cells.score(BASE, "t2i", HEADLINE, category=one) for one in ("", "portrait", None)]
+    assert [score and score["mean"] for score in scores] == [0.0, 1.0, 0.5]
+    assert set(cells.means(BASE, "t2i", "").values()) == {0.0}
 
 
 def test_the_summary_is_written(summary: dict[str, Any], run_folder: Path) -> None:
