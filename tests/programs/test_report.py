@@ -417,6 +417,18 @@ def test_a_judge_that_knows_no_knowledge_has_its_score_there(tmp_path: Path) -> 
     assert not any("Brackets of t2i" in line for line in told["missing"])
 
 
+def test_names_that_differ_by_a_capital_are_two_on_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    for path in folder.glob("evaluation/*/scores.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        few = [row | {"category": row["category"].title()} for row in rows[: len(rows) // 2]]
+        write_rows(path, few + rows[len(few) :])
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert set(re.findall(r'<th scope="rowgroup"[^>]*>([Pp]ortrait)<', text)) == {
+        "Portrait", "portrait"
+    }  # fmt: skip
+
+
 def test_what_is_trained_on_is_not_told_as_held_out(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     config, rows = read_run(folder), all_scores(read_run(folder), folder)
