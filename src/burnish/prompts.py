@@ -9,6 +9,7 @@ state and ranks agree without talking.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -155,6 +156,7 @@ class _Rows:
 
     def __init__(self, rows: RowStore) -> None:
         self._rows = rows
+        self._name = _id_part(rows.name)
 
     def prompt(self, row: int) -> Prompt:
         return self._made(row, self._rows.row(row), self._rows.where(row))
@@ -193,8 +195,16 @@ class _Rows:
         if isinstance(facts := found.get("facts"), str):
             # Columns are all of one form, which facts are not.
             found = {**found, "facts": object_of(facts, f"{where}: facts")}
-        name = f"{self._rows.name}-{self._rows.number(row)}"
+        name = f"{self._name}-{self._rows.number(row)}"
         return _prompt(found, where, self._rows.folder, default_id=name)
+
+
+def _id_part(name: str) -> str:
+    """A file's name as ids begin with it; one that they cannot, in other letters, all different."""
+    if len(name) <= 100 and _ID.fullmatch(name):
+        return name
+    digest = hashlib.blake2b(os.fsencode(name), digest_size=4).hexdigest()
+    return f"_{re.sub('[^A-Za-z0-9._-]', '_', name)[:90]}-{digest}"
 
 
 def _pictures(row: Mapping[str, Any]) -> list[Any]:

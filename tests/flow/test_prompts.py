@@ -55,6 +55,15 @@ def test_a_source_may_be_a_path_beside_the_file(tmp_path: Path) -> None:
     assert several.task == "edit" and several.sources == (OTHER, *prompt.sources)
 
 
+def test_rows_without_an_id_have_one_whatever_their_file_is_called(tmp_path: Path) -> None:
+    names = ["set.jsonl", "my prompts.jsonl", "my_prompts.jsonl", "é.jsonl", "ü.jsonl", ".x.jsonl"]
+    names += ["a" * 240 + "b.jsonl", "a" * 240 + "c.jsonl"]
+    paths = [str(file_with(tmp_path / name, {"text": "a"}, {"text": "b"})) for name in names]
+    found = [prompt.id for prompt in PromptsConfig(path=tuple(paths)).open()]
+    assert len(set(found)) == 2 * len(names)
+    assert found[:2] == ["set-1", "set-2"] and found[4] == "my_prompts-1"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
