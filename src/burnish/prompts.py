@@ -66,6 +66,13 @@ class PromptsConfig(Config):
             raise ValueError("need the column of text, got none; add text to the others")
         return columns
 
+    @field_validator("tasks")
+    @classmethod
+    def _each_once(cls, tasks: tuple[Task, ...]) -> tuple[Task, ...]:
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"need each task once, got {', '.join(tasks)}; leave one out")
+        return tasks
+
     def open(self) -> PromptSet:
         """Every prompt of all sets.
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from burnish import images
-from burnish.config import ConfigError
+from burnish.config import ConfigError, parse
 from burnish.images import encode_png
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, write_prompts
 from burnish.types import Prompt
@@ -105,6 +105,8 @@ def test_several_sets_are_drawn_from_as_one_task_by_task(tmp_path: Path) -> None
     assert list(PromptsConfig(path=first, tasks=("t2i",)).read()) == some(2)
     with pytest.raises(ConfigError, match="need prompts for the task 'edit', got none in"):
         PromptsConfig(path=first).read()
+    with pytest.raises(ConfigError, match="tasks: need each task once, got t2i, t2i; leave"):
+        parse(PromptsConfig, {"path": first, "tasks": ["t2i", "t2i"]})
     with pytest.raises(ConfigError, match="need at least one set of prompts"):
         PromptsConfig(path=()).read()
     portraits = PromptsConfig(
