@@ -232,6 +232,12 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
     tags, facts = row.get("tags", []), row.get("facts", {})
     if not isinstance(tags, list) or not isinstance(facts, dict):
         raise ConfigError(f"{where}: need a list of tags and a mapping of facts; mend the line")
+    try:
+        json.dumps(facts)
+    except TypeError as error:
+        raise ConfigError(
+            f"{where}: need facts that JSON can hold, got {error}; write them as JSON text"
+        ) from None
     name = str(row.get("id", default_id))
     if not _ID.fullmatch(name):
         raise ConfigError(

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +448,13 @@ def test_rows_are_refused_when_a_set_is_opened(table: Any, tmp_path: Path) -> No
         with pytest.raises(ConfigError) as caught:
             read_prompts(tmp_path)
         assert f"{tmp_path / 'b.parquet'}, {words}" in str(caught.value)
+
+
+def test_facts_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
+    facts = [{"when": date(2020, 1, 1)}]
+    parquet.write_table(pyarrow.table({"text": ["a"], "facts": facts}), tmp_path / "f.parquet")
+    said = refused(tmp_path / "f.parquet")
+    assert "row 1: need facts that JSON can hold, got Object of type date" in said
 
 
 def test_too_many_sources_are_refused_when_a_set_is_opened(tmp_path: Path) -> None:
