@@ -140,8 +140,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ConfigError: no readable UTF-8 file, or a line that is no JSON object.
     """
     try:
-        # By newline alone: JSON text may hold other characters that end a line.
-        with path.open(encoding="utf-8", newline="\n") as file:
+        # By newline alone: JSON text may hold other characters that end a line. Some editors
+        # write a mark before the first.
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
             for count, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}:{count}", object_of(line, f"{path}:{count}")
@@ -156,7 +157,7 @@ def json_entries(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ConfigError: no readable UTF-8 file, no list, or an entry that is no JSON object.
     """
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from _elements(file, path)
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from None
@@ -216,7 +217,7 @@ def table_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _is_list(path: Path) -> bool:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             return path.suffix == ".json" and file.read(_CHUNK).lstrip().startswith("[")
     except (OSError, UnicodeDecodeError) as error:
         raise unreadable(path, error) from None

@@ -11,6 +11,7 @@ from burnish import images
 from burnish.config import ConfigError, parse
 from burnish.images import encode_png
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, write_prompts
+from burnish.records import table_rows
 from burnish.types import Prompt
 
 SOURCE = encode_png(Image.new("RGB", (8, 8), "red"))
@@ -62,6 +63,15 @@ def test_rows_without_an_id_have_one_whatever_their_file_is_called(tmp_path: Pat
     found = [prompt.id for prompt in PromptsConfig(path=tuple(paths)).open()]
     assert len(set(found)) == 2 * len(names)
     assert found[:2] == ["set-1", "set-2"] and found[4] == "my_prompts-1"
+
+
+def test_a_mark_before_the_first_line_is_no_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "set.jsonl"
+    path.write_text('{"text": "a", "id": "one"}\n{"text": "b", "id": "two"}\n', "utf-8-sig")
+    assert [prompt.id for prompt in read_prompts(path)] == ["one", "two"]
+    assert [row["id"] for _, row in table_rows(path)] == ["one", "two"]
+    (tmp_path / "list.json").write_text('[{"id": "one"}]', "utf-8-sig")
+    assert [row["id"] for _, row in table_rows(tmp_path / "list.json")] == ["one"]
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,8 @@ class JsonRows(RowStore):
     def _object(self, line: bytes, count: int) -> dict[str, Any]:
         where = f"{self._path}:{count}"
         try:
-            return object_of(line.decode("utf-8"), where)
+            # Some editors write a mark before the first line.
+            return object_of(line.decode("utf-8-sig" if count == 1 else "utf-8"), where)
         except UnicodeDecodeError as error:
             raise ConfigError(f"{where}: need UTF-8 text, got {error}; mend the line") from None
 
