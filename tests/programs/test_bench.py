@@ -148,6 +148,26 @@ def grades(body: dict[str, Any], score: int = 2) -> str:
     return json.dumps({"any": {facet: {"score": score} for facet in facets}})
 
 
+# --- Without a judge -------------------------------------------------------------------------
+
+
+def test_pictures_that_nobody_judges_are_told(tmp_path: Path, burnish: Burnish) -> None:
+    settings = tmp_path / "bench.yaml"
+    settings.write_text(yaml.safe_dump(CHECKOUTS["geneval"](tmp_path)))
+    drawn = pictures(tmp_path / "mine", settings)
+    done = burnish("bench", "run", settings, f"mine={drawn}", "--out", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    assert done.found == {"pictures": {"mine": str(drawn)}}
+
+
+@pytest.mark.parametrize("which", ["gedit", "{kind: gedit}", "{kind: gedit, checkout: x}"])
+def test_a_bench_without_its_files_says_what_to_give(which: str, burnish: Burnish) -> None:
+    done = burnish("bench", "run", which, "mine=x")
+    name = "data" if "checkout" in which else "checkout"
+    said = f"BENCH: {name}: need a value, got none; give '{{kind: gedit, checkout: ..., data: ...}}"
+    assert done.code == 2 and said in done.err and "pass" not in done.err
+
+
 # --- Through a judge -------------------------------------------------------------------------
 
 

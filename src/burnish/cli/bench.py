@@ -97,6 +97,8 @@ def run(
         for name, place in pictures.items():
             print(f"Pictures of {name}: {place}")
         print("No judge: run the official program on them, then `burnish bench read` on its result")
+        if as_json:
+            print(json.dumps({"pictures": {name: str(place) for name, place in pictures.items()}}))
         return
     replies, shown = {}, {}
     for name, place in pictures.items():
@@ -149,7 +151,9 @@ def read(
 
 def _taken(which: str) -> "Taken":
     """The bench that the command line names."""
+    from burnish.bench.base import BenchConfig
     from burnish.benching import BenchChoice, Taken
+    from burnish.config import shelf
 
     if which.lower().endswith((".yaml", ".yml")):
         settings: Any = read_yaml(which)
@@ -157,6 +161,15 @@ def _taken(which: str) -> "Taken":
         settings = parse_yaml(which, where="BENCH")
     else:
         settings = {"kind": which}
+    kinds = {one.__module__.rpartition(".")[2]: one for one in shelf("burnish.bench", BenchConfig)}
+    if (kind := str(settings.get("kind"))) in kinds:
+        fields = kinds[kind].model_fields
+        needed = [name for name in fields if fields[name].is_required()]
+        if missing := [name for name in needed if name not in settings]:
+            example = ", ".join([f"kind: {kind}", *(f"{name}: ..." for name in needed)])
+            raise ConfigError(
+                f"BENCH: {missing[0]}: need a value, got none; give '{{{example}}}' or a YAML file"
+            )
     return Taken.of(parse(BenchChoice, {"bench": settings}, where="BENCH").bench)
 
 
