@@ -611,6 +611,11 @@ def test_the_doctor_plans_a_recipe(recipe: Path, capsys: Any) -> None:
         assert "name a recipe" in capsys.readouterr().err
 
 
+def test_the_doctor_plans_for_a_number_of_bytes(recipe: Path, capsys: Any) -> None:
+    assert cli.main(["doctor", "--recipe", str(recipe), "--memory", "inf"]) == 2
+    assert "--memory: need a number of GiB, got inf" in capsys.readouterr().err
+
+
 def test_the_doctor_reads_a_recipe_as_a_run_does(recipe: Path, capsys: Any) -> None:
     """What is wrong is one line there, too."""
     given = ["doctor", "--recipe", str(recipe), "--memory", "80"]

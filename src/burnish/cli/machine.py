@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -106,6 +107,8 @@ def _planned_for(device: str, memory: float | None) -> tuple[str, int | None, in
     from burnish import forecast, planning, runtime
 
     if memory is not None:
+        if not math.isfinite(memory):
+            raise ConfigError(f"--memory: need a number of GiB, got {memory}; give what it has")
         # Of a GPU that is somewhere else nothing can be asked.
         name = device if device == "cuda" else runtime.choose_device(device).type
         return name, round(memory * planning.GIBIBYTE), None
