@@ -232,8 +232,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     """A plain RGB copy without metadata."""
     if image.mode.startswith("I"):
         # Pillow clips 16-bit greys to 255 instead of scaling them.
-        levels = np.asarray(image, dtype=np.float64).clip(0, 65535) / 257
-        image = Image.fromarray(levels.round().astype(np.uint8))
+        values = np.asarray(image, dtype=np.float64).clip(0, 65535)
+        # One level may stand for what is clear.
+        values[values == image.info.get("transparency", -1)] = 65535
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.new("RGBA", layer.size, (255, 255, 255, 255))

@@ -178,6 +178,9 @@ def test_sixteen_bits_are_scaled() -> None:
     image = Image.fromarray(np.array([[0, 32896, 65535]], dtype=np.uint16))
     levels = [decode(saved(image, "PNG"), where="").getpixel((x, 0)) for x in range(3)]
     assert levels == [(0, 0, 0), (128, 128, 128), (255, 255, 255)]
+    # The level of what is clear, which lies over white as well.
+    clear = decode(saved(image, "PNG", transparency=32896), where="")
+    assert [clear.getpixel((x, 0)) for x in range(3)] == [(0, 0, 0), *[(255, 255, 255)] * 2]
 
 
 def test_photos_stand_upright_and_lose_their_metadata() -> None:
