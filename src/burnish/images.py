@@ -86,8 +86,8 @@ def size(data: bytes, *, where: str) -> tuple[int, int]:
         ImageError: too large, animated, or not an image.
     """
     image = _opened(data, where, MAX_BYTES, MAX_PIXELS)
-    # Pillow would decode a PNG to look for what stands behind its pixels.
-    if image.format == "PNG" and not _ABOUT & image.info.keys():
+    # Pillow would decode a PNG to look for what stands behind its pixels, which is rare.
+    if image.format == "PNG" and not _ABOUT & image.info.keys() and b"eXIf" not in data:
         return image.size
     try:
         is_lying = image.getexif().get(ExifTags.Base.Orientation, 1) in _LYING

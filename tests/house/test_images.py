@@ -23,6 +23,7 @@ from burnish.images import (
     grid,
     media_type,
     read,
+    size,
     to_pil,
     to_tensor,
 )
@@ -122,8 +123,8 @@ def test_a_broken_chunk_between_the_pixels_is_refused() -> None:
 def test_a_truncated_file_is_refused(kind: str) -> None:
     """Wherever it was cut in the first two thirds."""
     data = saved(picture(40, 40), kind)
-    for size in (len(data) // 3, 2 * len(data) // 3):
-        assert "whole" in refused(data[:size])
+    for count in (len(data) // 3, 2 * len(data) // 3):
+        assert "whole" in refused(data[:count])
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"<svg/>", b"\x89PNG\r\n\x1a\n", b"RIFF    WEBP"])
@@ -190,6 +191,10 @@ def test_photos_stand_upright_and_lose_their_metadata() -> None:
     image = decode(saved(picture(9, 5), "JPEG", exif=exif), where="")
     assert image.size == (5, 9)
     assert image.info == {} and not image.getexif()
+    # In a PNG this may stand behind the pixels, before the last chunk of twelve bytes.
+    data = encode_png(picture(9, 5))
+    turned = data[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + data[-12:]
+    assert size(turned, where="") == decode(turned, where="").size == (5, 9)
 
 
 def test_reading_a_file(tmp_path: Path) -> None:
