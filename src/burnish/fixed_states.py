@@ -28,7 +28,7 @@ from burnish.batches import evaluate, evaluate_guided
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.folding import folding
-from burnish.looks import LOOKS, Look, Looks, Watch
+from burnish.looks import LOOKS, Look, Looks, Watch, best_of
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
@@ -120,8 +120,13 @@ class FixedStatesWarning(UserWarning):
     """A distillation that may not be worth its result."""
 
 
-def _nearness(look: Look) -> float:
-    return -look["gap"] if look["step"] else -math.inf
+def _gap(look: Look) -> float:
+    return look["gap"] if look["step"] else math.inf
+
+
+def _is_nearer(one: Look, other: Look) -> bool:
+    """Whether a look has less of a gap than another; that at the start has none that counts."""
+    return _gap(one) < _gap(other)
 
 
 class FixedStates(Watch):
@@ -156,7 +161,7 @@ class FixedStates(Watch):
         Raises:
             ConfigError: sets of prompts that do not serve.
         """
-        self.looks = Looks(folder / FOLDER, every=config.every, step=step, value=_nearness)
+        self.looks = Looks(folder / FOLDER, every=config.every, step=step, is_better=_is_nearer)
         self._teachers, self._guidance = teachers, dict(guidance)
         self._num_steps, self._micro_batch = num_steps, micro_batch
         self._states: dict[str, list[Signal]] = {}
@@ -308,7 +313,7 @@ def folded(folder: Path) -> list[dict[str, Any]]:
         folder: of the stage's run.
     """
     looks = read_rows(folder / FOLDER / LOOKS)
-    best = max(looks, key=_nearness) if looks else {"step": 0, "parts": []}
+    best = best_of(looks, _is_nearer) if looks else {"step": 0, "parts": []}
     return [{"step": best["step"], **part} for part in best["parts"]]
 
 

@@ -3,10 +3,10 @@
 A policy that is trained against a judge long enough finds what the judge can be talked into: the
 reward goes on rising while the pictures get worse (arXiv 2606.27608, section 4.2, saw it within few
 iterations when all timesteps were trained). So every few steps the policy draws the same pictures
-of prompts that it is not trained on, another scorer reads them, and a rule compares. Beside the
-score stand figures that a cheat moves: what further scorers say, sharpness, saturation, roughness
-and diversity of the pictures (`burnish.traits`), whether named people and styles are still known,
-and how much guidance the conditional branch has absorbed.
+of prompts that it is not trained on, another scorer reads them, and a rule compares
+(`burnish.hacking`). Beside the score stand figures that a cheat moves: what further scorers say,
+sharpness, saturation, roughness and diversity of the pictures (`burnish.traits`), whether named
+people and styles are still known, and how much guidance the conditional branch has absorbed.
 
     guard/looks.jsonl        a row for each look, with the score of every prompt
     guard/start.safetensors  states and velocities of the start, for the absorption
@@ -28,6 +28,7 @@ from burnish import runtime, traits
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.guidance import absorption
+from burnish.hacking import MIN_COVERAGE, is_better, verdict
 from burnish.looks import Look, Looks, Watch
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
@@ -38,9 +39,8 @@ from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
 from burnish.tracking import RunError, writing
-from burnish.types import Prompt, Scored, ScoreRequest, Task
+from burnish.types import Failed, Prompt, Scored, ScoreRequest, Task
 
-Verdict = Literal["fine", "hacked"]
 FOLDER = "guard"
 """Of the looks, in the folder of the stage's run."""
 _LEVELS = (0.9, 0.6, 0.3)
@@ -92,41 +92,6 @@ class GuardConfig(Config):
             yield f"others.{name}", reward
         if self.retention is not None and self.retention.judge is not None:
             yield "retention.judge", self.retention.judge
-
-
-def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:
-    """Whether the newest look shows that the reward is followed for its own sake.
-
-    It does if the held-out score has fallen since the best look, by more than `max_loss` of what
-    had been gained and by more than one standard error of the differences of single prompts, while
-    the reward has not: it has kept all but that share of its own gain up to the best look.
-
-    Args:
-        looks: from the start to the newest: reward, held_out, and `scores`, prompt -> mean score of
-            its pictures.
-        max_loss: share of the best gain.
-
-    >>> row = lambda reward, *scores: {
-    ...     "reward": reward, "held_out": sum(scores) / 2, "scores": dict(zip("ab", scores))
-    ... }
-    >>> verdict([row(None, 0.2, 0.2), row(1.0, 0.6, 0.6), row(2.0, 0.5, 0.4)], 0.25)
-    'hacked'
-    >>> verdict([row(None, 0.2, 0.2), row(1.0, 0.6, 0.6), row(0.9, 0.5, 0.4)], 0.25)
-    'fine'
-    """
-    start, newest = looks[0], looks[-1]
-    best = max(looks, key=lambda look: look["held_out"])
-    shared = sorted(best["scores"].keys() & newest["scores"].keys())
-    lost = np.array([best["scores"][name] - newest["scores"][name] for name in shared])
-    if best is newest or len(lost) < 2:
-        return "fine"
-    first = next(look["reward"] for look in looks if look["reward"] is not None)
-    is_kept = best["reward"] is None or newest["reward"] > best["reward"] - max_loss * max(
-        best["reward"] - first, 0.0
-    )
-    gained = best["held_out"] - start["held_out"]
-    least = max(max_loss * gained, float(lost.std(ddof=1)) / len(lost) ** 0.5)
-    return "hacked" if is_kept and float(lost.mean()) > least else "fine"
 
 
 def held_out(
@@ -186,9 +151,7 @@ class Guard(Watch):
             ConfigError: too few prompts.
         """
         self._config, self._rollout = config, rollout
-        self.looks = Looks(
-            folder / FOLDER, every=config.every, step=step, value=lambda look: look["held_out"]
-        )
+        self.looks = Looks(folder / FOLDER, every=config.every, step=step, is_better=is_better)
         self._judge = config.judge.build()
         self._others = {name: reward.build() for name, reward in config.others.items()}
         self._known = _Retention(config.retention, self._judge, tasks)
@@ -215,11 +178,15 @@ class Guard(Watch):
             pictures = self._draw(policy, self._prompts, seeds)
             known = self._draw(policy, self._known.prompts, 1)
             absorbed = self._absorbed(policy, pictures)
-        scores = self._scores("judge", self._judge, pictures)
-        others = {
-            name: float(np.mean(list(self._scores(f"others.{name}", reward, pictures).values())))
-            for name, reward in self._others.items()
-        }
+        coverage: dict[str, float] = {}
+        scores, coverage["judge"] = self._scores("judge", self._judge, pictures)
+        others: dict[str, float] = {}
+        for name, scorer in self._others.items():
+            said, coverage[f"others.{name}"] = self._scores(f"others.{name}", scorer, pictures)
+            others |= _told({name: list(said.values())}, coverage[f"others.{name}"])
+        retention, share = self._known.kept(known)
+        if self._known.prompts:
+            coverage["retention"] = share
         each = [picture[None] for picture in pictures]
         found = {
             "sharpness": _mean(traits.sharpness, each),
@@ -235,7 +202,8 @@ class Guard(Watch):
             "held_out": held_out,
             "verdict": "fine",
             "others": others,
-            "retention": self._known.kept(known),
+            "retention": retention,
+            "coverage": coverage,
             "traits": found,
             "scores": scores,
         }
@@ -246,7 +214,8 @@ class Guard(Watch):
             "guard/hacked": float(look["verdict"] == "hacked"),
             **{f"guard/{name}": value for name, value in found.items()},
             **{f"guard/others/{name}": value for name, value in others.items()},
-            **{f"guard/retention/{name}": value for name, value in look["retention"].items()},
+            **{f"guard/retention/{name}": value for name, value in retention.items()},
+            **{f"guard/coverage/{name}": value for name, value in coverage.items()},
         }
 
     def restore(self, policy: Policy[Any, Any]) -> None:
@@ -279,18 +248,21 @@ class Guard(Watch):
             micro_batch=self._rollout.micro_batch,
         )
 
-    def _scores(self, key: str, reward: Reward, pictures: Sequence[Tensor]) -> dict[str, float]:
-        """Mean score of each prompt's pictures; prompts without any are missing."""
+    def _scores(
+        self, key: str, reward: Reward, pictures: Sequence[Tensor]
+    ) -> tuple[dict[str, float], float]:
+        """Mean score of each prompt's pictures, prompts without any missing; and the coverage."""
         asked = [prompt for prompt in self._prompts for _ in range(self._config.num_seeds)]
         found: dict[str, list[float]] = {}
-        for prompt, answer in _answers(reward, asked, pictures):
+        answers, coverage = _answers(reward, asked, pictures)
+        for prompt, answer in answers:
             found.setdefault(prompt.id, []).append(answer.value)
         if not found:
             raise RunError(
                 f"need held-out pictures that guard.{key} can score, got none of {len(pictures)}; "
                 "choose a judge that has a say on these prompts"
             )
-        return {name: float(np.mean(values)) for name, values in found.items()}
+        return {name: float(np.mean(values)) for name, values in found.items()}, coverage
 
     def _absorbed(self, policy: Policy[Any, Any], pictures: Sequence[Tensor]) -> float:
         """Mean projection of the conditional branch's move onto the start's guidance; 0 without."""
@@ -366,27 +338,37 @@ class _Retention:
         if config.judge is not None:
             self._judge = config.judge.build()
 
-    def kept(self, pictures: Sequence[Tensor]) -> dict[str, float]:
-        """Mean of everything in the details of the scores, or of the scores where there are none;
-        empty if nobody looks."""
+    def kept(self, pictures: Sequence[Tensor]) -> tuple[dict[str, float], float]:
+        """Mean of everything in the details of the scores, or of the scores where there are none,
+        and the coverage; empty if nobody looks."""
         found: dict[str, list[float]] = {}
-        for _, answer in _answers(self._judge, self.prompts, pictures):
+        answers, coverage = _answers(self._judge, self.prompts, pictures)
+        for _, answer in answers:
             for name, value in (answer.detail or {"score": answer.value}).items():
                 found.setdefault(name, []).append(value)
-        return {name: float(np.mean(values)) for name, values in found.items()}
+        return _told(found, coverage), coverage
 
 
 def _mean(trait: Callable[[Tensor], Tensor], pictures: Sequence[Tensor]) -> float:
     return float(np.mean([float(trait(one)) for one in pictures]))
 
 
+def _told(found: Mapping[str, list[float]], coverage: float) -> dict[str, float]:
+    """Means of what was found; none of too little, which would be of other prompts at each look."""
+    if coverage < MIN_COVERAGE:
+        return {}
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
 def _answers(
     reward: Reward, prompts: Sequence[Prompt], pictures: Sequence[Tensor]
-) -> Iterator[tuple[Prompt, Scored]]:
-    """The scores that there are; without prompts nobody is asked."""
+) -> tuple[list[tuple[Prompt, Scored]], float]:
+    """The scores that there are, and their share of those that were due; without prompts nobody is
+    asked."""
     if not prompts:
-        return
+        return [], 1.0
     requests = [ScoreRequest(prompt=p, image=i) for p, i in zip(prompts, pictures, strict=True)]
-    for prompt, answer in zip(prompts, reward.score(requests), strict=True):
-        if isinstance(answer, Scored):
-            yield prompt, answer
+    answers = list(zip(prompts, reward.score(requests), strict=True))
+    found = [(prompt, answer) for prompt, answer in answers if isinstance(answer, Scored)]
+    failed = sum(isinstance(answer, Failed) for _, answer in answers)
+    return found, len(found) / max(1, len(found) + failed)

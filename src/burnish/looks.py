@@ -8,9 +8,10 @@ are kept, so that a stage that is resumed goes on as if it had never stopped.
     step-.../       the weights of the best look so far
 """
 
+import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,13 @@ LOOKS = "looks.jsonl"
 """Name of the file of the rows."""
 Look = dict[str, Any]
 """A row: `step`, and what was seen."""
+IsBetter = Callable[[Look, Look], bool]
+"""Whether the first of two looks is better than the second."""
+
+
+def best_of(looks: Sequence[Look], is_better: IsBetter) -> Look:
+    """The best of some looks, from the first to the newest; of equal ones the first."""
+    return functools.reduce(lambda best, look: look if is_better(look, best) else best, looks)
 
 
 class Watch(ABC):
@@ -76,16 +84,16 @@ class Watch(ABC):
 class Looks:
     """All looks of one stage."""
 
-    def __init__(self, folder: Path, *, every: int, step: int, value: Callable[[Look], float]):
+    def __init__(self, folder: Path, *, every: int, step: int, is_better: IsBetter) -> None:
         """Read what was seen before.
 
         Args:
             folder: of the looks.
             every: steps between two looks.
             step: at which the stage goes on; later looks are forgotten, as they come again.
-            value: of a look; the highest is the best.
+            is_better: whether a look is better than another; it decides which is the best.
         """
-        self.folder, self._every, self._value = folder, every, value
+        self.folder, self._every, self._is_better = folder, every, is_better
         self.rows: list[Look] = [row for row in read_rows(self._path) if row["step"] <= step]
         # Weights of looks that are forgotten would pass for those of looks that come again.
         checkpoint.drop(self.folder, [old for old in checkpoint.steps(self.folder) if old > step])
@@ -101,8 +109,8 @@ class Looks:
 
     @property
     def best(self) -> Look:
-        """The first of those with the highest value."""
-        return max(self.rows, key=self._value)
+        """The best of all looks."""
+        return best_of(self.rows, self._is_better)
 
     def is_due(self, step: int) -> bool:
         """Whether to look before this step."""
@@ -135,7 +143,7 @@ class Looks:
         each step from which the stage may be resumed."""
         resumable = [*checkpoint.steps(self.folder.parent / "checkpoints"), self.last_step]
         past = [[row for row in self.rows if row["step"] <= step] for step in resumable]
-        return {max(rows, key=self._value)["step"] for rows in past if rows}
+        return {best_of(rows, self._is_better)["step"] for rows in past if rows}
 
     def restore(self, policy: Policy[Any, Any]) -> int:
         """Give the policy the weights of the best look; returns its step.

@@ -19,6 +19,7 @@ from burnish.config import dump_yaml
 from burnish.fixed_states import FOLDER as FIXED_STATES
 from burnish.galleries import TASKS, in_words, with_galleries
 from burnish.guard import FOLDER as GUARD
+from burnish.hacking import counts
 from burnish.looks import LOOKS
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.standings import arena_results, bench_results
@@ -256,7 +257,7 @@ def _guard_charts(
             for place, one in enumerate(names, first)
         ]
 
-    judge = line("judge", [look["held_out"] for look in looks], 0)
+    judge = line("judge", [look["held_out"] if counts(look) else None for look in looks], 0)
     absorbed = line("absorbed", [look["traits"]["absorbed_guidance"] for look in looks], 0)
     for words, lines in (
         ("held-out score, looks of the guard", [judge, *several("others", 1)]),

@@ -13,8 +13,9 @@ from tests.looking import look
 
 from burnish import runtime
 from burnish.config import ConfigError, located, parse
-from burnish.guard import Guard, GuardConfig, RetentionConfig, held_out, verdict
-from burnish.looks import Look
+from burnish.guard import Guard, GuardConfig, RetentionConfig, held_out
+from burnish.hacking import is_better, verdict
+from burnish.looks import Look, best_of
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
@@ -72,6 +73,40 @@ class TestVerdict:
         assert share(0.55) > 0.85
 
 
+EASY, HARD = ([f"{kind}{number}" for number in range(16)] for kind in ("easy", "hard"))
+
+
+def mixed(reward: float | None, easy: float, hard: float, num_failed: int = 0) -> Look:
+    """A look at easy and hard prompts, of which the first hard ones have no score."""
+    scores = dict.fromkeys(EASY, easy) | dict.fromkeys(HARD[num_failed:], hard)
+    held_out = float(np.mean(list(scores.values())))
+    coverage = {"judge": len(scores) / 32}
+    return {"reward": reward, "held_out": held_out, "scores": scores, "coverage": coverage}
+
+
+class TestFailures:
+    """A judge that fails on hard prompts raises the mean of those that are left."""
+
+    def test_neither_hide_a_fall_nor_win(self) -> None:
+        rise = [mixed(None, 0.8, 0.2), mixed(0.5, 0.8, 0.6)]
+        for num_failed in (3, 16):
+            looks = [*rise, mixed(0.7, 0.8, 0.65, num_failed), mixed(0.9, 0.8, 0.2)]
+            assert verdict(looks, 0.2) == "hacked"
+        # Of the hard prompts fourteen have risen, and the mean of what is left with them.
+        few, many = mixed(0.7, 0.8, 0.65, 2), mixed(0.7, 0.8, 0.65, 16)
+        assert best_of([*rise, few], is_better) is few
+        assert best_of([*rise, many, mixed(0.8, 0.8, 0.62)], is_better)["reward"] == 0.8
+        assert best_of([*rise, mixed(0.7, 0.8, 0.6, 3)], is_better) is rise[1]
+
+    def test_a_look_without_enough_scores_gives_no_verdict(self) -> None:
+        looks = [mixed(None, 0.8, 0.2), mixed(0.5, 0.8, 0.6)]
+        assert verdict([*looks, mixed(0.7, 0.4, 0.2, 3)], 0.2) == "hacked"
+        assert verdict([*looks, mixed(0.7, 0.4, 0.2, 4)], 0.2) == "fine"
+        # Nor is a start the ground of a gain.
+        assert verdict([mixed(None, 0.1, 0.1, 16), *looks, mixed(0.7, 0.8, 0.55)], 0.2) == "fine"
+        assert verdict([mixed(None, 0.1, 0.1, 16), *looks, mixed(0.7, 0.8, 0.5)], 0.2) == "hacked"
+
+
 LOOKS = Path(__file__).parents[2] / "docs" / "studies" / "hacking-looks.jsonl"
 
 
@@ -103,6 +138,17 @@ class Scripted(Reward):
         if value is None:
             return [Failed(reason="lost") for _ in requests]
         return [Scored(value=value) for _ in requests]
+
+
+class Failing(Reward):
+    """Loses the first of the answers."""
+
+    def __init__(self, reward: Reward, num_lost: int) -> None:
+        self._reward, self._num_lost = reward, num_lost
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        lost: list[Score] = [Failed(reason="lost")] * self._num_lost
+        return lost + self._reward.score(requests)[self._num_lost :]
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +223,25 @@ class TestGuard:
         look(watch, policy, 8, 1.0, CPU)
         again = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()][1]
         assert (again["retention"], again["others"]) == (row["retention"], row["others"])
+
+    def test_what_fails_is_told_and_means_of_too_little_are_not(
+        self, policy: QwenImage21Policy, tmp_path: Path
+    ) -> None:
+        config = GuardConfig(
+            judge=OracleConfig(),
+            others={"beauty": OracleConfig(dimension="quality")},
+            retention=RetentionConfig(),
+            num_prompts=8,
+        )
+        watch = Guard(config, ROLLOUT, ["t2i"], tmp_path, step=0)
+        watch._judge, watch._others["beauty"] = Failing(watch._judge, 1), Failing(watch._judge, 2)
+        watch._known._judge = Failing(watch._judge, 16)
+        found = look(watch, policy, 0, None, CPU)
+        (row,) = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
+        coverage = {"judge": 15 / 16, "others.beauty": 14 / 16, "retention": 16 / 32}
+        assert row["coverage"] == coverage
+        assert {name: found[f"guard/coverage/{name}"] for name in coverage} == coverage
+        assert row["others"] == row["retention"] == {} and len(row["scores"]) == 8
 
     def test_retention_needs_prompts_and_is_off_by_default(self, tmp_path: Path) -> None:
         config = GuardConfig(judge=OracleConfig(), num_prompts=8)
