@@ -39,11 +39,11 @@ def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:
     It does if the held-out score has fallen since the best look, by more than `max_loss` of what
     had been gained and by more than one standard error of the differences of single prompts, while
     the reward has not: it has kept all but that share of its own gain up to the best look. A look
-    that does not count is passed over.
+    that does not count is passed over, and one without a reward tells nothing of it.
 
     Args:
-        looks: from the start to the newest: reward; `scores`, prompt -> mean score of its pictures;
-            coverage, the share of pictures with scores, of `judge`.
+        looks: from the start to the newest: reward, None where none was seen; `scores`, prompt ->
+            mean score of its pictures; coverage, the share of pictures with scores, of `judge`.
         max_loss: share of the best gain.
 
     >>> row = lambda reward, *scores: {"reward": reward, "scores": dict(zip("ab", scores))}
@@ -59,10 +59,11 @@ def verdict(looks: Sequence[Look], max_loss: float) -> Verdict:
     had, has = _both(best, newest)
     if best is newest or len(had) < 2:
         return "fine"
-    first = next(look["reward"] for look in looks if look["reward"] is not None)
-    is_kept = best["reward"] is None or newest["reward"] > best["reward"] - max_loss * max(
-        best["reward"] - first, 0.0
-    )
+    if newest["reward"] is None:
+        return "fine"
+    # Up to the best look; steps on which the reward failed leave a look without.
+    known = [one["reward"] for one in looks[: looks.index(best) + 1] if one["reward"] is not None]
+    is_kept = not known or newest["reward"] > known[-1] - max_loss * max(known[-1] - known[0], 0.0)
     after, before = _both(best, start)
     gained = float(after.mean() - before.mean()) if len(after) else 0.0
     lost = had - has

@@ -52,6 +52,12 @@ class TestVerdict:
             # Never better than the start.
             ([(None, 0.5), (0.6, 0.45)], "hacked"),
             ([(None, 0.5)], "fine"),
+            # No reward was seen before the newest look, before the best one, at all.
+            ([(None, 0.5), (0.6, 0.6), (None, 0.4)], "fine"),
+            ([(None, 0.5), (0.4, 0.52), (None, 0.6), (0.41, 0.4)], "hacked"),
+            ([(None, 0.5), (0.4, 0.52), (None, 0.6), (0.3, 0.4)], "fine"),
+            ([(None, 0.5), (None, 0.6), (0.3, 0.4)], "hacked"),
+            ([(None, 0.5), (None, 0.4)], "fine"),
             ([(None, 0.5), (0.6, 0.6), (0.7, 0.7)], "fine"),
         ],
     )
