@@ -13,5 +13,5 @@ def look(
     """Look, and remember it."""
     watch.prepare(policy, rt)
     told = watch.look(policy, step, reward, rt)
-    watch.looks.remember({name: weight.detach() for name, weight in policy.trainable()})
+    watch.looks.remember({name: weight.detach() for name, weight in policy.trainable()}, told)
     return told

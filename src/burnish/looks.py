@@ -26,7 +26,7 @@ from burnish.tracking import RunError, read_rows, write_atomic, writing
 LOOKS = "looks.jsonl"
 """Name of the file of the rows."""
 Look = dict[str, Any]
-"""A row: `step`, and what was seen."""
+"""A row: `step`, what was seen, and `told`, the part of it that is logged."""
 IsBetter = Callable[[Look, Look], bool]
 """Whether the first of two looks is better than the second."""
 
@@ -121,12 +121,19 @@ class Looks:
         """Whether the newest look is the best: its weights will be wanted."""
         return self.best is self.rows[-1]
 
-    def remember(self, weights: Mapping[str, Tensor]) -> None:
+    def told(self, step: int) -> dict[str, float]:
+        """What the look before a step logged; nothing where none was taken there."""
+        return next((row.get("told", {}) for row in self.rows if row["step"] == step), {})
+
+    def remember(self, weights: Mapping[str, Tensor], told: Mapping[str, float]) -> None:
         """Keep the weights if the newest look is the best, then write the looks down.
 
         Args:
             weights: whole, of all that is trained, by name; may be empty for any other look.
+            told: what the newest look logs with its step; a stage that is cut off before that step
+                is done logs it when it comes to the step again.
         """
+        self.rows[-1]["told"] = dict(told)
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.is_best:
             checkpoint.save(

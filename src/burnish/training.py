@@ -173,14 +173,14 @@ def train(
         progress(label, config.steps, done=state.step, is_shown=rt.is_main) as bar,
     ):
         while state.step < config.steps:
-            is_due = watch is not None and watch.looks.is_due(state.step)
-            seen = _look(watch, state, run, rt) if watch is not None and is_due else {}
+            if watch is not None and watch.looks.is_due(state.step):
+                _look(watch, state, run, rt)
             if watch is not None and watch.is_over:
                 bar.advance(0, note="ended by its guard")
                 break
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
             if rt.is_main:
-                run.log(state.step, metrics | seen)
+                run.log(state.step, metrics | (watch.looks.told(state.step) if watch else {}))
             unscored = _unscored(unscored, metrics, state.step, config.steps)
             state.step += 1
             is_unsaved |= state.step % config.save_every == 0
@@ -257,8 +257,9 @@ def _watch(
     return Guard(config.guard, config.rollout, config.prompts.tasks, run.folder, step=step)
 
 
-def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:
-    """What the main process sees of the policy as it would be written now, known to all."""
+def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> None:
+    """Have the main process look at the policy as it would be written now; its row is known to
+    all."""
     with run.timer("look"), state.averaged(bool(state.average)):
         watch.prepare(state.policy, rt)
         with whole(state.policy):
@@ -267,8 +268,7 @@ def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]
         # As they are kept, and not as they are gathered to draw.
         weights = state.weights(rt) if watch.looks.is_best else {}
         if rt.is_main:
-            watch.looks.remember(weights)
-    return seen
+            watch.looks.remember(weights, seen)
 
 
 def _looked(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, float]:

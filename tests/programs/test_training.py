@@ -18,7 +18,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
-from burnish import checkpoint, runtime
+from burnish import checkpoint, runtime, training
 from burnish.config import ConfigError, parse
 from burnish.curation import read_profile
 from burnish.optimization import OptimizerConfig, State
@@ -259,6 +259,35 @@ def test_killed_and_resumed_is_bit_equal_to_uninterrupted(
     name = "model/transformer/diffusion_pytorch_model.safetensors"
     ours, theirs = load_file(cut.folder / name), load_file(whole.folder / name)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "distill"])
+def test_cut_off_between_a_look_and_its_step_and_resumed_logs_the_look(
+    kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guard's and a student's, both with a checkpoint at the step of the look."""
+    data = settings(kind, model)
+    look = {"every": 2, "num_prompts": 8}
+    if kind == "distill":
+        data["algorithm"]["fixed_states"] = look
+    else:
+        data["guard"] = look | {"judge": {"kind": "oracle"}, "num_steps": 1, "action": "warn"}
+    whole, _ = start(tmp_path / "whole", model, data)
+    step = training._step
+
+    def cut_off(*args: Any) -> dict[str, float]:
+        if args[4].step == 2:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "_step", cut_off)
+        start(tmp_path / "cut", model, data)
+    cut, _ = start(tmp_path / "cut", model, data)
+    rows = (whole.folder / "metrics.jsonl").read_bytes()
+    assert (cut.folder / "metrics.jsonl").read_bytes() == rows
+    seen = {"grpo": "guard/held_out", "distill": "fixed_states/gap"}[kind]
+    assert [seen in row for row in whole.metrics()] == [True, False, True]
 
 
 def test_cut_off_in_the_middle_of_a_teacher_switch_and_resumed_is_bit_equal(
