@@ -168,7 +168,13 @@ def _chosen(config: RunConfig, folder: Path, name: str, rt: Runtime) -> StageCon
     if rt.is_main:
         write_kept(source, stage.prompts.read(), stage.curation, own)
     prompts = stage.prompts.model_copy(
-        update={"path": str(own / "kept.jsonl"), "columns": {}, "limit": None}
+        update={
+            "path": str(own / "kept.jsonl"),
+            "columns": {},
+            # What is kept was chosen by both, and may have none of some category.
+            "categories": None,
+            "limit": None,
+        }
     )
     return stage.model_copy(update={"prompts": prompts})
 

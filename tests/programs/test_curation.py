@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from burnish import runtime
+from burnish import runtime, stages
 from burnish.config import ConfigError, located, parse
 from burnish.curation import (
     CurationConfig,
@@ -219,6 +219,15 @@ def test_two_processes_keep_what_one_keeps(tmp_path: Path) -> None:
     # A batch of another shape rounds otherwise.
     assert ranges[0] == pytest.approx(ranges[1], abs=1e-4)
     assert kept[0] == kept[1]
+
+
+def test_a_category_of_which_nothing_is_kept_ends_no_stage(tmp_path: Path) -> None:
+    stage = "stages.teacher.curation={chance: null, top: 0.1}"
+    categories = "stages.teacher.prompts.categories=[portrait, typography]"
+    config = parse(RunConfig, yaml.safe_load(RECIPE), [stage, categories])
+    run_job(config, tmp_path, "curate/teacher", CPU)
+    chosen = stages._chosen(config, tmp_path, "teacher", CPU)
+    assert len(config.stages["teacher"].prompts.read()) == 5 and len(chosen.prompts.read()) == 1
 
 
 def test_an_empty_pool_ends_the_job_that_measured_it(tmp_path: Path) -> None:
