@@ -13,6 +13,7 @@ asked for besides.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ from scipy.stats import studentized_range
 from burnish import images
 from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
-from burnish.ledger import Ledger, read_ledger
+from burnish.ledger import Ledger, pin_files, read_ledger
 from burnish.policies.base import Policy
 from burnish.progress import progress
 from burnish.prompt_sets import PromptSet
@@ -39,8 +40,8 @@ from burnish.tracking import write_json, writing
 from burnish.types import Failed, Group, Prompt
 
 Profile = dict[str, Any]
-"""prompt, digest, task, category, range, mean, noise, scored; `scores`: reward -> one for each
-sample; `failures`: why some are missing."""
+"""prompt, digest (of text and sources), facts (their digest), aspect, category, task, range, mean,
+noise, scored; `scores`: reward -> one for each sample; `failures`: why some are missing."""
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 _NAME = "profile"
 _BLOCK = 12
@@ -102,11 +103,19 @@ def measure_prompts(
         policy: the base.
         folder: of the job.
         rt: ranks and precision.
+
+    Raises:
+        RunError: rows are missing, and the files of the rewards are not those of the others.
     """
     ledger = Ledger(folder, _NAME, rt)
     done = {row["prompt"] for row in read_profile(folder, prompts)}
     rt.barrier()
-    todo = PromptSet.of(prompts).select(lambda p: p.id not in done)[rt.rank :: rt.world_size]
+    every = PromptSet.of(prompts).select(lambda p: p.id not in done)
+    if every:
+        with rt.main_first():
+            files = {name: reward.inputs() for name, reward in config.rewards.items()}
+            pin_files(folder, "rewards", files)
+    todo = every[rt.rank :: rt.world_size]
     blocks = [todo[start : start + _BLOCK] for start in range(0, len(todo), _BLOCK)]
     rollout = config.rollout.model_copy(update={"keep": "none"})
     with (
@@ -128,20 +137,34 @@ def measure_prompts(
 def read_profile(folder: Path, prompts: Sequence[Prompt]) -> list[Profile]:
     """The rows that all ranks wrote of prompts as they are now.
 
-    A prompt whose words or sources have changed has none.
+    A prompt has none of what it was with another text, category, aspect, other sources or facts.
     """
     rows = read_ledger(folder, _NAME)
     measured = {row["prompt"] for row in rows}
     known = PromptSet.of(prompts).select(lambda p: p.id in measured)
-    digests = {prompt.id: digest(prompt) for prompt in known}
-    own = [row for row in rows if digests.get(row["prompt"]) == row["digest"]]
+    asked = {prompt.id: _asked(prompt) for prompt in known}
+    own = [row for row in rows if row["prompt"] in asked and _is_of(row, asked[row["prompt"]])]
     return list({row["prompt"]: row for row in own}.values())
 
 
-def digest(prompt: Prompt) -> str:
-    """What a prompt asks for, in sixteen characters."""
-    data = f"{images.digest(prompt.sources)}{prompt.text}".encode()
-    return hashlib.sha256(data).hexdigest()[:16]
+def _asked(prompt: Prompt) -> Profile:
+    """All of a prompt that decides its row."""
+    facts = json.dumps(dict(prompt.facts), sort_keys=True)
+    return {
+        "digest": _digest(f"{images.digest(prompt.sources)}{prompt.text}"),
+        "facts": _digest(facts),
+        "aspect": prompt.aspect,
+        "category": prompt.category,
+    }
+
+
+def _is_of(row: Profile, asked: Profile) -> bool:
+    """Whether a row was measured of what is asked; what it does not tell is taken to be so."""
+    return all(row.get(key, value) == value for key, value in asked.items())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterator[Profile]:
@@ -160,9 +183,8 @@ def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterat
         failed = [s.reason for row in group.scores.values() for s in row if isinstance(s, Failed)]
         yield {
             "prompt": group.prompt.id,
-            "digest": digest(group.prompt),
+            **_asked(group.prompt),
             "task": group.prompt.task,
-            "category": group.prompt.category,
             "range": round(float(ranges[row]), 6) if count > 1 else None,
             "mean": round(float(values[row][complete[row]].mean()), 6) if count else None,
             "noise": round(float(noises[row]), 6),

@@ -78,6 +78,20 @@ def pin(folder: Path, name: str, facts: Mapping[str, str]) -> None:
         )
 
 
+def pin_files(folder: Path, name: str, files: Mapping[str, Iterable[Path]]) -> None:
+    """Likewise of files whose content decides what a job leaves.
+
+    Args:
+        folder: as for `pin`.
+        name: likewise.
+        files: by the key of those that read them.
+
+    Raises:
+        RunError: their content is another one.
+    """
+    pin(folder, name, {f"the files of {key}": digest_of(paths) for key, paths in files.items()})
+
+
 def read_pin(folder: Path, name: str) -> dict[str, str]:
     """What a job was begun with; nothing if it was not.
 

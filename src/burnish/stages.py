@@ -32,7 +32,7 @@ from burnish.benching import (
 from burnish.config import ConfigError, located
 from burnish.curation import measure_prompts, num_drawn, write_kept
 from burnish.evaluation import HEADLINE, Row, measure, read_scores, write_rows
-from burnish.ledger import digest_of, pin
+from burnish.ledger import pin_files
 from burnish.merging import merge_into
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
@@ -191,8 +191,11 @@ def _run_stage(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:
     with rt.main_first():
         # By its own words, so that a run can be moved; what it refers to is looked up here.
         run = Run.create(place, stage, environment=rt.describe()) if rt.is_main else Run.open(place)
-        files = {f"the files of {name}": digest_of(r.inputs()) for name, r in stage.rewards.items()}
-        pin(run.folder, "rewards", files)
+        files = {name: reward.inputs() for name, reward in stage.rewards.items()}
+        pin_files(run.folder, "rewards", files)
+        if stage.guard is not None:
+            files = {f"guard.{key}": reward.inputs() for key, reward in stage.guard.scorers()}
+            pin_files(run.folder, "guard-judges", files)
         stage = with_folders(config, _chosen(config, folder, name, rt), folder)
     load = partial(_start, config, folder, name, rt)
     train(stage, load, run, rt, seed=config.seed, label=name)

@@ -27,11 +27,15 @@ from burnish.curation import (
     select,
     write_kept,
 )
+from burnish.guard import GuardConfig
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.prompts import read_prompts
+from burnish.prompts import PromptsConfig, read_prompts
 from burnish.rewards.oracle import OracleConfig
+from burnish.rollout_config import RolloutConfig
 from burnish.run_config import RunConfig
+from burnish.shelves import PolicyConfig
 from burnish.stages import is_complete, run_job
+from burnish.tracking import RunError
 from burnish.types import Failed, Group, Prompt, Score, Scored, Trajectory
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
@@ -168,9 +172,63 @@ def test_a_measurement_that_was_cut_off_goes_on_and_ends_the_same(tmp_path: Path
     names = [prompt.id for prompt in read_prompts(whole / "kept.jsonl")]
     assert len(names) == summary["all"]["kept"] == 2 and summary["all"]["prompts"] == 5
     assert json.loads((whole / "curation.json").read_text())["all"]["not_scored"] == 0
-    # A prompt that asks for something else now is measured again.
-    other = [replace(prompts[0], text="a cat"), *prompts[1:]]
-    assert len(read_profile(whole, other)) == 4
+    # A prompt that asks for something else now is measured again, and a row that tells less stands.
+    others: list[dict[str, Any]] = [
+        {"text": "a cat"}, {"category": "food"}, {"aspect": "16:9"}, {"facts": {"count": 3}}
+    ]  # fmt: skip
+    for other in others:
+        changed = [replace(prompts[0], **other), *prompts[1:]]
+        assert len(read_profile(whole, changed)) == 4
+    bare = [{k: v for k, v in row.items() if k not in ("aspect", "facts")} for row in found]
+    (whole / "profile-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bare))
+    assert read_profile(whole, prompts) == bare
+
+
+class Filed(OracleConfig):
+    """An oracle that a file belongs to."""
+
+    path: Path
+
+    def inputs(self) -> Sequence[Path]:
+        return [self.path]
+
+
+def test_a_profile_is_of_one_judge(tmp_path: Path) -> None:
+    base, file, folder = QwenImage21Policy.tiny(), tmp_path / "judge", tmp_path / "profile"
+    config = CurationConfig(
+        stage="teacher",
+        policy=PolicyConfig(resolution=64),
+        prompts=PromptsConfig(path="embedded:prompts/train.jsonl", tasks=("t2i",), limit=2),
+        rollout=RolloutConfig(num_steps=1, group_size=2, window=0, guidance_scale=1, keep="none"),
+        rewards={"quality": OracleConfig()},
+    ).model_copy(update={"rewards": {"quality": Filed(dimension="quality", path=file)}})
+    prompts = config.prompts.read()
+    file.write_text("one")
+    measure_prompts(config, prompts[:1], base, folder, CPU)
+    file.write_text("another")
+    with pytest.raises(RunError, match="need the files of quality as they were when"):
+        measure_prompts(config, prompts, base, folder, CPU)
+    # What is complete is selected from again, whatever has become of the judge.
+    measure_prompts(config, prompts[:1], base, folder, CPU)
+    assert len(read_profile(folder, prompts)) == 1
+
+
+def test_a_guard_goes_on_with_the_judge_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "train", lambda *_, **__: None)
+    config, file = parse(RunConfig, yaml.safe_load(RECIPE)), tmp_path / "judge"
+    guard = GuardConfig(judge=OracleConfig()).model_copy(update={"judge": Filed(path=file)})
+    stage = config.stages["teacher"].model_copy(update={"guard": guard})
+    config = config.model_copy(update={"stages": {"teacher": stage}})
+    file.write_text("one")
+    run_job(config, tmp_path, "train/teacher", CPU)
+    file.write_text("another")
+    with pytest.raises(RunError, match=r"need the files of guard\.judge as they were when"):
+        run_job(config, tmp_path, "train/teacher", CPU)
+    # A folder that does not tell takes the judge as it is.
+    (tmp_path / "stages/teacher/guard-judges.json").unlink()
+    run_job(config, tmp_path, "train/teacher", CPU)
 
 
 RECIPE = """
