@@ -402,6 +402,11 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
             "need kept states",
         ),
         ("nft", {"rewards": {}}, "need at least one reward"),
+        (
+            "grpo",
+            {"algorithm": {"kind": "grpo", "clip_range": 1.0}},
+            r"algorithm\.\S*clip_range: need less than 1",
+        ),
         ("nft", {"rollout": {"window": 0, "group_size": 1}}, "need group_size of at least 2"),
         ("nft", {"prompts_per_stp": 3}, "prompts_per_step"),
         (

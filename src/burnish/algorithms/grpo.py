@@ -61,7 +61,7 @@ class GrpoConfig(AnchoredConfig):
     gain: float = Field(default=1.0, gt=0)
     """Of `residual`: 1 is exact if both branches move alike, the guidance scale if only the
     conditional moves."""
-    clip_range: float = Field(default=1e-5, gt=0)
+    clip_range: float = Field(default=1e-5, gt=0, lt=1)
     """On the normalised ratio, which is a mean over latent dimensions and stays close to 1."""
     normalise_ratio: bool = True
     """Free the ratio of each step of its drift and its scale, and weigh steps alike (GRPO-Guard,
