@@ -284,7 +284,7 @@ class FixedStates(Watch):
         )
         return [
             Signal(prompt=group.prompt, latents=path.latents, sigmas=path.sigmas)
-            for group in sample(teacher, self._paths[label], plan, seed=0, step=0)
+            for group in sample(teacher, self._paths[label], plan, seed=0, step=0, is_decoded=False)
             for path in group.trajectories
         ]
 

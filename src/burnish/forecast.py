@@ -102,7 +102,7 @@ def _plan(
         key = (lora, asked, worst.text, worst.sources, away.negative_prompt)
         if key not in known:
             known[key] = measure(computing, worst, away.negative_prompt, asked, rt)
-        found.append(known[key])
+        found.append(known[key] if stage.rewards else dataclasses.replace(known[key], decoding=0))
     is_gpu = rt.device.type == "cuda"
     beside = host_parts(config, stage, footprint, policy, found, sharding)
     host = [part for part in beside if part.num_bytes]

@@ -160,7 +160,7 @@ def host_parts(
     samples = stage.prompts_per_step * stage.rollout.group_size
     latents = _most(found, "latents")
     states = latents * _FIELDS * (stage.rollout.num_kept + footprint.states)
-    step = samples * (picture_bytes(policy) + states)
+    step = samples * ((picture_bytes(policy) if stage.rewards else 0) + states)
     name = "pictures and states of a step"
     yield Part(name=name, num_bytes=step, during=_RUNNING, is_common=True)
     size = footprint.copies_read_ahead * _rounded_bytes(policy)

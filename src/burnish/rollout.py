@@ -48,6 +48,7 @@ def sample(
     seed: int,
     step: int,
     on_batch: Callable[[list[Group]], None] | None = None,
+    is_decoded: bool = True,
 ) -> list[Group]:
     """Draw one group for each prompt, without gradient and in eval mode.
 
@@ -58,6 +59,7 @@ def sample(
         seed: seed of the run.
         step: step of the run; with `seed` and the prompt's id it decides every random number.
         on_batch: called with complete groups as soon as their images exist.
+        is_decoded: whether anybody looks at the images; without, they have no pixels.
 
     Raises:
         ValueError: two prompts have one id.
@@ -74,7 +76,7 @@ def sample(
         for rows in _blocks(policy, prompts, max(1, config.micro_batch // config.group_size)):
             block = [prompts[row] for row in rows]
             members = [_members(policy, prompt, config, seed, step) for prompt in block]
-            paths = _trajectories(policy, block, members, config)
+            paths = _trajectories(policy, block, members, config, is_decoded=is_decoded)
             done = [
                 Group(prompt=prompt, trajectories=tuple(group))
                 for prompt, group in zip(block, paths, strict=True)
@@ -195,6 +197,8 @@ def _trajectories(
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[_Sample]],
     config: RolloutConfig,
+    *,
+    is_decoded: bool = True,
 ) -> list[list[Trajectory]]:
     """Paths of all samples, for prompts of one task and one size."""
     is_guided = config.guidance_scale != 1
@@ -206,7 +210,7 @@ def _trajectories(
         rows, batch = zip(*flat[first : first + config.micro_batch], strict=True)
         null_rows = None if null is None else null.take(rows)
         clean = _denoise(policy, batch, prefix.take(rows), null_rows, config)
-        images = policy.decode(clean).cpu()
+        images = policy.decode(clean).cpu() if is_decoded else torch.zeros(len(rows), 3, 0, 0)
         for place, row in enumerate(rows):
             paths[row].append(_trajectory(batch[place], clean[place].cpu(), images[place]))
     return paths

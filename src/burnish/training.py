@@ -80,16 +80,14 @@ class StageConfig(Config):
             raise ValueError(
                 f"need at least one reward for {name}, got none; add one under rewards"
             )
-        if not self.algorithm.needs_rewards and self.advantages != AdvantagesConfig():
-            raise ValueError(f"need no advantages for {name}, got some; leave `advantages` out")
-        if not self.algorithm.needs_rewards and self.guard is not None:
-            raise ValueError(
-                f"need no guard for {name}, got one; it watches a reward, leave it out"
-            )
-        if not self.algorithm.needs_rewards and self.curation is not None:
-            raise ValueError(
-                f"need no curation for {name}, got one; it goes by rewards, leave it out"
-            )
+        for key, is_given, why in (
+            ("rewards", bool(self.rewards), "it learns from its teachers alone"),
+            ("advantages", self.advantages != AdvantagesConfig(), "they are made of rewards"),
+            ("guard", self.guard is not None, "it watches a reward"),
+            ("curation", self.curation is not None, "it goes by rewards"),
+        ):
+            if is_given and not self.algorithm.needs_rewards:
+                raise ValueError(f"need no {key} for {name}, got some; {why}, leave `{key}` out")
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
         for task in self.prompts.tasks:
@@ -104,8 +102,7 @@ class StageConfig(Config):
         return self
 
     def _check_rollout(self, name: str, learns_from: LearnsFrom) -> None:
-        draws = self.rollout
-        is_stochastic = draws.is_stochastic
+        draws, is_stochastic = self.rollout, self.rollout.is_stochastic
         if learns_from == "transitions" and not (is_stochastic and draws.keep == "window"):
             raise ValueError(
                 f"need a stochastic window that is kept for {name}, got window={draws.window}, "
@@ -258,8 +255,7 @@ def _watch(
 
 
 def _look(watch: Watch, state: State, run: Run, rt: Runtime) -> None:
-    """Have the main process look at the policy as it would be written now; its row is known to
-    all."""
+    """Have the main process look at the policy as it would be written now; all know its row."""
     with run.timer("look"), state.averaged(bool(state.average)):
         watch.prepare(state.policy, rt)
         with whole(state.policy):
@@ -364,7 +360,7 @@ def _rollout(
     read_ahead(policy, prompts, plan.guidance)
     with whole(policy):
         if not config.rewards:
-            return draw()
+            return draw(is_decoded=False)
         drawn = draw(on_batch=scorer.submit)
     scored = scorer.collect()
     return [scored[group.prompt.id] for group in drawn]

@@ -107,7 +107,7 @@ class Trajectory:
     clean: Float[Tensor, "*latent"]
     """Latents at sigma = 0."""
     image: Float[Tensor, "3 height width"]
-    """The decoded sample in [0, 1]."""
+    """The decoded sample in [0, 1]; without pixels where nobody looks at it."""
 
 
 @dataclass(frozen=True, kw_only=True)

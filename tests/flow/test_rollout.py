@@ -348,3 +348,15 @@ def test_impossible_settings_get_a_clear_line(policy):
         sample(policy, [PROMPTS[0], PROMPTS[0]], config(), seed=0, step=0)
     with pytest.raises(ValueError, match="one seed"):
         draw(policy, PROMPTS, num_steps=2, guidance=Guidance(), seeds=[1])
+
+
+def test_what_nobody_looks_at_is_not_decoded_and_is_the_same_path(policy, monkeypatch):
+    seen = sample(policy, PROMPTS[:2], config(keep="all"), seed=0, step=0)
+    monkeypatch.setattr(QwenImage21Policy, "decode", None)
+    bare = sample(policy, PROMPTS[:2], config(keep="all"), seed=0, step=0, is_decoded=False)
+    paths = [path for group in bare for path in group.trajectories]
+    assert all(path.image.shape == (3, 0, 0) for path in paths)
+    for path, twin in zip(paths, [p for group in seen for p in group.trajectories], strict=True):
+        for name in TENSORS:
+            if name != "image":
+                assert torch.equal(getattr(path, name), getattr(twin, name))

@@ -6,11 +6,14 @@ import pytest
 
 from burnish.algorithms.base import Footprint
 from burnish.algorithms.nft import NftConfig
-from burnish.forecast import counts
+from burnish.cli.recipes import recipe_path
+from burnish.config import load
+from burnish.forecast import counts, forecast
 from burnish.optimization import OptimizerConfig
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
+from burnish.run_config import RunConfig
 from burnish.training import StageConfig
 
 FOUR = Footprint(states=4, draw_scale=2.0)
@@ -51,3 +54,10 @@ def test_who_looks_on_draws_different_prompts() -> None:
     """A picture each, so that the prefix is the larger part."""
     looked = Footprint(states=4, draws=8)
     assert counts(stage({"micro_batch": 2}), looked).picture_prompts == 8
+
+
+def test_pictures_that_nobody_looks_at_need_no_memory() -> None:
+    config = load(RunConfig, recipe_path("smoke"), [])
+    parts = {plan.stage: [p.name for p in plan.parts] for plan in forecast(config, "cuda")}
+    decoding = [stage for stage, names in parts.items() if "decoding its pictures" in names]
+    assert decoding == ["t2i_teacher", "edit_teacher", "evaluation"]
