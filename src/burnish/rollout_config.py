@@ -118,7 +118,7 @@ class RolloutConfig(Config):
         if self.shared_noise and self.group_size > 1 and not self.is_stochastic:
             raise ValueError(
                 "need a window with noise for shared_noise, got none, which makes all members of a "
-                "group one picture; set rollout.window=2 or leave rollout.shared_noise out"
+                f"group one picture; set {self._noisy()} or leave rollout.shared_noise out"
             )
         if self.kernel in ("cps", "dance") and self.window and self.noise_level > 1:
             raise ValueError(
@@ -128,8 +128,7 @@ class RolloutConfig(Config):
         if self.kernel == "flow_sde" and self.window and self.noise_level and start == 0:
             raise ValueError(
                 "need a window after the first step for flow_sde, whose noise is infinite at pure "
-                f"noise, got {start} to {end}; set window_range=[1, {max(end, self.window + 1)}] "
-                "or kernel=precise"
+                f"noise, got {start} to {end}; set {self._moved()}rollout.kernel=precise"
             )
         if isinstance(self.keep, int) and not 1 <= self.keep <= self.num_steps:
             raise ValueError(
@@ -137,6 +136,26 @@ class RolloutConfig(Config):
                 "keep no more steps than there are, or 'none'"
             )
         return self
+
+    def _noisy(self) -> str:
+        """Settings that inject noise, of those that do not."""
+        level = 0.3 if self.kernel in ("cps", "dance") else 1.5
+        settings = {
+            f"window={max(1, min(2, self.num_steps - 1))}": not self.window,
+            "kernel=precise": self.kernel == "ode",
+            f"noise_level={level:g}": not self.noise_level,
+        }
+        return " ".join(f"rollout.{one}" for one, is_wanted in settings.items() if is_wanted)
+
+    def _moved(self) -> str:
+        """The window one step later, as a setting that is not the only remedy; nothing where the
+        path is too short for it."""
+        end = max(self.window_bounds[1], self.window + 1)
+        setting = f"rollout.window_range=[1, {end}]"
+        if self.window_steps is not None:
+            end = self.window_steps[-1] + 2
+            setting = f"rollout.window_steps={[step + 1 for step in self.window_steps]}"
+        return f"{setting} or " if end < self.num_steps else ""
 
     def _check_steps(self, steps: tuple[int, ...]) -> None:
         is_ordered = list(steps) == sorted(set(steps))

@@ -68,7 +68,8 @@ def update(
         if not bool(norm.isfinite()):
             raise RunError(
                 f"need a finite gradient, got {float(norm)} at step {state.step}; lower "
-                "optimizer.learning_rate and start again, the last checkpoint is as it was"
+                "optimizer.learning_rate and begin in another folder with --out, as this one "
+                "belongs to its settings"
             )
         norms.append(float(norm))
         place = state.step * plan.num_updates + number

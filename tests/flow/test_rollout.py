@@ -1,6 +1,7 @@
 """Groups as training receives them: right paths, right steps kept, and no memory of the batch."""
 
 import io
+import re
 from dataclasses import fields, replace
 
 import pytest
@@ -348,6 +349,30 @@ def test_impossible_settings_get_a_clear_line(policy):
         sample(policy, [PROMPTS[0], PROMPTS[0]], config(), seed=0, step=0)
     with pytest.raises(ValueError, match="one seed"):
         draw(policy, PROMPTS, num_steps=2, guidance=Guidance(), seeds=[1])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kernel": "flow_sde", "num_steps": 3},
+        {"kernel": "flow_sde", "num_steps": 10},
+        {"kernel": "flow_sde", "num_steps": 6, "window_range": [0, 5]},
+        {"kernel": "flow_sde", "num_steps": 6, "window_steps": [0, 3]},
+        {"kernel": "flow_sde", "num_steps": 6, "window_steps": [0, 4]},
+        {"shared_noise": True, "window": 0},
+        {"shared_noise": True, "window": 0, "num_steps": 2, "kernel": "ode"},
+        {"shared_noise": True, "kernel": "ode"},
+        {"shared_noise": True, "noise_level": 0},
+        {"shared_noise": True, "noise_level": 0, "kernel": "cps"},
+    ],
+)
+def test_settings_that_a_refusal_names_are_taken(given):
+    with pytest.raises(ConfigError) as refused:
+        parse(RolloutConfig, given)
+    advice = re.sub(r"rollout\.", "", str(refused.value).split("; set ")[1])
+    for remedy in advice.split(" or "):
+        if not remedy.startswith("leave"):
+            assert parse(RolloutConfig, given, re.findall(r"\w+=(?:\[.*?\]|\S+)", remedy))
 
 
 def test_what_nobody_looks_at_is_not_decoded_and_is_the_same_path(policy, monkeypatch):

@@ -82,6 +82,23 @@ def start(folder: Path, model: Path, data: dict[str, Any]) -> tuple[Run, Policy[
     return run, policy
 
 
+def test_gradients_that_are_not_finite_end_a_stage_with_a_way_on(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(torch.nan))
+    data = settings("grpo", model)
+    advice = (
+        r"need a finite gradient, got nan at step 0; lower optimizer\.learning_rate and begin in"
+    )
+    with pytest.raises(RunError, match=advice):
+        start(tmp_path / "first", model, data)
+    slower = data | {"optimizer": {**data["optimizer"], "learning_rate": 1e-9}}
+    monkeypatch.undo()
+    with pytest.raises(RunError, match="belongs to another run"):
+        start(tmp_path / "first", model, slower)
+    start(tmp_path / "second", model, slower)
+
+
 @pytest.mark.parametrize("kind", ["nft", "grpo", "distill"])
 def test_one_loop_runs_every_algorithm_and_leaves_a_pipeline(
     kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
