@@ -103,6 +103,11 @@ class StageConfig(Config):
 
     def _check_rollout(self, name: str, learns_from: LearnsFrom) -> None:
         draws, is_stochastic = self.rollout, self.rollout.is_stochastic
+        if draws.guidance_scale == 1 and draws.negative_prompt:
+            raise ValueError(
+                "need rollout.guidance_scale other than 1 for a negative_prompt, got 1, which is "
+                "without guidance; leave rollout.negative_prompt out"
+            )
         if learns_from == "transitions" and not (is_stochastic and draws.keep == "window"):
             raise ValueError(
                 f"need a stochastic window that is kept for {name}, got window={draws.window}, "
