@@ -127,7 +127,8 @@ def measure_prompts(
                 drawn = sample(
                     policy, block, rollout, seed=config.seed, step=0, on_batch=scorer.submit
                 )
-            scored = scorer.collect()
+                # Which attention a judge takes is a matter of the process, not of its thread.
+                scored = scorer.collect()
             rows = profile([scored[group.prompt.id] for group in drawn], config.rewards)
             ledger.add(rows)
             bar.advance(len(block))

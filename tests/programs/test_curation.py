@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +31,14 @@ from burnish.curation import (
 from burnish.guard import GuardConfig
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.prompts import PromptsConfig, read_prompts
+from burnish.rewards.base import Reward
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
 from burnish.run_config import RunConfig
 from burnish.shelves import PolicyConfig
 from burnish.stages import is_complete, run_job
 from burnish.tracking import RunError
-from burnish.types import Failed, Group, Prompt, Score, Scored, Trajectory
+from burnish.types import Failed, Group, Prompt, Score, Scored, ScoreRequest, Trajectory
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
 CONFIGS = {
@@ -193,15 +195,20 @@ class Filed(OracleConfig):
         return [self.path]
 
 
-def test_a_profile_is_of_one_judge(tmp_path: Path) -> None:
-    base, file, folder = QwenImage21Policy.tiny(), tmp_path / "judge", tmp_path / "profile"
-    config = CurationConfig(
+def short(reward: OracleConfig) -> CurationConfig:
+    """Of two prompts, two pictures each."""
+    return CurationConfig(
         stage="teacher",
         policy=PolicyConfig(resolution=64),
         prompts=PromptsConfig(path="embedded:prompts/train.jsonl", tasks=("t2i",), limit=2),
         rollout=RolloutConfig(num_steps=1, group_size=2, window=0, guidance_scale=1, keep="none"),
         rewards={"quality": OracleConfig()},
-    ).model_copy(update={"rewards": {"quality": Filed(dimension="quality", path=file)}})
+    ).model_copy(update={"rewards": {"quality": reward}})
+
+
+def test_a_profile_is_of_one_judge(tmp_path: Path) -> None:
+    base, file, folder = QwenImage21Policy.tiny(), tmp_path / "judge", tmp_path / "profile"
+    config = short(Filed(dimension="quality", path=file))
     prompts = config.prompts.read()
     file.write_text("one")
     measure_prompts(config, prompts[:1], base, folder, CPU)
@@ -211,6 +218,27 @@ def test_a_profile_is_of_one_judge(tmp_path: Path) -> None:
     # What is complete is selected from again, whatever has become of the judge.
     measure_prompts(config, prompts[:1], base, folder, CPU)
     assert len(read_profile(folder, prompts)) == 1
+
+
+class Slow(Reward):
+    """Tells which attention the process takes when the pictures have long been drawn."""
+
+    def score(self, requests: Sequence[ScoreRequest]) -> list[Score]:
+        time.sleep(0.5)
+        is_fused = torch.backends.cuda.flash_sdp_enabled()
+        return [Scored(value=float(is_fused)) for _ in requests]
+
+
+class SlowConfig(OracleConfig):
+    def build(self) -> Reward:
+        return Slow()
+
+
+def test_pictures_are_scored_as_in_training(tmp_path: Path) -> None:
+    rt, config = replace(CPU, dtype=torch.bfloat16), short(SlowConfig())
+    measure_prompts(config, config.prompts.read(), QwenImage21Policy.tiny(), tmp_path, rt)
+    (row, _) = read_profile(tmp_path, config.prompts.read())
+    assert row["scores"]["quality"] == [0.0, 0.0]
 
 
 def test_a_guard_goes_on_with_the_judge_that_it_began_with(
