@@ -200,7 +200,7 @@ class Runtime:
             torch.distributed.barrier()
 
     def close(self) -> None:
-        """Leave the other processes; nothing to do where there is one process."""
+        """Leave the others; not after an error: they would tell of that before it is told why."""
         if self.world_size > 1 and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file
 from tests import spread_teacher, spread_weights
 from tests.jobs import begin, distance, finish, run_together
 
-from burnish import checkpoint, images, spread_checkpoint
+from burnish import checkpoint, images, launcher, spread_checkpoint
 from burnish.config import ConfigError, parse
+from burnish.launcher import JobError
 from burnish.preflight import check_inputs
 from burnish.prompts import write_prompts
 from burnish.run_config import RunConfig
 from burnish.shelves import policy_class
-from burnish.tracking import read_rows
+from burnish.tracking import Run, read_rows
 from burnish.types import Prompt
 
 pytestmark = pytest.mark.slow
@@ -243,6 +244,18 @@ def test_a_stage_whose_process_was_killed_goes_on_with_another_number_of_them(
     resumed = finish(recipe("nft", model, 3, policy=policy, sharding=sharding), folder)
     assert [row["step"] for row in read_rows(resumed / "metrics.jsonl")] == [0, 1, 2]
     assert distance(alone / "model", resumed / "model") < TOLERANCE
+
+
+def test_the_process_that_fails_tells_why(model: Path, tmp_path: Path) -> None:
+    """Those that wait for it lose their connection, which is no news."""
+    config = recipe("nft", model, 2)
+    Run.create(tmp_path, config)
+    foreign = tmp_path / "stages" / "stage" / "foreign.txt"
+    foreign.parent.mkdir(parents=True)
+    foreign.touch()
+    with pytest.raises(JobError, match=r"^train/stage: need an empty .* foreign.txt") as caught:
+        launcher.run_jobs(config, tmp_path)
+    assert caught.value.exit_code == 2
 
 
 def test_every_process_needs_a_group(model: Path) -> None:

@@ -141,20 +141,18 @@ def curate(
     policy_class(config.policy.family).check_sources(prompts.entries)
     rt = config.runtime.build()
     command = shlex.join(["burnish", *sys.argv[1:]])
-    try:
-        policy = load_policy(config.policy, model_folder(folder, config.policy.path), rt)
-        if rt.is_main:
-            Run.create(folder, config, command=command, environment=rt.describe())
-        rt.barrier()
-        measure_prompts(config, prompts, policy, folder, rt)
-        if rt.is_main:
-            found = write_kept(folder, prompts, rule)
-            rows = read_profile(folder, prompts)
-            kept = frozenset(select(rows, rule))
-            shown = write_curation_page(folder, stage, rows, kept, found, command)
-            _show_kept(found, stage, folder, shown, as_json)
-    finally:
-        rt.close()
+    policy = load_policy(config.policy, model_folder(folder, config.policy.path), rt)
+    if rt.is_main:
+        Run.create(folder, config, command=command, environment=rt.describe())
+    rt.barrier()
+    measure_prompts(config, prompts, policy, folder, rt)
+    if rt.is_main:
+        found = write_kept(folder, prompts, rule)
+        rows = read_profile(folder, prompts)
+        kept = frozenset(select(rows, rule))
+        shown = write_curation_page(folder, stage, rows, kept, found, command)
+        _show_kept(found, stage, folder, shown, as_json)
+    rt.close()
 
 
 def _of_stage(recipe: str, stage: str, overrides: Sequence[str]) -> "tuple[str, CurationConfig]":

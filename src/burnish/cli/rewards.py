@@ -44,10 +44,8 @@ def train(
     given = {} if config is None else read_yaml(config)
     settings = parse(RewardTrainingConfig, given, overrides or (), where=str(config or ""))
     rt = settings.runtime.build()
-    try:
-        folder = train_judge(settings, out, rt)
-    finally:
-        rt.close()
+    folder = train_judge(settings, out, rt)
+    rt.close()
     found = json.loads((folder / "judge.json").read_text(encoding="utf-8"))
     for dimension, values in found.get("held_out", {}).items():
         print(f"{dimension}: {_line(values)}")
@@ -155,26 +153,24 @@ def reason(
     known = judge_facts(folder).get("split")
     chosen = seen(settings, {path.stem for path in folder.glob("rubrics/*.md")}, known)
     rt = settings.runtime.build()
-    try:
-        judge = Judge.load(folder, rt.device)
-        if rt.is_main:
-            Run.create(rows, settings, environment=rt.describe())
-            files = [*folder.glob("*.safetensors"), *folder.glob("rubrics/*.md")]
-            pin(rows, "judge", {"the judge's weights and rubrics": digest_of(files)})
-        rt.barrier()
-        found = write_rationales(judge, chosen, rows, rt, batch_size=settings.batch_size)
-        if rt.is_main:
-            if not found:
-                raise ConfigError(
-                    f"need answers with a score, got none about {len(chosen)} pictures; the judge "
-                    "does not answer as it was taught, see `burnish reward report`"
-                )
-            write_annotations(out, found)
-            print(f"{len(found)} of {len(chosen)} pictures: {out}")
-            if as_json:
-                print(json.dumps({"path": str(out), "asked": len(chosen), "written": len(found)}))
-    finally:
-        rt.close()
+    judge = Judge.load(folder, rt.device)
+    if rt.is_main:
+        Run.create(rows, settings, environment=rt.describe())
+        files = [*folder.glob("*.safetensors"), *folder.glob("rubrics/*.md")]
+        pin(rows, "judge", {"the judge's weights and rubrics": digest_of(files)})
+    rt.barrier()
+    found = write_rationales(judge, chosen, rows, rt, batch_size=settings.batch_size)
+    if rt.is_main:
+        if not found:
+            raise ConfigError(
+                f"need answers with a score, got none about {len(chosen)} pictures; the judge "
+                "does not answer as it was taught, see `burnish reward report`"
+            )
+        write_annotations(out, found)
+        print(f"{len(found)} of {len(chosen)} pictures: {out}")
+        if as_json:
+            print(json.dumps({"path": str(out), "asked": len(chosen), "written": len(found)}))
+    rt.close()
 
 
 @reward.command(epilog="Example: burnish reward serve runs/judge/judge --port 8100")

@@ -192,10 +192,8 @@ def job(folder: Path, name: str) -> None:
             f"need a job of the run, got {name!r}; did you mean {nearest(name, jobs) or jobs[0]!r}?"
         )
     rt = config.runtime.build()
-    try:
-        stages.run_job(config, folder, name, rt)
-    finally:
-        rt.close()
+    stages.run_job(config, folder, name, rt)
+    rt.close()
     if rt.world_size > 1:
         # The result is there: an abort of a library that is unloaded would end the others, too.
         for stream in (sys.stdout, sys.stderr):
