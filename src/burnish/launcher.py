@@ -258,13 +258,14 @@ def launch(
     with _listening() as stops, _Screen(len(jobs) + num_complete) as screen:
         try:
             while waiting or running:
-                for child in [child for child in running if child.process.poll() is not None]:
+                ended = [child for child in running if child.process.poll() is not None]
+                if stops:  # Who stops a whole group of processes stops what ended, too.
+                    raise Stopped
+                for child in ended:
                     running.remove(child)
                     free.append(child.place)
                     child.read()
                     _check_end(child, screen)
-                if stops:
-                    raise Stopped
                 for job in _ready(waiting, running)[: len(free)]:
                     del waiting[job]
                     running.append(_start(job, command(job), log_file(job), free.pop(0)))
@@ -308,8 +309,7 @@ def _start(job: str, command: Sequence[str], log: Path, place: Mapping[str, str]
 
 def _check_end(child: _Child, screen: "_Screen") -> None:
     screen.note(child)
-    code = child.process.returncode
-    if code == STOPPED:
+    if (code := child.process.returncode) in (STOPPED, -signal.SIGTERM):
         raise Stopped
     if code != 0:
         raise child.failure()

@@ -21,7 +21,7 @@ from PIL import Image
 from burnish import cli, launcher
 from burnish.cli import recipes
 from burnish.config import located
-from burnish.launcher import STOPPED, JobError, launch
+from burnish.launcher import STOPPED, JobError, Stopped, launch
 
 GROUPED = (
     "arena judge",
@@ -764,10 +764,13 @@ if "together" in plan:
     sys.exit("burnish: need a, got b\\nburnish: connection closed\\n  exitcode  : 2 (pid: 7) \\n")
 if "killed" in plan:
     sys.exit("burnish: connection closed\\nexitcode  : -15 (pid: 7)\\nexitcode  : -9 (pid: 8)\\n")
+if "torn" in plan:
+    # As torchrun ends when it is asked to.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("SignalException"))
 if "deaf" in plan:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 (folder / f"{job}.ready").touch()
-time.sleep(60 if "sleep" in plan or "deaf" in plan else 0.3)
+time.sleep(60 if {"sleep", "torn", "deaf"}.intersection(plan) else 0.3)
 with (folder / "events").open("a") as file:
     print("end", job, file=file)
 """
@@ -917,6 +920,35 @@ def test_a_signal_stops_everything(
     process.send_signal(number)
     assert process.wait(30) == STOPPED
     assert not children(tmp_path)
+
+
+@pytest.mark.parametrize("plan", ["sleep", "torn"])
+def test_a_signal_to_all_processes_is_no_failure(
+    plan: str, parent: Callable[[str], subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    """As schedulers stop a job: children end by it, or with an error, before they are asked to."""
+    process = parent(plan)
+    # Held, so that both children have ended when it hears of it.
+    process.send_signal(signal.SIGSTOP)
+    for number in (process.pid, *children(tmp_path)):
+        os.kill(number, signal.SIGTERM)
+    wait_for(lambda: not children(tmp_path))
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(30) == STOPPED
+
+
+def test_a_child_that_was_asked_to_stop_stops_the_others(launched: Launch, tmp_path: Path) -> None:
+    """Also before it can answer, as it loads libraries."""
+
+    def stop() -> None:
+        wait_for(lambda: (tmp_path / "a.ready").exists())
+        os.kill(children(tmp_path)[0], signal.SIGTERM)
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
+    with pytest.raises(Stopped):
+        launched({"a": ()}, a="sleep")
+    stopper.join()
 
 
 def test_children_do_not_outlive_a_killed_launcher(
