@@ -239,7 +239,11 @@ def _read(path: Path, rt: Runtime) -> Checkpoint:
                 )
             except (SafetensorError, OSError, ValueError) as error:
                 raise _damaged(path, f"{name} cannot be read ({error})") from None
-    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        # Another process has checked its hash, or will.
+        raise _damaged(path, f"state.json cannot be read ({error})") from None
     return Checkpoint(
         step=manifest["step"], folder=path, tensors=tensors, state=state, is_spread=is_spread
     )

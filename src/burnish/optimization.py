@@ -169,7 +169,9 @@ class State:
                     parameter.copy_(tensors["policy"][name])
                 for (name, _), mean in zip(self.policy.trainable(), self.average, strict=False):
                     mean.copy_(tensors["average"][name])
-            load_optimizer_state(self.optimizer, tensors["optimizer"], found.state["optimizer"])
+            # Shares of nothing leave no group: no gradient has come yet.
+            moments = tensors.get("optimizer", {})
+            load_optimizer_state(self.optimizer, moments, found.state["optimizer"])
             self.step = found.step
         if rt.is_main:
             run.rewind(self.step - 1)

@@ -1,6 +1,7 @@
 """Checkpoints: exact, whole or absent, and damage is found."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from burnish import checkpoint
+from burnish import checkpoint, spread_checkpoint
 from burnish.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -28,9 +30,11 @@ from burnish.checkpoint import (
     save,
     steps,
 )
-from burnish.optimization import OptimizerConfig
+from burnish.optimization import OptimizerConfig, State
 from burnish.optimizer_states import load_optimizer_state, optimizer_state
-from burnish.runtime import generator, seeded
+from burnish.runtime import ALONE, generator, seeded
+from burnish.shelves import policy_class
+from burnish.tracking import Run
 
 
 def weights(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -126,6 +130,7 @@ DAMAGES = {
     "cut": lambda path: os.truncate(path / "policy.safetensors", 20),
     "empty": lambda path: (path / "policy.safetensors").write_bytes(b""),
     "marker cut": lambda path: os.truncate(path / "COMPLETE", 9),
+    "no JSON": lambda path: forge(path / "state.json", b"\0" * 9),
     "folder emptied": lambda path: (shutil.rmtree(path), path.mkdir()),
 }
 
@@ -135,6 +140,17 @@ def flip(path: Path, place: int) -> None:
     data = bytearray(path.read_bytes())
     data[place] ^= 1
     path.write_bytes(bytes(data))
+
+
+def forge(path: Path, data: bytes) -> None:
+    """Change a file with its hashes, which then say as little as those that another process checks
+    say to this one."""
+    path.write_bytes(data)
+    manifest = json.loads((path.parent / "manifest.json").read_text())
+    manifest["files"] |= checkpoint.facts([path])
+    told = json.dumps(manifest).encode()
+    (path.parent / "manifest.json").write_bytes(told)
+    (path.parent / "COMPLETE").write_text(hashlib.sha256(told).hexdigest())
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -332,6 +348,24 @@ def test_a_resumed_training_is_equal_bit_for_bit(
     for left, right in [(resumed[0], straight[0]), *zip_values(resumed[1], straight[1])]:
         assert set(left) == set(right)
         assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_spread_weights_resume_before_any_gradient_came(tmp_path: Path) -> None:
+    """There are no moments then, and shares of nothing leave no group."""
+    state = State.start(policy_class("flux2_klein").tiny(), OptimizerConfig(ema_decay=0.5))
+    weights = [parameter for _, parameter in state.policy.trainable()]
+    run, saved = Run.create(tmp_path, OptimizerConfig()), [weight.clone() for weight in weights]
+    facts = {"optimizer": optimizer_state(state.optimizer)[1]}
+    with warnings.catch_warnings():
+        # That there is one process.
+        warnings.simplefilter("ignore")
+        spread_checkpoint.save(run.checkpoints, 1, state.tensors(), facts, ALONE, keep=2)
+        with torch.no_grad():
+            for weight in weights:
+                weight.zero_()
+        state.restore(run, ALONE)
+    assert state.step == 1 and not optimizer_state(state.optimizer)[0]
+    assert weights and all(torch.equal(a, b) for a, b in zip(weights, saved, strict=True))
 
 
 def test_moments_in_eight_bits_resume_bit_for_bit(tmp_path: Path) -> None:
