@@ -557,6 +557,30 @@ def test_a_run_that_was_refused_late_leaves_nothing(
     assert said == "burnish: train/student: need a, got b; do c\n"
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "stages/student/metrics.jsonl",
+        "curation/student/profile-0.jsonl",
+        "benches/base/truth/pictures/pictures-0.jsonl",
+        "benches/base/truth/judged-0/replies-1.jsonl",
+    ],
+)
+def test_a_run_that_was_refused_late_keeps_what_took_time(
+    rows: str, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "fresh"
+
+    def fail(*_: Any, **__: Any) -> None:
+        (out / rows).parent.mkdir(parents=True)
+        (out / rows).write_text("{}\n")
+        raise JobError("train/student: need a, got b; do c", 2)
+
+    monkeypatch.setattr(launcher, "run_jobs", fail)
+    assert cli.main(["run", str(recipe), "--out", str(out)]) == 2
+    assert (out / rows).is_file() and (out / "run.json").is_file()
+
+
 def test_a_run_that_was_stopped_says_how_to_go_on(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

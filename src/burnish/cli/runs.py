@@ -21,6 +21,14 @@ from burnish.launcher import JobError
 if TYPE_CHECKING:
     from burnish.run_config import RunConfig
 
+_ROWS = (
+    "stages/*/metrics.jsonl",
+    "curation/*/profile-*.jsonl",
+    "benches/**/pictures-*.jsonl",
+    "benches/**/replies-*.jsonl",
+)
+"""What jobs add to as they go on, and do not do again."""
+
 
 @app.command(epilog="Example: burnish run miniature seed=1 --out runs/second")
 def run(
@@ -140,9 +148,9 @@ def make_folder(config: "RunConfig", folder: Path, *, force: bool = False) -> No
 
 
 def _has_results(folder: Path) -> bool:
-    """Whether a run has anything that took time: a result, or a step of a stage."""
-    steps = (path.stat().st_size for path in folder.glob("stages/*/metrics.jsonl"))
-    return any(folder.glob("*/*/DONE")) or any(steps)
+    """Whether a run has anything that took time: a result, or a row of one that was begun."""
+    rows = (path.stat().st_size for pattern in _ROWS for path in folder.glob(pattern))
+    return any(folder.glob("*/*/DONE")) or any(rows)
 
 
 def _finish(folder: Path, as_json: bool) -> None:
