@@ -9,6 +9,7 @@ arm that has changed is run again alone.
 """
 
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from burnish.run_config import PLACE, RunConfig
@@ -22,7 +23,13 @@ _JUDGES = ("judge", "edit_judge")
 """Settings that a run may be given until something is measured."""
 
 
-def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]:
+def take_up(
+    config: RunConfig,
+    folder: Path,
+    *,
+    arms: bool = False,
+    look: Callable[[Collection[str]], None] | None = None,
+) -> list[str]:
     """Bind the folder to settings that differ from its own only where they may.
 
     A run that differs in more is left as it is, for `Run.create` to refuse.
@@ -32,6 +39,8 @@ def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]
         folder: of the run, which need not exist.
         arms: whether stages may differ, too; results of those, and all that was made of them, are
             dropped.
+        look: called with the jobs whose results will be dropped, before any is; what it raises
+            leaves them all.
 
     Returns:
         The stages whose results were dropped.
@@ -53,7 +62,10 @@ def take_up(config: RunConfig, folder: Path, *, arms: bool = False) -> list[str]
     # Before anything is touched: its run may be going on.
     lock(folder)
     changed = [name for name, arm in before.stages.items() if config.stages.get(name) != arm]
-    _drop(config, folder, changed)
+    stale = _stale(config, changed)
+    if stale and look is not None:
+        look(stale)
+    _drop(folder, stale)
     for job in {*before.jobs(), *config.jobs()}:
         kind, _ = job.split("/", 1)
         # Pictures and replies stay: whatever has not changed in a bench is not asked again.
@@ -74,14 +86,19 @@ def with_later(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={name: getattr(before, name) for name in _FREE})
 
 
-def _drop(config: RunConfig, folder: Path, stages: list[str]) -> None:
-    """Results of stages, and of every job that waits for one of those."""
+def _stale(config: RunConfig, stages: list[str]) -> set[str]:
+    """The jobs of stages, and every job that waits for one of those."""
     stale = {f"{kind}/{name}" for name in stages for kind in ("train", "curate", "measure")}
     for job, waits in config.jobs().items():
         if stale & {job, *waits}:
             # What was begun with the old results must not be resumed, either.
             stale.add(job)
-    for job in stale:
+    return stale
+
+
+def _drop(folder: Path, jobs: Collection[str]) -> None:
+    """The results of jobs."""
+    for job in jobs:
         place = job_folder(folder, job)
         # First the marker: a kill in between must not leave a complete job without its files.
         (place / "DONE").unlink(missing_ok=True)

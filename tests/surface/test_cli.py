@@ -467,6 +467,10 @@ def test_a_study_that_was_cut_off_goes_on_with_its_next_seed(
     assert found["seeds"] == [3, 4]
     stages = [out / f"seed-{seed}" / "stages" / "student" for seed in (3, 4)]
     assert (stages[0] / "metrics.jsonl").stat().st_mtime_ns == first.st_mtime_ns
+    # Settings that cannot be run do not take the place of what was.
+    assert cli.main([*command, "stages.student.prompts.path=missing.jsonl"]) == 2
+    assert "stages.student.prompts: need" in capsys.readouterr().err
+    assert (stages[0] / "metrics.jsonl").stat().st_mtime_ns == first.st_mtime_ns
     assert len({(stage / "metrics.jsonl").read_bytes() for stage in stages}) == 2
     assert (out / "study.md").read_text().startswith("# Does it learn?")
     assert all((out / f"seed-{seed}" / "report.html").is_file() for seed in (3, 4))

@@ -74,7 +74,7 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from burnish import report, revision, studies
+    from burnish import preflight, report, revision, studies
     from burnish.run_config import RunConfig
 
     config = load(RunConfig, path, overrides)
@@ -88,7 +88,8 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     for seed in seeds:
         run = studies.seed_folder(folder, seed)
         own = revision.with_later(studies.of_seed(config, seed), run)
-        for arm in revision.take_up(own, run, arms=True):
+        look = partial(preflight.check_inputs, own)
+        for arm in revision.take_up(own, run, arms=True, look=look):
             print(
                 f"burnish: note: {arm} of seed {seed} has other settings, it is run again",
                 file=sys.stderr,
