@@ -5,14 +5,14 @@ decide no result that is there: what is said of the recipe, and which benches ar
 votes in the arena, which only read what was trained. A finished run may be given those later, or
 others. How many processes train a stage decides none, either, so that a run may go on with another
 number; nor who judges, before anything is measured. A study's arms do not know each other, so an
-arm that has changed is run again alone.
+arm that has changed is run again alone; with the base, where all of them do other tasks then.
 """
 
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from burnish.run_config import PLACE, RunConfig
+from burnish.run_config import BASE, PLACE, RunConfig
 from burnish.stages import job_folder
 from burnish.summary import read_run
 from burnish.tracking import Run, lock
@@ -62,14 +62,14 @@ def take_up(
     # Before anything is touched: its run may be going on.
     lock(folder)
     changed = [name for name, arm in before.stages.items() if config.stages.get(name) != arm]
-    stale = _stale(config, changed)
+    stale = _stale(before, config, changed)
     if stale and look is not None:
         look(stale)
     _drop(folder, stale)
     for job in {*before.jobs(), *config.jobs()}:
-        kind, _ = job.split("/", 1)
+        kind, name = job.split("/", 1)
         # Pictures and replies stay: whatever has not changed in a bench is not asked again.
-        is_stale = (kind == "bench" and before.benches != config.benches) or (
+        is_stale = (kind == "bench" and before.benches_of(name) != config.benches_of(name)) or (
             kind == "arena" and before.arena != config.arena
         )
         if is_stale:
@@ -86,9 +86,12 @@ def with_later(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={name: getattr(before, name) for name in _FREE})
 
 
-def _stale(config: RunConfig, stages: list[str]) -> set[str]:
-    """The jobs of stages, and every job that waits for one of those."""
+def _stale(before: RunConfig, config: RunConfig, stages: list[str]) -> set[str]:
+    """The jobs of stages, that of a base which is measured on other tasks then, and every job that
+    waits for one of those."""
     stale = {f"{kind}/{name}" for name in stages for kind in ("train", "curate", "measure")}
+    if set(before.tasks(BASE)) != set(config.tasks(BASE)):
+        stale.add(f"measure/{BASE}")
     for job, waits in config.jobs().items():
         if stale & {job, *waits}:
             # What was begun with the old results must not be resumed, either.

@@ -19,6 +19,7 @@ from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
 from burnish.stages import is_complete, job_folder
 from burnish.study_table import markdown
+from burnish.summary import read_run
 from burnish.tracking import Run, RunError, write_atomic
 from burnish.types import Prompt
 
@@ -221,6 +222,32 @@ def test_only_arms_that_changed_are_run_again(tmp_path: Path) -> None:
     assert revision.take_up(third, run, arms=True) == []
     with pytest.raises(RunError, match="belongs to another run"):
         Run.create(run, third)
+
+
+def test_the_base_is_measured_again_on_a_task_that_an_arm_was_given(tmp_path: Path) -> None:
+    """And takes the benches of it; another seed is given what was measured then."""
+    later = {"benches": {task: {"kind": "miniature", "task": task} for task in ("t2i", "edit")}}
+    first, second = (make_run(tmp_path, seed) for seed in (0, 1))
+    config = make_config(tmp_path, **later)
+    revision.take_up(config, first)
+    for name in (BASE, "plain"):
+        job_folder(first, f"bench/{name}").mkdir(parents=True)
+        write_atomic(job_folder(first, f"bench/{name}") / "DONE", "")
+    prompts = config.stages["better"].prompts.model_copy(update={"tasks": ("t2i", "edit")})
+    better = config.stages["better"].model_copy(update={"prompts": prompts})
+    given = config.model_copy(update={"stages": {**config.stages, "better": better}})
+    for seed, run in enumerate((first, second)):
+        own = revision.with_later(studies.of_seed(given, seed), run)
+        assert revision.take_up(own, run, arms=True) == ["better"]
+        assert f"measure/{BASE}" in pending(run, own.jobs())
+        assert is_complete(run, "measure/plain") and read_run(run) == own
+        if run == first:
+            assert not is_complete(run, f"bench/{BASE}") and is_complete(run, "bench/plain")
+            write_rows(run / "evaluation" / BASE / "scores.jsonl", score_rows(BASE, 5))
+            write_atomic(run / "evaluation" / BASE / "DONE", "")
+    studies.share_base(tmp_path / "study", (0, 1), 1)
+    assert is_complete(second, f"measure/{BASE}")
+    assert read_scores(second / "evaluation" / BASE / "scores.jsonl") == score_rows(BASE, 5)
 
 
 def both_runs() -> list[Row]:
