@@ -95,7 +95,8 @@ def _plan(
         kept, gathered = made(config.policy), config.policy.drawing(rt.dtype)
         known[lora] = kept, made(gathered) if sharding.world_size > 1 and is_narrow else kept
     policy, computing = known[lora]
-    prompts, asked, away = stage.prompts.read(), counts(stage, footprint), stage.rollout
+    prompts, away = stage.prompts.read(), stage.rollout
+    asked = counts(stage, footprint, config.runtime.processes)
     found: list[Measured] = []
     for task in stage.prompts.tasks:
         worst = largest(spaced(_of_task(prompts, task), _LOOKED_AT))
@@ -207,37 +208,55 @@ def _of_task(prompts: PromptSet, task: str) -> PromptSet:
 
 def _read_together(stage: StageConfig, sharding: Sharding) -> int:
     """Prompts that a process reads before it draws."""
-    own = -(-stage.prompts_per_step // sharding.world_size)
+    own = own_groups(stage, sharding.world_size)
     if stage.guard is None:
         return own
     kept = stage.guard.retention.num_prompts if stage.guard.retention else 0
     return max(own, len(stage.prompts.tasks) * stage.guard.num_prompts + kept)
 
 
-def counts(stage: StageConfig, footprint: Footprint) -> Counts:
-    """Of the largest micro-batches that a stage can come to."""
-    rollout, plan = stage.rollout, stage.optimizer
-    samples = stage.prompts_per_step * rollout.group_size
+def own_groups(stage: StageConfig, processes: int) -> int:
+    """Groups of a step that one of the processes draws and trains, at most."""
+    return -(-stage.prompts_per_step // processes)
+
+
+def counts(stage: StageConfig, footprint: Footprint, processes: int = 1) -> Counts:
+    """Of the largest micro-batches that a stage can come to in one of its processes."""
+    rollout, plan, groups = stage.rollout, stage.optimizer, own_groups(stage, processes)
+    samples = groups * rollout.group_size
     block = max(1, rollout.micro_batch // rollout.group_size)
-    pictures, prompts = min(rollout.micro_batch, samples), min(block, stage.prompts_per_step)
+    pictures, prompts = min(rollout.micro_batch, samples), min(block, groups)
+    # All processes look at the same.
     looked = footprint.draws
     if stage.guard is not None:
         looked = min(rollout.micro_batch, stage.guard.num_prompts * stage.guard.num_seeds)
     # Signals lie group by group, and an update has its share of every group.
     signals = math.ceil(plan.micro_batch / max(1, footprint.states))
     credited = min(signals, samples)
-    trained = min(signals, math.ceil(samples / plan.num_updates))
+    trained = min(signals, _of_an_update(rollout.group_size, groups, processes, plan.num_updates))
     own = max(1, rollout.group_size // plan.num_updates)
     return Counts(
         pictures=max(pictures, looked),
         picture_prompts=max(prompts, looked),
         credited=credited * footprint.states,
-        credited_prompts=min(math.ceil(credited / rollout.group_size) + 1, stage.prompts_per_step),
+        credited_prompts=min(math.ceil(credited / rollout.group_size) + 1, groups),
         states=trained * footprint.states,
-        state_prompts=min(math.ceil(trained / own) + 1, trained, stage.prompts_per_step),
+        state_prompts=min(math.ceil(trained / own) + 1, trained, groups),
         draw_scale=footprint.draw_scale,
         credit_scale=footprint.credit_scale,
         trains_null=stage.algorithm.trains_null,
+    )
+
+
+def _of_an_update(size: int, groups: int, processes: int, num_updates: int) -> int:
+    """Signals of the largest update of a process: every group of a step is dealt out from one
+    update on, the next group from the next one on, and each process has one group in turn."""
+    return max(
+        sum(
+            -(-(size - (number - place * processes) % num_updates) // num_updates)
+            for place in range(groups)
+        )
+        for number in range(num_updates)
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import AT_ONCE
-from burnish.forecast import forecast
+from burnish.forecast import forecast, own_groups
 from burnish.planning import Phase, Plan, check, shown
 from burnish.progress import progress
 from burnish.run_config import RunConfig
@@ -75,10 +75,10 @@ def _keys_of(plan: Plan) -> tuple[str, ...]:
 
 
 def _caps(config: RunConfig) -> dict[str, int]:
-    """Of every micro-batch, how much there is to do at most."""
+    """Of every micro-batch, how much a process has to do at most."""
     caps: dict[str, int] = dict.fromkeys(_EVALUATION, AT_ONCE)
     for name, stage in config.stages.items():
-        samples = stage.prompts_per_step * stage.rollout.group_size
+        samples = own_groups(stage, config.runtime.processes) * stage.rollout.group_size
         looked = stage.guard.num_prompts * stage.guard.num_seeds if stage.guard else 0
         algorithm = with_folders(config, stage, located(".")).algorithm
         states = algorithm.footprint(stage.rollout, 1, may_borrow=False).states

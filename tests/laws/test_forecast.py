@@ -14,7 +14,9 @@ from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
 from burnish.run_config import RunConfig
+from burnish.runtime import generator
 from burnish.training import StageConfig
+from burnish.updates import _turns
 
 FOUR = Footprint(states=4, draw_scale=2.0)
 
@@ -50,10 +52,30 @@ def test_states_are_whole_signals() -> None:
     assert most.state_prompts == most.credited_prompts == 12
 
 
+@pytest.mark.parametrize("processes", [1, 2, 5, 12])
+@pytest.mark.parametrize(("size", "num_updates"), [(8, 1), (8, 4), (8, 3), (2, 4)])
+def test_a_process_has_its_share_of_the_groups(processes: int, size: int, num_updates: int) -> None:
+    """As they are dealt out: the most that any process has in any update."""
+    own = stage({"micro_batch": 9999}, {"micro_batch": 9999, "num_updates": num_updates})
+    own = own.model_copy(update={"rollout": own.rollout.model_copy(update={"group_size": size})})
+    found = counts(own, Footprint(states=4), processes)
+    groups = -(-12 // processes)
+    assert (found.pictures, found.picture_prompts) == (groups * size, groups)
+    assert (found.credited, found.credited_prompts) == (4 * groups * size, groups)
+    dealt = _turns([size] * 12, num_updates, generator(0))
+    shares = [
+        sum(turn == number for turns in dealt[rank::processes] for turn in turns)
+        for rank in range(processes)
+        for number in range(num_updates)
+    ]
+    assert found.states == 4 * max(shares)
+
+
 def test_who_looks_on_draws_different_prompts() -> None:
     """A picture each, so that the prefix is the larger part."""
     looked = Footprint(states=4, draws=8)
-    assert counts(stage({"micro_batch": 2}), looked).picture_prompts == 8
+    for processes in (1, 12):
+        assert counts(stage({"micro_batch": 2}), looked, processes).picture_prompts == 8
 
 
 def test_pictures_that_nobody_looks_at_need_no_memory() -> None:
