@@ -43,6 +43,8 @@ Profile = dict[str, Any]
 """prompt, digest (of text and sources), facts (their digest), aspect, category, task, range, mean,
 noise, scored; `scores`: reward -> one for each sample; `failures`: why some are missing."""
 QUANTILES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
+KEPT = ("kept.jsonl", "curation.json")
+"""What is written of a profile for each stage that reads it."""
 _NAME = "profile"
 _BLOCK = 12
 """Prompts that are drawn and scored before their rows are written."""
@@ -266,9 +268,10 @@ def write_kept(
     rows, target = read_profile(folder, prompts), target or folder
     kept = set(select(rows, rule))
     summary = {"rule": rule.model_dump(mode="json"), **summarise(rows, kept)}
-    with writing(target / "kept.jsonl"):
-        write_prompts(target / "kept.jsonl", PromptSet.of(prompts).select(lambda p: p.id in kept))
-        write_json(target / "curation.json", summary)
+    kept_file, summary_file = (target / name for name in KEPT)
+    with writing(kept_file):
+        write_prompts(kept_file, PromptSet.of(prompts).select(lambda p: p.id in kept))
+        write_json(summary_file, summary)
     return summary
 
 

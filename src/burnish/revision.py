@@ -5,17 +5,19 @@ decide no result that is there: what is said of the recipe, and which benches ar
 votes in the arena, which only read what was trained. A finished run may be given those later, or
 others. How many processes train a stage decides none, either, so that a run may go on with another
 number; nor who judges, before anything is measured. A study's arms do not know each other, so an
-arm that has changed is run again alone; with the base, where all of them do other tasks then.
+arm that has changed is run again alone; with the base, where all of them do other tasks then. A
+profile of prompts that several of them share stays as long as one draws the same.
 """
 
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from burnish.run_config import BASE, PLACE, RunConfig
+from burnish.curation import KEPT
+from burnish.run_config import BASE, PLACE, RunConfig, drawn
 from burnish.stages import job_folder
 from burnish.summary import read_run
-from burnish.tracking import Run, lock
+from burnish.tracking import Run, lock, write_atomic
 
 _FREE = ("study", "evidence", "benches", "arena")
 """Settings that a run may be given at any time."""
@@ -65,6 +67,7 @@ def take_up(
     stale = _stale(before, config, changed)
     if stale and look is not None:
         look(stale)
+    _hand_on(config, folder, _profiles(before, config))
     _drop(folder, stale)
     for job in {*before.jobs(), *config.jobs()}:
         kind, name = job.split("/", 1)
@@ -90,6 +93,8 @@ def _stale(before: RunConfig, config: RunConfig, stages: list[str]) -> set[str]:
     """The jobs of stages, that of a base which is measured on other tasks then, and every job that
     waits for one of those."""
     stale = {f"{kind}/{name}" for name in stages for kind in ("train", "curate", "measure")}
+    profiles = {f"curate/{name}" for name in config.stages if config.profile_of(name) == name}
+    stale = (stale | profiles) - {f"curate/{name}" for name in _profiles(before, config)}
     if set(before.tasks(BASE)) != set(config.tasks(BASE)):
         stale.add(f"measure/{BASE}")
     for job, waits in config.jobs().items():
@@ -97,6 +102,36 @@ def _stale(before: RunConfig, config: RunConfig, stages: list[str]) -> set[str]:
             # What was begun with the old results must not be resumed, either.
             stale.add(job)
     return stale
+
+
+def _profiles(before: RunConfig, config: RunConfig) -> dict[str, str]:
+    """The profiles of prompts that stay what they are: which stage has each then, and which had."""
+    had = {name: own for name, own in before.stages.items() if before.profile_of(name) == name}
+    found: dict[str, str] = {}
+    for name, stage in config.stages.items():
+        for other, own in had.items() if config.profile_of(name) == name else ():
+            # A folder has one profile: two stages do not change theirs for each other's.
+            if drawn(own) == drawn(stage) and (other == name or name not in had):
+                found[name] = other
+    return found
+
+
+def _hand_on(config: RunConfig, folder: Path, profiles: Mapping[str, str]) -> None:
+    """Give stages the profiles that others had; what each keeps of it stays its own."""
+    for name, other in profiles.items():
+        source, target = (job_folder(folder, f"curate/{n}") for n in (other, name))
+        if name == other or not (source / "run.json").is_file():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        is_done = (source / "DONE").is_file()
+        (source / "DONE").unlink(missing_ok=True)
+        for path in source.glob("[!.]*"):
+            if path.name not in ("run.json", *KEPT):
+                path.replace(target / path.name)
+        Run(target, Run.open(source).facts).rebind(config.curated(name))
+        (source / "run.json").unlink()
+        if is_done:
+            write_atomic(target / "DONE", "")
 
 
 def _drop(folder: Path, jobs: Collection[str]) -> None:

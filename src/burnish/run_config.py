@@ -253,10 +253,6 @@ class RunConfig(Config):
         stage = self.stages[name]
         if stage.curation is None:
             return None
-
-        def drawn(other: StageConfig) -> tuple[Any, ...]:
-            return other.start, other.prompts, other.rollout, other.rewards
-
         return next(n for n, s in self.stages.items() if s.curation and drawn(s) == drawn(stage))
 
     def curated(self, name: str) -> CurationConfig:
@@ -324,6 +320,11 @@ def _check_name(name: str) -> None:
 def teachers_of(stage: StageConfig) -> Mapping[str, TeacherConfig]:
     """The teachers of a stage by label; none of one that does not distill."""
     return stage.algorithm.teachers if isinstance(stage.algorithm, DistillConfig) else {}
+
+
+def drawn(stage: StageConfig) -> tuple[Any, ...]:
+    """What the profile of a stage's prompts depends on, of its own settings."""
+    return stage.start, stage.prompts, stage.rollout, stage.rewards
 
 
 def _referred(stage: StageConfig) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import pytest
 from burnish import revision, studies
 from burnish.config import ConfigError, parse
 from burnish.courses import course, mean_course
+from burnish.curation import SelectionConfig
 from burnish.curves import Curve, budget, budgets
 from burnish.evaluation import Row, read_scores, write_rows
 from burnish.guard import FOLDER, GuardConfig
@@ -248,6 +249,44 @@ def test_the_base_is_measured_again_on_a_task_that_an_arm_was_given(tmp_path: Pa
     studies.share_base(tmp_path / "study", (0, 1), 1)
     assert is_complete(second, f"measure/{BASE}")
     assert read_scores(second / "evaluation" / BASE / "scores.jsonl") == score_rows(BASE, 5)
+
+
+def test_a_shared_profile_stays_when_the_arm_that_had_it_changes(tmp_path: Path) -> None:
+    """The other arm has it then, with what it kept of it, and is not run again; nor is an arm drawn
+    for again that only trains otherwise."""
+    run, config = make_run(tmp_path, 0), studies.of_seed(make_config(tmp_path), 0)
+    curated = {
+        name: stage.model_copy(update={"curation": SelectionConfig()})
+        for name, stage in config.stages.items()
+    }
+    config = config.model_copy(update={"stages": curated})
+    Run.open(run).rebind(config)
+    places = {name: job_folder(run, f"curate/{name}") for name in curated}
+    Run.create(places["plain"], config.curated("plain"))
+    write_rows(places["plain"] / "profile-0.jsonl", [{"prompt": "p0"}])
+    write_atomic(places["plain"] / "DONE", "")
+    places["better"].mkdir()
+    write_atomic(places["better"] / "kept.jsonl", "own")
+
+    def change(name: str, **changes: Any) -> RunConfig:
+        return config.model_copy(
+            update={
+                "stages": {**config.stages, name: config.stages[name].model_copy(update=changes)}
+            }
+        )
+
+    config = change("plain", steps=30)
+    assert revision.take_up(config, run, arms=True) == ["plain"]
+    assert set(pending(run, config.jobs())) == {"train/plain", "measure/plain"}
+    rollout = config.stages["plain"].rollout.model_copy(update={"num_steps": 3})
+    config = change("plain", rollout=rollout)
+    assert revision.take_up(config, run, arms=True) == ["plain"]
+    assert set(pending(run, config.jobs())) == {"curate/plain", "train/plain", "measure/plain"}
+    assert not places["plain"].exists()
+    assert (places["better"] / "profile-0.jsonl").is_file()
+    assert (places["better"] / "kept.jsonl").read_text() == "own"
+    # It can be taken up there.
+    Run.create(places["better"], config.curated("better"))
 
 
 def both_runs() -> list[Row]:
