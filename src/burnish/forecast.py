@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from burnish.plan_parts import (
     host_parts,
     judge_parts,
     offloaded_parts,
+    on_one_device,
     passing_parts,
     picture_bytes,
     trained_parts,
@@ -55,13 +56,14 @@ _LIKELIEST = 8
 """Of these, the prompts whose source images have the most bytes."""
 
 
-def forecast(config: RunConfig, device: str) -> list[Plan]:
+def forecast(config: RunConfig, device: str, *, on_machine: int | None = None) -> list[Plan]:
     """The plan of every stage, and of the evaluation.
 
     Args:
         config: of the run, as `burnish.preflight.check_recipe` passes it; its model must be there,
             its stages need not.
         device: `cuda` or `cpu`, present or not.
+        on_machine: processes of a stage that share the memory of one machine; None is all.
 
     Raises:
         ConfigError: a model or a set of prompts that cannot be read.
@@ -71,12 +73,18 @@ def forecast(config: RunConfig, device: str) -> list[Plan]:
     known: dict[Any, Any] = {}
     own = config.runtime
     spread = Sharding(own.processes if own.sharding == "full" else 1)
-    plans = [_plan(config, name, rt, spread, known) for name in config.stages]
+    together = on_machine or own.processes
+    plans = [_plan(config, name, rt, spread, together, known) for name in config.stages]
     return [*plans, _evaluation_plan(config, rt)]
 
 
 def _plan(
-    config: RunConfig, name: str, rt: Runtime, sharding: Sharding, known: dict[Any, Any]
+    config: RunConfig,
+    name: str,
+    rt: Runtime,
+    sharding: Sharding,
+    on_machine: int,
+    known: dict[Any, Any],
 ) -> Plan:
     """The plan of one stage; `known` is what was measured for others."""
     stage = with_folders(config, config.stages[name], located("."))
@@ -104,20 +112,15 @@ def _plan(
         if key not in known:
             known[key] = measure(computing, worst, away.negative_prompt, asked, rt)
         found.append(known[key] if stage.rewards else dataclasses.replace(known[key], decoding=0))
-    is_gpu = rt.device.type == "cuda"
-    beside = host_parts(config, stage, footprint, policy, found, sharding)
-    host = [part for part in beside if part.num_bytes]
+    is_gpu, is_spread = rt.device.type == "cuda", sharding.world_size > 1
+    is_offloaded = config.policy.offload and is_gpu
+    host = _there(host_parts(config, stage, footprint, policy, found, sharding))
     if is_gpu:
-        host += passing_parts(config, policy, is_spread=sharding.world_size > 1)
+        host += passing_parts(config, policy, is_spread=is_spread)
         # On one machine each process has its own of most.
-        host = [for_all(part, config.runtime.processes) for part in host]
+        host = [for_all(part, on_machine) for part in host]
     parts = [
-        *frozen_parts(
-            policy,
-            is_gpu=is_gpu,
-            is_offloaded=config.policy.offload and is_gpu,
-            is_spread=sharding.world_size > 1,
-        ),
+        *frozen_parts(policy, is_gpu=is_gpu, is_offloaded=is_offloaded, is_spread=is_spread),
         *copied_parts(policy, footprint, name),
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),
@@ -128,10 +131,10 @@ def _plan(
         stage=name,
         key=f"stages.{name}",
         device=rt.device.type,
-        parts=[part for part in parts if part.num_bytes],
+        parts=_there(parts if is_gpu else on_one_device(parts, on_machine, sharding)),
         host=host if is_gpu else [],
         disk=list(disk_parts(policy, stage, footprint)),
-        sharding=sharding,
+        sharding=sharding if is_gpu else Sharding(),
     )
 
 
@@ -182,9 +185,14 @@ def _evaluation_plan(config: RunConfig, rt: Runtime) -> Plan:
         stage="evaluation",
         key="evaluation",
         device=rt.device.type,
-        parts=[part for part in parts if part.num_bytes],
+        parts=_there(parts),
         host=host if is_gpu else [],
     )
+
+
+def _there(parts: Iterable[Part]) -> list[Part]:
+    """Those of some size."""
+    return [part for part in parts if part.num_bytes]
 
 
 def _hollow(config: PolicyConfig, rt: Runtime) -> Policy[Any, Any]:
@@ -287,10 +295,12 @@ def check_memory(config: RunConfig) -> None:
         ConfigError: it does.
     """
     device = runtime.choose_device(config.runtime.device)
+    # Each process has a GPU: where there are fewer, the others are on other machines.
+    gpus = torch.cuda.device_count() if device.type == "cuda" else config.runtime.processes
     available = runtime.memory(device) if config.runtime.check_memory else None
     if available is None or (device.type == "cpu" and _is_small(config, available)):
         return
-    plans = forecast(config, device.type)
+    plans = forecast(config, device.type, on_machine=min(gpus, config.runtime.processes))
     beside = memory_beside(device)
     try:
         planning.check(plans, available, beside)
@@ -308,4 +318,4 @@ def _is_small(config: RunConfig, available: int) -> bool:
     size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     states = [max(s.rollout.micro_batch, s.optimizer.micro_batch) for s in config.stages.values()]
     most = max(*states, min(config.evaluation.micro_batch, AT_ONCE))
-    return size * most < _SMALL_SHARE * available
+    return config.runtime.processes * size * most < _SMALL_SHARE * available

@@ -167,7 +167,7 @@ def host_parts(
     ahead = Part(
         name="teacher that is read ahead", num_bytes=size, during=PHASES[1:], is_sharded=True
     )
-    yield dataclasses.replace(ahead, num_bytes=sharding.share(ahead))
+    yield dataclasses.replace(ahead, num_bytes=sharding.share(ahead), is_sharded=False)
     if sharding.world_size > 1:
         # A tensor is a file's at least, which is copied from the device and put together.
         size = 3 * max(FILE_BYTES, max(p.nbytes for p in policy.transformer.parameters()))
@@ -232,6 +232,19 @@ def for_all(part: Part, count: int) -> Part:
     return dataclasses.replace(
         part, name=f"{part.name}, {count} times", num_bytes=count * part.num_bytes
     )
+
+
+def on_one_device(parts: Iterable[Part], count: int, sharding: Sharding) -> list[Part]:
+    """What that many processes have on a device that all of them share, as they do a CPU."""
+    found = [
+        # All shares of a part are the whole.
+        dataclasses.replace(part, is_sharded=False)
+        if part.is_sharded and sharding.world_size > 1
+        else for_all(part, count)
+        for part in parts
+    ]
+    others = (count - 1) * PROCESS_BYTES["cpu"]
+    return [*found, Part(name="the other processes themselves", num_bytes=others)]
 
 
 def disk_parts(

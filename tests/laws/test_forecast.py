@@ -10,6 +10,8 @@ from burnish.cli.recipes import recipe_path
 from burnish.config import load
 from burnish.forecast import counts, forecast
 from burnish.optimization import OptimizerConfig
+from burnish.plan_parts import on_one_device
+from burnish.planning import PROCESS_BYTES, Part, Sharding
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
@@ -69,6 +71,25 @@ def test_a_process_has_its_share_of_the_groups(processes: int, size: int, num_up
         for number in range(num_updates)
     ]
     assert found.states == 4 * max(shares)
+
+
+def test_processes_share_the_memory_of_a_cpu() -> None:
+    """Each has its own of most; what is spread, or there once for all, is there once."""
+    parts = [
+        Part(name="own", num_bytes=10),
+        Part(name="common", num_bytes=20, is_common=True),
+        Part(name="trained", num_bytes=30, is_sharded=True),
+    ]
+
+    def bytes_of(count: int, sharding: Sharding) -> int:
+        return sum(part.num_bytes for part in on_one_device(parts, count, sharding))
+
+    others = 2 * PROCESS_BYTES["cpu"]
+    assert bytes_of(1, Sharding()) == 60
+    assert bytes_of(3, Sharding()) == 3 * 10 + 20 + 3 * 30 + others
+    assert bytes_of(3, Sharding(3)) == 3 * 10 + 20 + 30 + others
+    # Nothing is divided again.
+    assert sum(map(Sharding(3).share, on_one_device(parts, 3, Sharding(3)))) == 80 + others
 
 
 def test_who_looks_on_draws_different_prompts() -> None:
