@@ -238,7 +238,7 @@ def parquet_rows(
     pyarrow, parquet = parquet_modules()
     count = 0
     try:
-        with path.open("rb") as data, parquet.ParquetFile(data) as file:
+        with opened_by_arrow(path) as data, parquet.ParquetFile(data) as file:
             names = file.schema_arrow.names
             wanted = names if columns is None else [name for name in columns if name in names]
             for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
@@ -295,6 +295,14 @@ def parquet_modules() -> tuple[Any, Any]:
             "need pyarrow for Parquet files, got no such package; "
             "run `pip install 'burnish[parquet]'` or use .jsonl"
         ) from None
+
+
+def opened_by_arrow(path: Path) -> Any:
+    """A file for pyarrow: open, so that nothing in its path is taken for an address, and pyarrow's
+    own. Its threads may let go of a file of Python's when Python has ended, and abort the process.
+    """
+    pyarrow, _ = parquet_modules()
+    return pyarrow.OSFile(str(path))
 
 
 def unreadable(path: Path, error: Exception, kind: str = "UTF-8 text") -> ConfigError:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from burnish.config import ConfigError
-from burnish.records import json_object, parquet_modules, unreadable
+from burnish.records import json_object, opened_by_arrow, parquet_modules, unreadable
 from burnish.row_stores.base import PRESENT, Fields, RowStore
 
 MAX_GROUP = 512 << 20
@@ -61,7 +61,7 @@ class ParquetRows(RowStore):
         self._held: tuple[int, Any] | None = None
         rows = 0
         for place, path in enumerate(self._files):
-            with _reading(path, self._pyarrow), path.open("rb") as data:
+            with _reading(path, self._pyarrow), opened_by_arrow(path) as data:
                 file = self._parquet.ParquetFile(data)
                 head, schema = file.metadata, file.schema_arrow
             columns = fields.among(schema.names, str(path))
@@ -107,8 +107,7 @@ class ParquetRows(RowStore):
     def _opened(self, group: _Group, shared: Sequence[str] = ()) -> Iterator[Any]:
         """The file of a group, whose leaves of these paths stay dictionaries."""
         path, head = self._files[group.file], self._heads[group.file]
-        # From an open file, so that nothing in a path is taken for an address.
-        with _reading(path, self._pyarrow), path.open("rb") as data:
+        with _reading(path, self._pyarrow), opened_by_arrow(path) as data:
             yield self._parquet.ParquetFile(data, metadata=head, read_dictionary=shared)
 
     def _read(self, group: _Group, columns: Sequence[str]) -> Any:
