@@ -4,6 +4,7 @@ Nothing is drawn for them: they are a group that was drawn to learn from, so tha
 the folder sees what the rewards saw, the whole spread of a group, and a judge's own words.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from burnish.images import to_pil
@@ -11,17 +12,21 @@ from burnish.tracking import Run
 from burnish.types import Failed, Group, NotApplicable, Score
 
 
-def keep_samples(run: Run, step: int, group: Group) -> None:
+def keep_samples(run: Run, step: int, groups: Sequence[Group], *, every: int) -> None:
     """Write the pictures of a group, each with its prompt and its scores beside it.
 
     Args:
         run: of the stage.
         step: that drew them.
-        group: one of that step.
+        groups: of that step; the first is kept.
+        every: steps from one group that is kept to the next; 0 keeps none.
 
     Raises:
         burnish.tracking.RunError: they cannot be written.
     """
+    if every == 0 or step % every:
+        return
+    group = groups[0]
     prompt = group.prompt
     for place, path in enumerate(group.trajectories):
         record = {

@@ -3,8 +3,8 @@
 One loop for every algorithm; it never asks which one runs. All random draws are functions of seed
 and step, so a resumed run repeats an uninterrupted one bit for bit. Before it spends anything the
 loop proves on its first step that weights move (and `grpo` that sampler and trainer agree); before
-it calls a result done it proves that the written weights are the trained ones. One process trains
-one stage.
+it calls a result done it proves that the written weights are the trained ones. Several processes
+share the groups of a step; none of them is split.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from burnish import runtime
 from burnish.adapters import LoraConfig, attach, detach, write_adapter
-from burnish.algorithms.base import AdvantagesConfig, Algorithm, LearnsFrom, SelfCheckError, Setting
+from burnish.algorithms.base import AdvantagesConfig, Algorithm, SelfCheckError, Setting
 from burnish.config import Config
 from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
@@ -32,6 +32,7 @@ from burnish.rewards.base import AsyncRewardSet, RewardConfig, RewardSet, check_
 from burnish.rollout import read_ahead, sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
+from burnish.samples import keep_samples
 from burnish.sharding import Shards, whole
 from burnish.shelves import AnyAlgorithm, AnyReward
 from burnish.tracking import Run, RunError, writing
@@ -60,6 +61,9 @@ class StageConfig(Config):
     """None trains all weights."""
     save_every: int = Field(default=20, ge=1)
     """Steps between checkpoints."""
+    samples_every: int = Field(default=10, ge=0)
+    """Steps between pictures that are kept with their scores, a group of what is drawn anyway; 0
+    keeps none."""
     curation: SelectionConfig | None = None
     """Draw a group of every prompt before the first step, and train on the prompts that pass; None
     trains on all of them."""
@@ -90,50 +94,15 @@ class StageConfig(Config):
                 raise ValueError(f"need no {key} for {name}, got some; {why}, leave `{key}` out")
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
-        for task in self.prompts.tasks:
-            if not self.algorithm.covers(task):
-                raise ValueError(
-                    f"need a teacher for task {task!r}, got none; add algorithm.teachers.{task} or "
-                    "take the task out of prompts.tasks"
-                )
         check_weights(self.rewards, self.prompts.tasks)
-        self.algorithm.check_guidance(self.rollout.guidance_scale)
-        self._check_rollout(name, self.algorithm.learns_from)
-        return self
-
-    def _check_rollout(self, name: str, learns_from: LearnsFrom) -> None:
-        draws, is_stochastic = self.rollout, self.rollout.is_stochastic
-        if draws.guidance_scale == 1 and draws.negative_prompt:
+        if self.rollout.guidance_scale == 1 and self.rollout.negative_prompt:
             raise ValueError(
                 "need rollout.guidance_scale other than 1 for a negative_prompt, got 1, which is "
                 "without guidance; leave rollout.negative_prompt out"
             )
-        if learns_from == "transitions" and not (is_stochastic and draws.keep == "window"):
-            raise ValueError(
-                f"need a stochastic window that is kept for {name}, got window={draws.window}, "
-                f"kernel={draws.kernel}, noise_level={draws.noise_level}, keep={draws.keep}; set "
-                "rollout.window=2 rollout.kernel=precise rollout.keep=window"
-            )
-        if learns_from == "samples" and is_stochastic:
-            raise ValueError(
-                f"need samples of the ODE for {name}, got a stochastic window of {draws.window} "
-                "steps; set rollout.window=0"
-            )
-        if learns_from != "samples" and self.optimizer.draw_average:
-            raise ValueError(
-                f"need rollouts of the policy itself for {name}, got draw_average=true; leave "
-                "optimizer.draw_average out"
-            )
-        if learns_from == "path" and (is_stochastic or draws.guidance_scale != 1):
-            raise ValueError(
-                f"need the unguided ODE path of the student for {name}, got window={draws.window} "
-                f"and guidance_scale={draws.guidance_scale:g}; set rollout.window=0 "
-                "rollout.guidance_scale=1, the teachers keep their own scale"
-            )
-        if learns_from == "path" and draws.keep in ("none", "window"):
-            raise ValueError(
-                f"need kept states for {name}, got keep={draws.keep}; set rollout.keep=4 or all"
-            )
+        average = self.optimizer.draw_average
+        self.algorithm.check_rollout(self.rollout, self.prompts.tasks, draws_average=average)
+        return self
 
 
 def train(
@@ -316,6 +285,8 @@ def _step(
         with run.timer("rollout"), rt.autocast():
             own = rt.mine(sampler.prompts(state.step))
             groups = _rollout(config, algorithm, scorer, state, own, seed)
+        if rt.is_main and config.rewards:
+            keep_samples(run, state.step, groups, every=config.samples_every)
         with run.timer("credit"), rt.autocast():
             signals, metrics = algorithm.credit(groups, state.step)
     with run.timer("update"):

@@ -18,7 +18,7 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from torch import Tensor
 
-from burnish import checkpoint, runtime, training
+from burnish import checkpoint, images, runtime, training
 from burnish.config import ConfigError, parse
 from burnish.curation import read_profile
 from burnish.optimization import OptimizerConfig, State
@@ -164,6 +164,21 @@ def test_a_stage_whose_rewards_are_gone_stops_and_goes_on_before_it(
         for name in ("whole", "cut")
     )
     assert all(torch.equal(cut[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_group_is_kept_now_and_then_with_what_was_said_of_it(model: Path, tmp_path: Path) -> None:
+    start(tmp_path / "some", model, settings("nft", model, samples_every=2))
+    folders = sorted((tmp_path / "some" / "samples").iterdir())
+    assert [folder.name for folder in folders] == ["step-000000", "step-000002"]
+    for folder in folders:
+        told = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+        assert len({row["prompt"] for row in told}) == 1 and len(told) == 4
+        assert all(set(row["scores"]) == set(REWARDS) for row in told)
+        assert all(0 <= row["scores"]["content"]["value"] <= 5 for row in told)
+        sizes = {images.read(file).size for file in folder.glob("*.webp")}
+        assert len(list(folder.glob("*.webp"))) == 4 and sizes == {(64, 64)}
+    start(tmp_path / "none", model, settings("nft", model, samples_every=0))
+    assert not (tmp_path / "none" / "samples").exists()
 
 
 def test_the_guard_looks_at_what_the_stage_ends_with(model: Path, tmp_path: Path) -> None:

@@ -395,9 +395,10 @@ class TestGuidanceModes:
         self, mode: str, scale: float, needed: str
     ) -> None:
         config = GrpoConfig(guidance=mode)  # type: ignore[arg-type]
+        rollout = RolloutConfig(guidance_scale=scale)
         with pytest.raises(ValueError, match=f"need rollout.guidance_scale {needed}"):
-            config.check_guidance(scale)
-        GrpoConfig().check_guidance(scale)
+            config.check_rollout(rollout, ["t2i"], draws_average=False)
+        GrpoConfig().check_rollout(rollout, ["t2i"], draws_average=False)
 
     def test_a_gain_belongs_to_the_residual(self) -> None:
         with pytest.raises(ConfigError, match="need guidance=residual for a gain"):

@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from pydantic import Field, model_validator
@@ -40,10 +40,6 @@ class SelfCheckError(RuntimeError):
     """The program found itself wrong; nothing in the user's input would mend it."""
 
 
-LearnsFrom = Literal["transitions", "samples", "path"]
-"""Stochastic steps of the window, finished samples, or the states along an unguided path."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
     """What an algorithm asks of a device beside the policy, for a plan of its memory."""
@@ -67,17 +63,11 @@ class AlgorithmConfig(Config, ABC):
 
     needs_rewards: ClassVar[bool] = True
     """Whether groups must be scored before `credit`."""
-    learns_from: ClassVar[LearnsFrom]
-    """What of a rollout it reads, so that a rollout without it can be refused early."""
 
     @property
     def trains_null(self) -> bool:
         """Whether the unconditional branch is run with gradient."""
         return False
-
-    def covers(self, task: Task) -> bool:
-        """Whether it can train on prompts of this task."""
-        return True
 
     def pool(self, prompt: Labelled) -> str:
         """Prompts of one step share this label; a single one lets all mix.
@@ -87,14 +77,19 @@ class AlgorithmConfig(Config, ABC):
         """
         return ""
 
-    def check_guidance(self, scale: float) -> None:
-        """Refuse rollouts that it cannot learn from.
+    @abstractmethod
+    def check_rollout(
+        self, rollout: RolloutConfig, tasks: Sequence[Task], *, draws_average: bool
+    ) -> None:
+        """Refuse, with the settings, a stage that draws what it cannot learn from.
 
         Args:
-            scale: their guidance scale.
+            rollout: how the stage draws.
+            tasks: of its prompts.
+            draws_average: not the policy draws but the average of its weights.
 
         Raises:
-            ValueError: needs another scale.
+            ValueError: another rollout is needed, or more is for a task.
         """
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
@@ -124,6 +119,15 @@ class AlgorithmConfig(Config, ABC):
     @abstractmethod
     def build(self, setting: "Setting") -> "Algorithm":
         """The algorithm for one run."""
+
+
+def refuse_average(name: str, draws_average: bool) -> None:
+    """Of an algorithm that compares the policy with what it drew itself."""
+    if draws_average:
+        raise ValueError(
+            f"need rollouts of the policy itself for {name}, got draw_average=true; leave "
+            "optimizer.draw_average out"
+        )
 
 
 class AnchoredConfig(AlgorithmConfig, ABC):

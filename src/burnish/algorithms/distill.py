@@ -20,7 +20,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish.algorithms.base import Algorithm, AlgorithmConfig, Footprint, LearnsFrom, Setting
+from burnish.algorithms.base import Algorithm, AlgorithmConfig, Footprint, Setting, refuse_average
 from burnish.batches import Batch, evaluate_guided
 from burnish.config import Config, ConfigError
 from burnish.fixed_states import FixedStates, FixedStatesConfig, chosen
@@ -76,7 +76,6 @@ class DistillConfig(AlgorithmConfig):
     """Velocity matching on the student's own path."""
 
     needs_rewards: ClassVar[bool] = False
-    learns_from: ClassVar[LearnsFrom] = "path"
     kind: Literal["distill"] = "distill"
     teachers: Mapping[str, TeacherConfig]
     """By label: a task, `t2i` or `edit`, or a category of one, such as `t2i/portrait`, which goes
@@ -102,8 +101,26 @@ class DistillConfig(AlgorithmConfig):
                 )
         return self
 
-    def covers(self, task: Task) -> bool:
-        return any(label.partition("/")[0] == task for label in self.teachers)
+    def check_rollout(
+        self, rollout: RolloutConfig, tasks: Sequence[Task], *, draws_average: bool
+    ) -> None:
+        for task in tasks:
+            if all(label.partition("/")[0] != task for label in self.teachers):
+                raise ValueError(
+                    f"need a teacher for task {task!r}, got none; add algorithm.teachers.{task} or "
+                    "take the task out of prompts.tasks"
+                )
+        refuse_average(self.kind, draws_average)
+        if rollout.is_stochastic or rollout.guidance_scale != 1:
+            raise ValueError(
+                "need the unguided ODE path of the student for distill, got "
+                f"window={rollout.window} and guidance_scale={rollout.guidance_scale:g}; set "
+                "rollout.window=0 rollout.guidance_scale=1, the teachers keep their own scale"
+            )
+        if rollout.keep in ("none", "window"):
+            raise ValueError(
+                f"need kept states for distill, got keep={rollout.keep}; set rollout.keep=4 or all"
+            )
 
     def label(self, prompt: Labelled) -> str | None:
         """Of the prompt's teacher; None if it has none."""

@@ -14,7 +14,7 @@ before the first update. The other readings, and the control that trains both br
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -26,10 +26,10 @@ from burnish.algorithms.base import (
     Anchor,
     AnchoredConfig,
     Footprint,
-    LearnsFrom,
     SelfCheckError,
     Setting,
     credited,
+    refuse_average,
     reward_advantages,
     with_old,
 )
@@ -45,7 +45,7 @@ from burnish.latents import over
 from burnish.objectives import clipped_policy_loss, is_clipped, velocity_kl
 from burnish.policies.base import Policy
 from burnish.rollout_config import RolloutConfig
-from burnish.types import Group, LossOutput, Signal, Trajectory
+from burnish.types import Group, LossOutput, Signal, Task, Trajectory
 
 LARGEST_REPLAY_GAP = 0.05
 """Relative difference of velocities that other batch shapes in bfloat16 can make."""
@@ -54,7 +54,6 @@ LARGEST_REPLAY_GAP = 0.05
 class GrpoConfig(AnchoredConfig):
     """Clipped policy gradient over the transitions of the window."""
 
-    learns_from: ClassVar[LearnsFrom] = "transitions"
     kind: Literal["grpo"] = "grpo"
     guidance: GuidanceMode = "residual"
     """Which policy the ratio scores; see `burnish.guidance.GuidanceMode`."""
@@ -75,7 +74,18 @@ class GrpoConfig(AnchoredConfig):
             )
         return self
 
-    def check_guidance(self, scale: float) -> None:
+    def check_rollout(
+        self, rollout: RolloutConfig, tasks: Sequence[Task], *, draws_average: bool
+    ) -> None:
+        if not (rollout.is_stochastic and rollout.keep == "window"):
+            raise ValueError(
+                f"need a stochastic window that is kept for grpo, got window={rollout.window}, "
+                f"kernel={rollout.kernel}, noise_level={rollout.noise_level}, "
+                f"keep={rollout.keep}; set rollout.window=2 rollout.kernel=precise "
+                "rollout.keep=window"
+            )
+        refuse_average(self.kind, draws_average)
+        scale = rollout.guidance_scale
         if (self.guidance == "none") != (scale == 1) and self.guidance != "residual":
             needed = "of 1" if self.guidance == "none" else "other than 1"
             raise ValueError(

@@ -17,7 +17,7 @@ and only the difference that reward makes is learnt.
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -28,7 +28,6 @@ from burnish.algorithms.base import (
     Anchor,
     AnchoredConfig,
     Footprint,
-    LearnsFrom,
     Setting,
     credited,
     reward_advantages,
@@ -40,13 +39,12 @@ from burnish.guidance import residual
 from burnish.objectives import forward_process_loss, velocity_kl
 from burnish.policies.base import Policy
 from burnish.rollout_config import RolloutConfig
-from burnish.types import Group, LossOutput, Signal
+from burnish.types import Group, LossOutput, Signal, Task
 
 
 class NftConfig(AnchoredConfig):
     """Negative-aware fine-tuning on noised samples."""
 
-    learns_from: ClassVar[LearnsFrom] = "samples"
     kind: Literal["nft"] = "nft"
     beta: float = Field(default=1.0, gt=0)
     """Distance between the implied good and bad policies."""
@@ -66,6 +64,15 @@ class NftConfig(AnchoredConfig):
         if not 0 <= low < high <= 1:
             raise ValueError(f"need 0 <= low < high <= 1, got noise_range={self.noise_range}")
         return self
+
+    def check_rollout(
+        self, rollout: RolloutConfig, tasks: Sequence[Task], *, draws_average: bool
+    ) -> None:
+        if rollout.is_stochastic:
+            raise ValueError(
+                f"need samples of the ODE for nft, got a stochastic window of {rollout.window} "
+                "steps; set rollout.window=0"
+            )
 
     def footprint(self, rollout: RolloutConfig, micro_batch: int, *, may_borrow: bool) -> Footprint:
         return Footprint(
