@@ -159,10 +159,16 @@ def serve(
     task: TaskOption = "t2i",
     prompts: Prompts = None,
     gold: Annotated[
-        float, typer.Option(min=0, max=0.5, help="Share of pairs that tell who looks.")
+        float,
+        typer.Option(
+            min=0,
+            max=0.5,
+            help="Share of attention checks: a picture against a degraded copy of itself.",
+        ),
     ] = 0.05,
     host: Annotated[
-        str, typer.Option(help="Address; others than loopback are seen.")
+        str,
+        typer.Option(help="Address to listen on; all but loopback can be reached from outside."),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port.")] = 8200,
     public_host: Annotated[

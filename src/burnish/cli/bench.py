@@ -35,12 +35,15 @@ Which = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="Model that the others are compared with; the first if left out.")
 ]
-Place = Annotated[Path | None, typer.Option("--out", help="Folder for everything.", metavar="DIR")]
+Place = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder for pictures, replies and the result.", metavar="DIR"),
+]
 
 
 @bench.command("list")
 def list_benches() -> None:
-    """Show the benches, and what of yours each needs."""
+    """List the benches, and the files and servers that each needs."""
     from burnish.bench.base import BenchConfig
     from burnish.config import shelf
 

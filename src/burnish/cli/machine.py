@@ -24,11 +24,16 @@ def doctor(
         str | None, typer.Option(help="Plan the memory of a recipe instead.", metavar="NAME")
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(help="GiB of each device; left out, what it has.", min=0)
+        float | None,
+        typer.Option(help="Memory of each device in GiB; this machine's if left out.", min=0),
     ] = None,
     devices: Annotated[
         int | None,
-        typer.Option(help="As runtime.processes=N runtime.sharding=full.", metavar="N", min=1),
+        typer.Option(
+            help="Plan for N devices: runtime.processes=N runtime.sharding=full.",
+            metavar="N",
+            min=1,
+        ),
     ] = None,
     fit: Annotated[
         bool, typer.Option("--fit", help="Find the largest micro-batches that fit, in minutes.")

@@ -113,7 +113,7 @@ def _version(is_wanted: bool) -> bool:
 @app.callback(epilog="Start with: burnish run smoke")
 def burnish(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Post-train flow-matching image models, and measure what that gained."""

@@ -68,7 +68,7 @@ def check(
             f"need whole prompts, got {len(broken)} broken ones of {len(found)}, such as "
             f"{broken[0]}"
         )
-    print(f"{len(found)} prompts, all whole")
+    print(f"{len(found)} prompts, all readable")
     if as_json:
         print(json.dumps({"path": path, "prompts": len(found), "by": dict(counts)}))
 

@@ -129,7 +129,7 @@ def reason(
     ] = Path("own.jsonl"),
     as_json: Json = False,
 ) -> None:
-    """Let a judge write its own reasoning about pictures of its training.
+    """Have a judge write its own reasoning for the pictures it was trained on.
 
     A second training on FILE beside the raters' annotations teaches the judge what score to give
     after its own words, which are not as good as raters': `burnish reward train path=JUDGE
