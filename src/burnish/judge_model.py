@@ -36,7 +36,7 @@ LANGUAGE_MATRICES = (
 
 
 @dataclass(frozen=True)
-class Student:
+class TrainableJudge:
     """A judge in training."""
 
     model: Any
@@ -45,9 +45,9 @@ class Student:
     """Of the weights as they were read, and as they will be written."""
 
 
-def read_student(
+def read_trainable(
     path: Path, *, lora_rank: int, max_pixels: int | None, device: torch.device
-) -> Student:
+) -> TrainableJudge:
     """Read a model for training.
 
     Args:
@@ -80,12 +80,12 @@ def read_student(
         size, most = processor.image_processor.size, max_pixels
         least = min(size["shortest_edge"], most)
         processor.image_processor.size = type(size)(shortest_edge=least, longest_edge=most)
-    student = Student(model, Collator.of(processor), model.dtype)
+    judge = TrainableJudge(model, Collator.of(processor), model.dtype)
     if not lora_rank:
         # Steps are smaller than half precision can see.
-        return replace(student, model=model.float().requires_grad_(True))
+        return replace(judge, model=model.float().requires_grad_(True))
     adapter = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LANGUAGE_MATRICES)
-    return replace(student, model=get_peft_model(model, adapter))
+    return replace(judge, model=get_peft_model(model, adapter))
 
 
 def _is_continued_as_begun(processor: Any) -> bool:

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from burnish.significance import POWER
+from burnish.significance import POWER, draws
 
 ELO = 400 / np.log(10)
 """Points per unit of strength: ten to one are 400 points apart."""
@@ -171,9 +171,9 @@ def resampled(clusters: Tally, resamples: int, seed: int = 0) -> Tally:
         seed: of the draws.
     """
     count, num = len(clusters.votes), clusters.votes.shape[-1]
-    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), resamples)
+    drawn = draws(count, resamples, seed)
     flat = (values.reshape(count, -1) for values in (clusters.votes, clusters.score))
-    votes, score = (draws.astype(float) @ values for values in flat)
+    votes, score = (drawn @ values for values in flat)
     return Tally(votes.reshape(-1, num, num), score.reshape(-1, num, num))
 
 

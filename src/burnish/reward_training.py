@@ -28,7 +28,13 @@ from burnish.algorithms.base import SelfCheckError
 from burnish.annotations.base import split
 from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError, located
-from burnish.judge_model import Student, longest_answer, read_student, stop_at, towards_start
+from burnish.judge_model import (
+    TrainableJudge,
+    longest_answer,
+    read_trainable,
+    stop_at,
+    towards_start,
+)
 from burnish.judge_trainer import (
     SCALE_NAME,
     JudgeTrainer,
@@ -147,7 +153,7 @@ def train_judge(
     chosen = exercises(training, in_pairs=config.loss == "pairwise")
     folder = out / "judge"
     with runtime.seeded(config.seed, "judge"):
-        student = read_student(
+        judge = read_trainable(
             located(config.path),
             lora_rank=config.lora_rank,
             max_pixels=config.max_pixels,
@@ -160,15 +166,15 @@ def train_judge(
         if (folder / "judge.json").is_file():
             return folder
         curriculum = _curriculum(config, chosen, rubrics, rt)
-        scale = _fit(config, student, curriculum, out / "checkpoints", run, rt, label, on_step)
+        scale = _fit(config, judge, curriculum, out / "checkpoints", run, rt, label, on_step)
         if rt.is_main:
             facts = {
                 **_facts(config, rubrics),
                 "pair_scale": scale,
                 "exercises": len(chosen),
-                "longest_answer": longest_answer(student.collator, training),
+                "longest_answer": longest_answer(judge.collator, training),
             }
-            _write(config, student, rubrics, held_out, facts, folder, rt)
+            _write(config, judge, rubrics, held_out, facts, folder, rt)
     rt.barrier()
     return folder
 
@@ -263,7 +269,7 @@ def _curriculum(
 
 def _fit(
     config: RewardTrainingConfig,
-    student: Student,
+    judge: TrainableJudge,
     curriculum: Curriculum,
     folder: Path,
     run: Run | None,
@@ -274,7 +280,7 @@ def _fit(
     """Train in place, from the newest checkpoint; the scale of the pairwise loss, if it is that."""
     steps = len(curriculum) // _per_step(config, rt)
     if config.loss == "pairwise":
-        add_pair_scale(student.model)
+        add_pair_scale(judge.model)
     newest = latest_checkpoint(folder)
     done = 0 if newest is None else newest[1]
     if run is not None:
@@ -286,12 +292,12 @@ def _fit(
                 reasoning_weight=config.reasoning_weight,
                 score_weight=config.score_weight,
                 mass_weight=config.mass_weight,
-                digits=student.collator.alphabet.digits,
+                digits=judge.collator.alphabet.digits,
                 learning_rate=config.learning_rate,
             ),
-            model=student.model,
+            model=judge.model,
             args=_arguments(config, steps, folder, rt),
-            data_collator=student.collator,
+            data_collator=judge.collator,
             train_dataset=curriculum,
             callbacks=[Reporter(run, bar, on_step)],
         )
@@ -299,7 +305,7 @@ def _fit(
     scale = trainer.log_scale()
     if scale is None:
         return None
-    delattr(student.model, SCALE_NAME)
+    delattr(judge.model, SCALE_NAME)
     return float(scale.detach().exp())
 
 
@@ -341,7 +347,7 @@ def _arguments(
 
 def _write(
     config: RewardTrainingConfig,
-    student: Student,
+    trained: TrainableJudge,
     rubrics: Sequence[Rubric],
     held_out: Sequence[Annotation],
     facts: dict[str, Any],
@@ -349,20 +355,20 @@ def _write(
     rt: Runtime,
 ) -> None:
     """Write the judge, read it again, compare, measure, calibrate; it gets its name last."""
-    model = student.model
+    model = trained.model
     if isinstance(model, PeftModel):
         model = model.merge_and_unload()
     if config.start_share:
         towards_start(model, located(config.path), config.start_share)
-    model = model.to(student.dtype)
+    model = model.to(trained.dtype)
     # The trainer switched it off, and an answer is written token by token.
     model.config.use_cache = True
-    stop_at(model, student.collator.end)
+    stop_at(model, trained.collator.end)
     unfinished = folder.with_name(f".{folder.name}.tmp")
     with writing(folder):
         shutil.rmtree(unfinished, ignore_errors=True)
         model.save_pretrained(unfinished)
-        student.collator.processor.save_pretrained(unfinished)
+        trained.collator.processor.save_pretrained(unfinished)
         (unfinished / "rubrics").mkdir()
         for rubric in rubrics:
             path = unfinished / "rubrics" / f"{rubric.dimension}.md"

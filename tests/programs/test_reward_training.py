@@ -33,7 +33,7 @@ from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
 from burnish.config import ConfigError, located
-from burnish.judge_model import read_student
+from burnish.judge_model import read_trainable
 from burnish.judge_trainer import Objective, judge_loss
 from burnish.judging import MARKER, Rubric, answer, question
 from burnish.lessons import (
@@ -526,10 +526,10 @@ def test_a_server_continues_an_answer_where_the_lessons_of_a_thinking_model_end(
     user = {"role": "user", "content": question(lesson.rubric, "a cat", num_sources=0)}
     shown: dict[str, str] = {}
     for name, model in (("plain", fresh / "model"), ("thinking", tmp_path / "thinking")):
-        student = read_student(model, lora_rank=0, max_pixels=None, device=CPU.device)
-        student.collator.processor.save_pretrained(tmp_path / name / "written")
+        judge = read_trainable(model, lora_rank=0, max_pixels=None, device=CPU.device)
+        judge.collator.processor.save_pretrained(tmp_path / name / "written")
         processor = AutoProcessor.from_pretrained(tmp_path / name / "written")
-        ids = student.collator([(lesson,)])["input_ids"][0]
+        ids = judge.collator([(lesson,)])["input_ids"][0]
         taught = processor.tokenizer.decode(ids).partition("<|im_start|>assistant")[2]
         for template in (processor.chat_template, processor.tokenizer.chat_template):
             shown[name] = processor.apply_chat_template(

@@ -130,7 +130,7 @@ def refuse_average(name: str, draws_average: bool) -> None:
         )
 
 
-class AnchoredConfig(AlgorithmConfig, ABC):
+class KlConfig(AlgorithmConfig, ABC):
     """Of an algorithm that can be held near the policy it started from."""
 
     kl_weight: float = Field(default=0.0, ge=0)
@@ -193,10 +193,10 @@ class Setting:
     """Whose processes the groups of a step are dealt out to."""
 
 
-class Anchor:
+class KlReference:
     """A frozen copy of the policy at the start, and the price of leaving it."""
 
-    def __init__(self, config: AnchoredConfig, setting: Setting) -> None:
+    def __init__(self, config: KlConfig, setting: Setting) -> None:
         self._weight, self._micro_batch = config.kl_weight, setting.micro_batch
         self._start: Policy[Any, Any] | None = None
         if config.kl_weight:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from burnish.algorithms.base import (
     Algorithm,
-    Anchor,
-    AnchoredConfig,
     Footprint,
+    KlConfig,
+    KlReference,
     SelfCheckError,
     Setting,
     credited,
@@ -51,7 +51,7 @@ LARGEST_REPLAY_GAP = 0.05
 """Relative difference of velocities that other batch shapes in bfloat16 can make."""
 
 
-class GrpoConfig(AnchoredConfig):
+class GrpoConfig(KlConfig):
     """Clipped policy gradient over the transitions of the window."""
 
     kind: Literal["grpo"] = "grpo"
@@ -115,7 +115,7 @@ class Grpo(Algorithm):
     def __init__(self, config: GrpoConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
         self._use = unconditional_use(config.guidance)
-        self._anchor = Anchor(config, setting)
+        self._reference = KlReference(config, setting)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
         setting = self._setting
@@ -145,7 +145,7 @@ class Grpo(Algorithm):
                 check_replay(groups, recomputed)
             if setting.num_updates > 1:
                 signals = recomputed
-        return self._anchor.mark(signals), metrics
+        return self._reference.mark(signals), metrics
 
     def _constants(self, trajectory: Trajectory) -> dict[str, Tensor]:
         """The unconditional velocity of the rollout, in the mode that reads it."""
@@ -176,7 +176,7 @@ class Grpo(Algorithm):
                 "policy/clipped": float(clipped.float().mean()),
                 "policy/change": float(velocity_kl(pair.new, pair.old).sqrt().mean()),
             }
-        return self._anchor.hold(
+        return self._reference.hold(
             LossOutput(loss=losses.mean(), metrics=metrics), conditional, batch
         )
 

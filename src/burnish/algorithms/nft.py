@@ -25,9 +25,9 @@ from pydantic import Field, model_validator
 from burnish import runtime
 from burnish.algorithms.base import (
     Algorithm,
-    Anchor,
-    AnchoredConfig,
     Footprint,
+    KlConfig,
+    KlReference,
     Setting,
     credited,
     reward_advantages,
@@ -42,7 +42,7 @@ from burnish.rollout_config import RolloutConfig
 from burnish.types import Group, LossOutput, Signal, Task
 
 
-class NftConfig(AnchoredConfig):
+class NftConfig(KlConfig):
     """Negative-aware fine-tuning on noised samples."""
 
     kind: Literal["nft"] = "nft"
@@ -91,7 +91,7 @@ class Nft(Algorithm):
 
     def __init__(self, config: NftConfig, setting: Setting) -> None:
         self._config, self._setting = config, setting
-        self._anchor = Anchor(config, setting)
+        self._reference = KlReference(config, setting)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
         setting = self._setting
@@ -105,7 +105,7 @@ class Nft(Algorithm):
             signals.append(self._noised(group, trajectory.clean, advantage, draws))
         is_guided = self._config.anchor == "guided"
         anchored = with_old(setting, signals, setting.guidance if is_guided else None)
-        return self._anchor.mark(anchored), metrics
+        return self._reference.mark(anchored), metrics
 
     def _noised(
         self, group: Group, clean: torch.Tensor, advantage: float, draws: torch.Generator
@@ -143,4 +143,4 @@ class Nft(Algorithm):
         with torch.no_grad():
             change = float(velocity_kl(conditional, old).sqrt().mean())
         output = LossOutput(loss=losses.mean(), metrics={"policy/change": change})
-        return self._anchor.hold(output, conditional, batch)
+        return self._reference.hold(output, conditional, batch)
