@@ -115,7 +115,7 @@ def parse_yaml(text: str, *, where: str) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{where}: need `key: value` lines, got {_shown(data)}; write a mapping")
+        raise ConfigError(f"{where}: need `key: value` lines, got {shown(data)}; write a mapping")
     return data
 
 
@@ -213,7 +213,7 @@ def _set(cls: type[Config], root: dict[str, Any], keys: Sequence[str], value: An
         else:
             raise ConfigError(
                 f"{path}: need a section or a list to set {key!r} in, `{'.'.join(keys[:depth])}`"
-                f" is {_shown(node)}; set that key itself"
+                f" is {shown(node)}; set that key itself"
             )
         if is_last:
             node[slot] = value
@@ -373,7 +373,7 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     needed = re.sub(r"^(Input should be|Input should|Value should|\w+ should be) ", "", message)
     needed = needed.split(", unable to parse")[0]
     advice = f"correct it or pass {path}=..." if path else "correct it"
-    return f"{name}: need {needed}, got {_shown(given)}; {advice}"
+    return f"{name}: need {needed}, got {shown(given)}; {advice}"
 
 
 def _meant(root: type[Config], data: Any, missing: str) -> str:
@@ -391,10 +391,10 @@ def _meant(root: type[Config], data: Any, missing: str) -> str:
 def _wrong_choice(name: str, given: Any, choices: Sequence[Any], meant: str = "") -> str:
     near = nearest(given, choices)
     advice = f"did you mean {near}?" if near else f"{meant}choose one of them"
-    return f"{name}: need one of {', '.join(map(str, choices))}, got {_shown(given)}; {advice}"
+    return f"{name}: need one of {', '.join(map(str, choices))}, got {shown(given)}; {advice}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value in a message: one line, at most sixty characters."""
     text = "nothing" if value is None else " ".join(repr(value).split())
     return text if len(text) <= 60 else text[:57] + "..."

@@ -23,9 +23,9 @@ from pydantic import Field, field_validator
 
 from burnish import images, runtime
 from burnish.buckets import aspect_ratio
-from burnish.config import Config, ConfigError, located, nearest
+from burnish.config import Config, ConfigError, located, nearest, shown
 from burnish.prompt_sets import Entry, PromptSet, content_of
-from burnish.records import encodable, object_of, shown
+from burnish.records import encodable, object_of
 from burnish.row_images import decoded, encoded, is_url, listed, look_for, sources_of
 from burnish.row_stores.base import PRESENT, Fields, RowStore
 from burnish.row_stores.opening import open_rows

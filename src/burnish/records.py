@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from burnish import images
-from burnish.config import ConfigError
+from burnish.config import ConfigError, shown
 
 Row = Mapping[str, Any]
 """One row as plain data, by column."""
@@ -27,12 +27,6 @@ _LONGEST = 1 << 22
 _BATCH = 64
 """Rows of Parquet that are in memory at once: each may hold several images."""
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
-
-
-def shown(value: object) -> str:
-    """A value in a message: one line, at most sixty characters."""
-    text = "nothing" if value is None else " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def wrong(where: str, key: str, needed: str, given: object, advice: str) -> ConfigError:
