@@ -46,12 +46,7 @@ from burnish.judge_trainer import (
 )
 from burnish.judging import Rubric
 from burnish.ledger import pin
-from burnish.lessons import (
-    Curriculum,
-    SourceConfig,
-    exercises,
-    read_sources,
-)
+from burnish.lessons import Curriculum, SourceConfig, exercises, read_sources
 from burnish.progress import progress
 from burnish.rewards.vlm import Judge, judge_facts
 from burnish.runtime import Runtime, RuntimeConfig
