@@ -44,16 +44,21 @@ def check_inputs(config: RunConfig, jobs: Collection[str] | None = None) -> None
         ConfigError: what `check_recipe` raises, a judge that does not answer, an image of a prompt
             that cannot be used among those looked at, or too little memory.
     """
-    check_recipe(config)
+    trained = check_recipe(config)
     check_places(config, runtime.choose_device(config.runtime.device).type)
     _check_judges(config, config.jobs() if jobs is None else jobs)
     check_memory(config)
     # Last, as it takes longest.
     _look_at_images(config)
+    for found in contamination(config, trained):
+        warnings.warn(f"{found}; leave them out of one", ContaminationWarning, stacklevel=2)
 
 
-def check_recipe(config: RunConfig) -> None:
+def check_recipe(config: RunConfig) -> dict[str, PromptSet]:
     """Read all but pictures that the jobs of a run will read, on any machine.
+
+    Returns:
+        The prompts of each stage.
 
     Raises:
         ConfigError: a missing model or judge, a broken prompt set, too few prompts for a step, a
@@ -93,8 +98,7 @@ def check_recipe(config: RunConfig) -> None:
             reward.check()
     for name, bench in config.benches.items():
         _check_bench(f"benches.{name}", bench)
-    for found in contamination(config, trained):
-        warnings.warn(f"{found}; leave them out of one", ContaminationWarning, stacklevel=2)
+    return trained
 
 
 @contextlib.contextmanager

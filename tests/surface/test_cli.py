@@ -20,8 +20,11 @@ from PIL import Image
 
 from burnish import cli, launcher
 from burnish.cli import recipes
-from burnish.config import located
+from burnish.config import load, located
+from burnish.contamination import ContaminationWarning
 from burnish.launcher import STOPPED, JobError, Stopped, launch
+from burnish.preflight import check_inputs
+from burnish.run_config import RunConfig
 
 GROUPED = (
     "arena judge",
@@ -52,8 +55,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def prompts(tmp_path: Path) -> Path:
     """Two prompts of the embedded world."""
-    lines = located("embedded:prompts/train.jsonl").read_text().splitlines()
-    path = tmp_path / "prompts.jsonl"
+    return two_prompts("train", tmp_path / "prompts.jsonl")
+
+
+def two_prompts(name: str, path: Path) -> Path:
+    lines = located(f"embedded:prompts/{name}.jsonl").read_text().splitlines()
     path.write_text("\n".join([line for line in lines if '"task": "t2i"' in line][:2]) + "\n")
     return path
 
@@ -89,7 +95,7 @@ def recipe(tmp_path: Path, model: Path, prompts: Path) -> Path:
         "benches": {"truth": {"kind": "miniature", "prompts": str(prompts), "knowledge": None}},
         "arena": {"judge": {"kind": "oracle"}, "raters": {"count": 2, "margin": 0.02}},
         "evaluation": {
-            "prompts": str(prompts),
+            "prompts": str(two_prompts("held-out", tmp_path / "held-out.jsonl")),
             "knowledge": None,
             "num_seeds": 1,
             "best_of": 2,
@@ -324,6 +330,11 @@ def test_a_broken_prompt_is_named_by_line(
         file.write(line + "\n")
     said = refused("run", recipe)
     assert f"{prompts}:3: " in said and words in said
+
+
+def test_prompts_that_are_trained_on_and_measured_are_told(recipe: Path, prompts: Path) -> None:
+    with pytest.warns(ContaminationWarning, match="2 of the 2 prompts of evaluation.prompts are"):
+        check_inputs(load(RunConfig, str(recipe), [f"evaluation.prompts={prompts}"]))
 
 
 def test_prompts_must_fit_the_stages(refused: Refused, recipe: Path, model: Path) -> None:
