@@ -10,7 +10,8 @@ words and sources of a megapixel.
 import argparse
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,32 +165,37 @@ def write_pipeline(family: str, folder: Path) -> None:
         is_encoder = "text_encoder" in name
         kept = old if is_encoder else {"_class_name": old["_class_name"]}
         path.write_text(json.dumps(_merged(kept, changes)))
-    for place, network in _networks(family, folder, torch.device("meta")):
-        _write_header(place / "model.safetensors", network)
+    for place, made in _networks(family, folder, torch.device("meta")):
+        _write_header(place / "model.safetensors", made())
 
 
 def draw_weights(family: str, folder: Path, device: torch.device) -> None:
     """Give a pipeline folder random weights that fit its settings, in bfloat16."""
-    for place, network in _networks(family, folder, device):
-        network.save_pretrained(place)
+    # One at a time is there.
+    for place, made in _networks(family, folder, device):
+        made().save_pretrained(place)
     # The device is for others now.
     torch.cuda.empty_cache()
 
 
-def _networks(family: str, folder: Path, device: torch.device) -> Iterator[tuple[Path, Any]]:
-    """The networks that the settings of a pipeline folder tell of, in place of its weights."""
+def _networks(
+    family: str, folder: Path, device: torch.device
+) -> Iterator[tuple[Path, Callable[[], Any]]]:
+    """The networks that the settings of a pipeline folder tell of, in place of its weights; each is
+    made when it is asked for, and held by nobody else."""
     pipeline: Any = policy_class(family).tiny().pipeline
     for name, network in pipeline.components.items():
         if isinstance(network, nn.Module):
-            kind: Any = type(network)
             for old in (folder / name).glob("*.safetensors"):
                 old.unlink()
-            with torch.device(device):
-                if hasattr(kind, "load_config"):
-                    made = kind.from_config(kind.load_config(folder / name))
-                else:
-                    made = kind(kind.config_class.from_pretrained(folder / name))
-            yield folder / name, made.to(torch.bfloat16)
+            yield folder / name, partial(_made, type(network), folder / name, device)
+
+
+def _made(kind: Any, place: Path, device: torch.device) -> Any:
+    with torch.device(device):
+        if hasattr(kind, "load_config"):
+            return kind.from_config(kind.load_config(place)).to(torch.bfloat16)
+        return kind(kind.config_class.from_pretrained(place)).to(torch.bfloat16)
 
 
 def _write_header(path: Path, network: nn.Module) -> None:

@@ -110,13 +110,16 @@ def propose(
         }
         # Rewards that score a prompt together are those of its task.
         scored = [tuple(name for name in configs if name in row["scores"]) for row in own]
-        tasks = list(dict.fromkeys(filter(None, scored)))
         weights = recipe
-        for names in tasks:
+        for names in dict.fromkeys(filter(None, scored)):
             told = turned if any(turned[name] > 0 for name in names) else recipe
             total = sum(told[name] for name in names) or 1.0
             weights = weights | {name: round(told[name] / total, 3) for name in names}
-        if all(abs(sum(weights[name] for name in names) - 1) <= MAX_ERROR for names in tasks):
+        # A task without prompts here has weights of the category, too, if it shares a reward.
+        every = {task for config in configs.values() for task in config.tasks}
+        groups = [[n for n, config in configs.items() if task in config.tasks] for task in every]
+        changed = [own for own in groups if any(weights[n] != recipe[n] for n in own)]
+        if all(abs(sum(weights[n] for n in own) - 1) <= MAX_ERROR for own in changed):
             proposal[category] = weights
     return proposal
 

@@ -1,6 +1,6 @@
 """Prompts that a run is both trained and measured on: what it gains on them is not held out.
 
-Text, task and sources are compared, under whatever ids, see `PromptSet.shared`.
+Text, task and sources are compared, see `PromptSet.shared`.
 """
 
 from collections.abc import Iterator, Mapping

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.guard import FOLDER as GUARD
+from burnish.hacking import counted
 from burnish.looks import LOOKS
 from burnish.run_config import RunConfig
 from burnish.tracking import read_rows
@@ -34,7 +35,7 @@ def course(config: RunConfig, runs: Mapping[int, Path]) -> Iterator[dict[str, An
     """
     for arm, (seed, run) in itertools.product(config.stages, runs.items()):
         stage = run / "stages" / arm
-        looks = {row["step"]: row for row in read_rows(stage / GUARD / LOOKS)}
+        looks = {row["step"]: row for row in counted(stage / GUARD / LOOKS)}
         trained = read_rows(stage / "metrics.jsonl")
         steps = config.stages[arm].steps
         ends = sorted(looks) or [steps * part // _SPANS for part in range(_SPANS + 1)]

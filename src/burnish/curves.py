@@ -16,6 +16,7 @@ from numpy import ndarray
 from burnish.curation import num_drawn
 from burnish.evaluation import Estimate
 from burnish.guard import FOLDER as GUARD
+from burnish.hacking import counted
 from burnish.looks import LOOKS
 from burnish.run_config import RunConfig
 from burnish.stages import job_folder
@@ -45,7 +46,7 @@ def learning_curve(config: RunConfig, runs: Sequence[Path], arm: str) -> Curve |
         arm: a stage.
     """
     looks = [
-        {row["step"]: row["scores"] for row in read_rows(run / "stages" / arm / GUARD / LOOKS)}
+        {row["step"]: row["scores"] for row in counted(run / "stages" / arm / GUARD / LOOKS)}
         for run in runs
     ]
     steps = sorted(set.intersection(*(set(own) for own in looks)))

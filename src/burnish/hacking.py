@@ -6,6 +6,7 @@ not missing at random, so a look with too little has no say at all.
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from burnish.looks import Look, best_of
+from burnish.tracking import read_rows
 
 Verdict = Literal["fine", "hacked"]
 MIN_COVERAGE = 0.9
@@ -23,6 +25,11 @@ MIN_COVERAGE = 0.9
 def counts(look: Mapping[str, Any]) -> bool:
     """Whether a look has enough scores to be compared; one that tells no coverage has all."""
     return look.get("coverage", {}).get("judge", 1.0) >= MIN_COVERAGE
+
+
+def counted(path: Path) -> list[dict[str, Any]]:
+    """The looks of a file that count."""
+    return [row for row in read_rows(path) if counts(row)]
 
 
 def is_better(one: Look, other: Look) -> bool:

@@ -6,18 +6,21 @@ after hours, when the part is asked for the first time.
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from burnish.config import EMBEDDED, ConfigError, located, nearest
-from burnish.headers import tensors
+from burnish.headers import tensors, weight_files
+from burnish.tracking import RunError
 
 INDEX = "model_index.json"
 """Of a pipeline's parts, in its folder."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _READERS = ("Tokenizer", "Processor", "FeatureExtractor")
 _READS = ("tokenizer.json", "vocab.json", "*.model", "preprocessor_config.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 _SHARED = ("scheduler/scheduler_config.json", "vae/config.json", "transformer/config.json")
 
 
@@ -86,6 +89,30 @@ def _check_part(place: Path, kind: str) -> None:
         for _ in tensors(place):
             # Only headers are read; that of a file that was cut off says so.
             pass
+
+
+def copy_part(source: Path, target: Path) -> None:
+    """Copy a part of a pipeline as it is stored: weights unrounded, and what reads text in words
+    that every release of transformers knows which knows those of the source. Of weights only those
+    that are read are copied, and of no file its mode.
+
+    Raises:
+        RunError: the source is gone.
+    """
+    if not source.is_dir():
+        raise RunError(
+            f"need {source}, which was read at the start, to write what was not trained, got no "
+            "such folder; restore it and start the same command again"
+        )
+    is_network = any(source.glob("*.safetensors"))
+    read = {file.name for file in weight_files(source)} if is_network else set()
+    for file in source.rglob("*"):
+        is_weights = file.suffix in _WEIGHTS or ".index." in file.name
+        is_read = file.name in read or file.name.endswith(".safetensors.index.json")
+        if file.is_file() and (is_read or not is_weights):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def check_kin(key: str, folder: Path, base: Path) -> None:

@@ -236,6 +236,7 @@ def for_all(part: Part, count: int) -> Part:
 
 def on_one_device(parts: Iterable[Part], count: int, sharding: Sharding) -> list[Part]:
     """What that many processes have on a device that all of them share, as they do a CPU."""
+    others = (count - 1) * PROCESS_BYTES["cpu"]
     found = [
         # All shares of a part are the whole.
         dataclasses.replace(part, is_sharded=False)
@@ -243,8 +244,12 @@ def on_one_device(parts: Iterable[Part], count: int, sharding: Sharding) -> list
         else for_all(part, count)
         for part in parts
     ]
-    others = (count - 1) * PROCESS_BYTES["cpu"]
-    return [*found, Part(name="the other processes themselves", num_bytes=others)]
+    if count == 1:
+        return found
+    found.append(Part(name="the other processes themselves", num_bytes=others))
+    # More of them would need more.
+    advice = "take a machine with more memory, or fewer processes (runtime.processes)"
+    return [part if part.advice else dataclasses.replace(part, advice=advice) for part in found]
 
 
 def disk_parts(

@@ -79,6 +79,8 @@ def check_recipe(config: RunConfig) -> dict[str, PromptSet]:
     trained: dict[str, PromptSet] = {}
     for name, stage in config.stages.items():
         trained[name] = _check_prompts(name, stage, family)
+        with _under(f"stages.{name}"):
+            stage.check_read()
         _check_adapters(name, stage)
         stage.optimizer.check(f"stages.{name}", is_sharded=config.runtime.sharding == "full")
         if config.runtime.sharding == "full":

@@ -46,24 +46,25 @@ class Entry(NamedTuple):
     task: Task
     category: str
     num_sources: int
-    content: int
-    """Of what is asked for, see `content_of`."""
+    asked: int
+    """Of task and text: those that are the same have one number."""
+    sources: int
+    """Likewise of the sources, as far as a row tells them apart without an image being read."""
     reader: Reader
     row: int
 
 
-def content_of(prompt: Prompt, sources: Iterable[str | bytes]) -> int:
-    """A number that prompts have in common only if they ask for the same: text, task and sources.
+def number_of(*parts: str | bytes) -> int:
+    """A number that equal parts have in common, and others do not.
 
-    Args:
-        prompt: its sources may be marks.
-        sources: what tells each source apart: its bytes, or the place of its file.
+    >>> number_of("a", "b") == number_of(b"a", "b") != number_of("ab")
+    True
     """
-    digest = hashlib.blake2b(repr((prompt.task, prompt.text)).encode(), digest_size=8)
-    for source in sources:
-        # What is no whole character is refused when the image is read.
-        own = source if isinstance(source, bytes) else source.encode(errors="surrogatepass")
-        digest.update(b"\0" + own)
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        # What is no whole character is refused when it is read.
+        own = part if isinstance(part, bytes) else part.encode(errors="surrogatepass")
+        digest.update(len(own).to_bytes(8) + own)
     return int.from_bytes(digest.digest())
 
 
@@ -80,7 +81,11 @@ class PromptSet(_Prompts):
             return prompts
         held = _Held(prompts)
         return cls(
-            Entry(p.id, p.task, p.category, p.num_sources, content_of(p, p.sources), held, row)
+            Entry(
+                *(p.id, p.task, p.category, p.num_sources),
+                *(number_of(p.task, p.text), number_of(*p.sources)),
+                *(held, row),
+            )
             for row, p in enumerate(prompts)
         )
 
@@ -115,13 +120,16 @@ class PromptSet(_Prompts):
         return PromptSet(entry for entry in self._entries if keep(entry))
 
     def shared(self, other: "PromptSet") -> "PromptSet":
-        """The prompts that another set asks for too, under whatever id; none is read.
+        """The prompts that another set has, too; none is read.
 
-        Sources are the same by their file or by what a row spells out. Images that a row holds as
-        bytes are not read: such prompts are the same where their ids are, too.
+        Prompts are the same where task and text are, and besides, the sources or else the ids. A
+        source is told by its file in JSON lines, and by nothing in Parquet and Arrow, where images
+        are not read.
         """
-        known = {entry.content for entry in other.entries}
-        return PromptSet(entry for entry in self._entries if entry.content in known)
+        known = {(e.asked, key) for e in other.entries for key in (e.id, e.sources)}
+        return PromptSet(
+            e for e in self._entries if {(e.asked, e.id), (e.asked, e.sources)} & known
+        )
 
     def check(self, index: int) -> None:
         """Read one prompt and decode its images, only to see that they are whole.

@@ -24,7 +24,7 @@ from pydantic import Field, field_validator
 from burnish import images, runtime
 from burnish.buckets import aspect_ratio
 from burnish.config import Config, ConfigError, located, nearest, shown
-from burnish.prompt_sets import Entry, PromptSet, content_of
+from burnish.prompt_sets import Entry, PromptSet, number_of
 from burnish.records import encodable, object_of
 from burnish.row_images import decoded, encoded, is_url, listed, look_for, sources_of
 from burnish.row_stores.base import PRESENT, Fields, RowStore
@@ -150,9 +150,9 @@ def read_prompts(path: Path, columns: Mapping[str, str] | None = None) -> Prompt
         seen.add(prompt.id)
         # One object for all prompts of a category.
         category = categories.setdefault(prompt.category, prompt.category)
-        content = content_of(prompt, reader.sources(row, prompt.id))
+        known = number_of(prompt.task, prompt.text), number_of(*reader.sources(row, prompt.id))
         labels = prompt.id, prompt.task, category, prompt.num_sources
-        entries.append(Entry(*labels, content, reader, number))
+        entries.append(Entry(*labels, *known, reader, number))
     if not entries:
         raise ConfigError(f"{path}: need at least one prompt, got an empty file; write some")
     return PromptSet(entries)

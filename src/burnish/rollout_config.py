@@ -164,8 +164,3 @@ class RolloutConfig(Config):
                 f"need window_steps in order, each once, as many as window={self.window}, and no "
                 f"window_range, got {list(steps)}; set rollout.window={len(set(steps))}"
             )
-        if self.window_start == "sliding":
-            raise ValueError(
-                f"need a window that can move for window_start=sliding, got window_steps="
-                f"{list(steps)}; leave rollout.window_start or rollout.window_steps out"
-            )

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from burnish import runtime
 from burnish.adapters import LoraConfig, attach, detach, write_adapter
 from burnish.algorithms.base import AdvantagesConfig, Algorithm, SelfCheckError, Setting
-from burnish.config import Config
+from burnish.config import Config, ConfigError
 from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
 from burnish.looks import Watch
@@ -85,7 +85,6 @@ class StageConfig(Config):
                 f"need at least one reward for {name}, got none; add one under rewards"
             )
         for key, is_given, why in (
-            ("rewards", bool(self.rewards), "it learns from its teachers alone"),
             ("advantages", self.advantages != AdvantagesConfig(), "they are made of rewards"),
             ("guard", self.guard is not None, "it watches a reward"),
             ("curation", self.curation is not None, "it goes by rewards"),
@@ -95,14 +94,33 @@ class StageConfig(Config):
         if self.algorithm.needs_rewards and self.rollout.group_size < 2:
             raise ValueError(f"need group_size of at least 2 for {name}, got 1; raise it")
         check_weights(self.rewards, self.prompts.tasks)
-        if self.rollout.guidance_scale == 1 and self.rollout.negative_prompt:
-            raise ValueError(
-                "need rollout.guidance_scale other than 1 for a negative_prompt, got 1, which is "
-                "without guidance; leave rollout.negative_prompt out"
-            )
         average = self.optimizer.draw_average
         self.algorithm.check_rollout(self.rollout, self.prompts.tasks, draws_average=average)
         return self
+
+    def check_read(self) -> None:
+        """Refuse settings that nothing would read. Not when settings are parsed: folders of runs
+        that are complete may hold them.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        rollout = self.rollout
+        if self.rewards and not self.algorithm.needs_rewards:
+            raise ConfigError(
+                f"need no rewards for {self.algorithm.kind}, got some; it learns from its teachers "
+                "alone, leave `rewards` out"
+            )
+        if rollout.guidance_scale == 1 and rollout.negative_prompt:
+            raise ConfigError(
+                "need rollout.guidance_scale other than 1 for a negative_prompt, got 1, which is "
+                "without guidance; leave rollout.negative_prompt out"
+            )
+        if rollout.window_start == "sliding" and rollout.window_steps is not None:
+            raise ConfigError(
+                "need a window that can move for rollout.window_start=sliding, got window_steps="
+                f"{list(rollout.window_steps)}; leave window_start or window_steps out"
+            )
 
 
 def train(

@@ -341,7 +341,6 @@ def test_impossible_settings_get_a_clear_line(policy):
         {"keep": 0},
         {"kernel": "dance", "noise_level": 1.5},
         {"shared_noise": True, "window": 0},
-        {"window_steps": [0, 3], "window_start": "sliding"},
     ):
         with pytest.raises(ConfigError, match="need"):
             parse(RolloutConfig, {"num_steps": 6, "window": 2, **wrong})

@@ -126,8 +126,9 @@ def test_what_is_proposed_for_two_tasks_is_what_a_recipe_takes() -> None:
     assert found == pytest.approx({"alignment": 0.6, "instruction": 0.6, "quality": 0.4}, abs=0.01)
     # Half of what is heard of one task alone, and no weight of the shared reward is right for both.
     assert propose(two_tasks(0.14, 1.0), shared) == {}
-    # A task of which there is no prompt asks for nothing.
-    assert set(propose(two_tasks(0.14, 1.0)[:40], shared)) == {"general"}
+    # Nor where there are prompts of the one task alone: the other shares the reward all the same.
+    assert propose(two_tasks(0.14, 1.0)[:40], shared) == {}
+    assert propose(two_tasks(1.0, 1.0)[:40], shared)["general"] == pytest.approx(found, abs=0.01)
 
 
 def test_a_reward_that_failed_keeps_its_weight() -> None:

@@ -88,6 +88,8 @@ def test_processes_share_the_memory_of_a_cpu() -> None:
     assert bytes_of(1, Sharding()) == 60
     assert bytes_of(3, Sharding()) == 3 * 10 + 20 + 3 * 30 + others
     assert bytes_of(3, Sharding(3)) == 3 * 10 + 20 + 30 + others
+    # More processes would not help, which is what is advised on GPUs.
+    assert all("fewer processes" in one.advice for one in on_one_device(parts, 3, Sharding(3)))
     # Nothing is divided again.
     assert sum(map(Sharding(3).share, on_one_device(parts, 3, Sharding(3)))) == 80 + others
 

@@ -258,6 +258,14 @@ def test_a_contestant_whose_pictures_cannot_be_scored_is_told_and_not_rated_by_t
     words = r"need scores of 99% of the 200 pictures of broken, got 197 .*face \(no face in 0\)"
     with pytest.raises(ConfigError, match=words):
         vote(own, seen, RatersConfig(count=1), crowd="face")
+    # Of few pictures one may be lost.
+    few = Contest(prompts=prompts[:20], pictures=own.pictures)
+    lost = {
+        key: value
+        for key, value in seen.items()
+        if key[1] in {"p1", *(f"p{n}" for n in range(5, 20))}
+    }
+    assert len(vote(few, lost, RatersConfig(count=1), crowd="face")) == 15
 
 
 class _Mute(Reward):

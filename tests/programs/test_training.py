@@ -437,12 +437,6 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
             "need kept states",
         ),
         ("nft", {"rewards": {}}, "need at least one reward"),
-        ("distill", {"rewards": REWARDS}, "need no rewards for distill, got some"),
-        (
-            "nft",
-            {"rollout": {"window": 0, "guidance_scale": 1.0, "negative_prompt": "ugly"}},
-            r"need rollout\.guidance_scale other than 1 for a negative_prompt",
-        ),
         (
             "grpo",
             {"algorithm": {"kind": "grpo", "clip_range": 1.0}},

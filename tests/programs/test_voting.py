@@ -331,6 +331,12 @@ def test_a_file_of_another_contest_version_or_kind_is_refused(tmp_path: Path) ->
         with pytest.raises(ConfigError, match="need the models, pictures and prompts that"):
             Ballots(path, Contest(prompts=prompts, pictures=own.pictures))
     database = sqlite3.connect(path)
+    database.execute("UPDATE facts SET value = '2' WHERE name = 'version'")
+    database.commit()
+    # Votes of an older version are counted as ever; nobody votes on.
+    assert read_votes(path) == ([], {})
+    with pytest.raises(ConfigError, match="has version 2"):
+        Ballots(path, own)
     database.execute("UPDATE facts SET value = '99' WHERE name = 'version'")
     database.commit()
     with pytest.raises(ConfigError, match=r"need votes of version 3, .* has version 99"):

@@ -29,6 +29,7 @@ from burnish.policies.parts.execution import (
 )
 from burnish.policies.parts.qwen_encoding import SLOT_TOKENS
 from burnish.policies.parts.reading import EncodedPrompt
+from burnish.tracking import RunError
 from burnish.types import MAX_SOURCES, Prompt
 
 torch.set_num_threads(1)
@@ -604,7 +605,22 @@ def test_what_is_never_trained_is_written_as_it_was_read(policy, tmp_path):
     for file in hub.rglob("*.json"):
         # As no release of today writes it.
         file.write_text(json.dumps(json.loads(file.read_text())))
-    type(policy).load(hub, dtype=torch.bfloat16, resolution=64).save(out)
+    loaded = type(policy).load(hub, dtype=torch.bfloat16, resolution=64)
+    # What nobody reads stays behind, and so do modes.
+    for name in (
+        "model.fp16.safetensors",
+        "pytorch_model.bin",
+        "model.safetensors.index.fp16.json",
+    ):
+        (hub / "vae" / name).write_bytes(b"of others")
+    for file in hub.rglob("*"):
+        file.chmod(0o555 if file.is_dir() else 0o444)
+    loaded.save(out)
+    assert not [file for file in out.rglob("*") if not file.stat().st_mode & 0o200]
+    for file in hub.rglob("*"):
+        file.chmod(0o755)
+        if file.parent.name == "vae" and ("fp16" in file.name or file.suffix == ".bin"):
+            file.unlink()
     before, after = (
         {f.relative_to(folder): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
         for folder in (hub, out)
@@ -612,6 +628,9 @@ def test_what_is_never_trained_is_written_as_it_was_read(policy, tmp_path):
     assert before.keys() == after.keys()
     changed = {path.parts[0] for path in before if before[path] != after[path]}
     assert changed == {"transformer"}
+    hub.rename(tmp_path / "away")
+    with pytest.raises(RunError, match=r"need .*hub.*, which was read at the start"):
+        loaded.save(tmp_path / "other")
 
 
 @torch.no_grad()

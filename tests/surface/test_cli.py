@@ -235,6 +235,19 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("grpo stages.teacher.rollout.window_steps=[2,1]", "need window_steps in order"),
         ("grpo stages.teacher.rollout.window_steps=[0,1,2]", "set rollout.window=3"),
         ("run smoke stages.student.rollout.guidance_scale=3", "rollout.guidance_scale=1"),
+        (
+            "run smoke stages.student.rollout.negative_prompt=ugly",
+            "stages.student: need rollout.guidance_scale other than 1 for a negative_prompt",
+        ),
+        (
+            'run smoke stages.student.rewards={"truth":{"kind":"oracle"}}',
+            "stages.student: need no rewards for distill, got some",
+        ),
+        (
+            "grpo stages.teacher.rollout.window_steps=[0,3] "
+            "stages.teacher.rollout.window_start=sliding",
+            "stages.teacher: need a window that can move for rollout.window_start=sliding",
+        ),
         ("run smoke stages.t2i_teacher.lora={targets:[to_q,to_kk]}", "did you mean 'to_k'?"),
         ("run smoke stages.t2i_teacher.prompts.categories=[portrat]", "did you mean 'portrait'?"),
         ("grpo stages.teacher.rollout.kernel=ode", "rollout.kernel=precise"),

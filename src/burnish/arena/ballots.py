@@ -291,8 +291,8 @@ class Ballots:
         return int(count)
 
 
-def _check_version(path: Path, facts: Mapping[str, str]) -> None:
-    if facts.get("version") != str(VERSION):
+def _check_version(path: Path, facts: Mapping[str, str], *older: int) -> None:
+    if facts.get("version") not in map(str, (VERSION, *older)):
         raise ConfigError(
             f"need votes of version {VERSION}, {path} has version {facts.get('version')}; "
             "use the version of Burnish that wrote it, or another file"
@@ -309,7 +309,8 @@ def read_votes(path: Path) -> tuple[list[Battle], dict[str, tuple[int, int]]]:
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         database.row_factory = sqlite3.Row
         facts = dict(database.execute("SELECT name, value FROM facts").fetchall())
-        _check_version(path, facts)
+        # They only know less of what was voted on.
+        _check_version(path, facts, 2)
         rows = database.execute(f"{_LAST} WHERE e.winner IS NOT NULL ORDER BY e.number").fetchall()
         database.close()
     except sqlite3.DatabaseError as error:

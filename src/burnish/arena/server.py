@@ -58,7 +58,7 @@ def app(
         title: of the page.
         names: of hosts that it is reached by, beside `localhost` and addresses in numbers.
     """
-    known = {"localhost", *(name.lower() for name in names)}
+    known = {"localhost", *map(_host_name, names)}
     booth = _Booth(contest, ballots, title)
     served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     served.add_api_route("/", booth.show, methods=["GET"], response_class=HTMLResponse)
@@ -77,10 +77,19 @@ def _is_ours(host: str, known: Collection[str]) -> bool:
     [True, True, True, False]
     """
     try:
-        name = urlsplit(f"//{host}").hostname or ""
+        name = _host_name(host)
         return name in known or ipaddress.ip_address(name) is not None
     except ValueError:
         return False
+
+
+def _host_name(host: str) -> str:
+    """Of a host as a header or a user writes it.
+
+    >>> [_host_name(host) for host in ("Vote.example.org:443", "https://example.org/", "[::1]")]
+    ['vote.example.org', 'example.org', '::1']
+    """
+    return (urlsplit(host if "//" in host else f"//{host}").hostname or "").rstrip(".")
 
 
 async def _guarded(

@@ -22,7 +22,7 @@ from burnish import activations, vision_build
 from burnish.buckets import MULTIPLE, Buckets, Size
 from burnish.config import ConfigError
 from burnish.guidance import compose
-from burnish.pipeline_folders import INDEX, read_index
+from burnish.pipeline_folders import INDEX, copy_part, read_index
 from burnish.policies.base import Guided, Policy, Prefix, Work, copied
 from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
@@ -141,13 +141,11 @@ class PipelinePolicy(Policy[ConditionT, PrefixT]):
             # It was made in memory.
             self.pipeline.save_pretrained(folder)
             return
-        self.transformer.save_pretrained(folder / "transformer")
-        # All else as it is stored: weights unrounded, and what reads text in words that every
-        # release of transformers knows which knows those of the source.
-        for name, part in self.pipeline.components.items():
-            if name != "transformer" and part is not None:
-                shutil.copytree(Path(source) / name, folder / name, dirs_exist_ok=True)
+        parts = {name for name, part in self.pipeline.components.items() if part is not None}
+        for name in parts - {"transformer"}:
+            copy_part(Path(source) / name, folder / name)
         shutil.copyfile(Path(source) / INDEX, folder / INDEX)
+        self.transformer.save_pretrained(folder / "transformer")
 
     def sibling(self: PolicyT, *, is_empty: bool = False) -> PolicyT:
         other = copy.copy(self)
