@@ -121,7 +121,7 @@ def held_out(
     if trained_on is not None and (shared := chosen.shared(trained_on).entries):
         raise ConfigError(
             f"guard.prompts: need prompts that the stage is not trained on, got {shared[0].id!r} "
-            f"({len(shared)} of {len(chosen)}), which it is under some id; give another set"
+            f"and {len(shared) - 1} more of {len(chosen)} that it is trained on; give another set"
         )
     return chosen
 

@@ -296,7 +296,9 @@ def opened_by_arrow(path: Path) -> Any:
     own. Its threads may let go of a file of Python's when Python has ended, and abort the process.
     """
     pyarrow, _ = parquet_modules()
-    return pyarrow.OSFile(str(path))
+    with path.open("rb"):
+        # Python has the plainer words for a file that cannot be opened.
+        return pyarrow.OSFile(str(path))
 
 
 def unreadable(path: Path, error: Exception, kind: str = "UTF-8 text") -> ConfigError:
