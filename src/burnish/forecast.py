@@ -48,7 +48,7 @@ from burnish.stages import may_borrow, with_folders
 from burnish.training import StageConfig
 from burnish.types import Prompt
 
-_SMALL_SHARE = 0.25
+_SMALL_SHARE = 0.5
 """Of the memory of the machine."""
 _LOOKED_AT = 500
 """Prompts of a stage, evenly spread, among which the largest is looked for."""
