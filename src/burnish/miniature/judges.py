@@ -179,7 +179,7 @@ def _teach_to_see(
     rt: Runtime,
 ) -> None:
     """Write `out/sighted`: a model that recognises, describes, checks, and never scored."""
-    model, processor = new_judge(list(sample_texts(1500)))
+    model, processor = new_judge(list(sample_texts(sight.texts)))
     folder = out / "checkpoints"
     with _shown("eyes", eyes.steps, folder / "eyes") as show:
         learn_to_recognise(

@@ -61,6 +61,8 @@ class SightPlan(FittingPlan):
     """Share of the steps that read what raters wrote."""
     shares: tuple[float, ...] = (0.08, 0.36, 0.12, 0.04, 0.4)
     """Shares of the other steps of each of `KINDS`."""
+    texts: int = 1500
+    """Of each kind, from which the tokenizer learns its words."""
 
 
 @dataclass(frozen=True)
