@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from burnish import images
+from burnish import concordance, images, trust
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
@@ -30,6 +31,14 @@ from burnish.trust import (
 )
 from burnish.trust_report import write_trust_report
 from burnish.types import Failed, Scored
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """Intervals have laws of their own; a thousand resamples are most of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trust, "interval", partial(concordance.interval, resamples=100))
+        yield
 
 
 def annotation(number: int) -> Annotation:
@@ -90,7 +99,7 @@ def test_a_judge_of_brightness_agrees_with_raters_of_brightness(found: Examinati
 def test_a_prompt_is_one_unit_however_many_comparisons_it_stands_in() -> None:
     """Public sets give every two pictures a comparison of their own, whose prompt is another's."""
     rng = np.random.default_rng(0)
-    some = SOME[:16]
+    some = SOME[:40]
     raw = [float(np.clip((a.score_mean or 0) + rng.normal(0, 1), 1, 5)) for a in some]
 
     def agreed(group: Callable[[int], str | None]) -> dict[str, Interval]:

@@ -292,7 +292,7 @@ class Ballots:
 
 
 def _check_version(path: Path, facts: Mapping[str, str], *older: int) -> None:
-    if facts.get("version") not in map(str, (VERSION, *older)):
+    if facts.get("version") not in [str(version) for version in (VERSION, *older)]:
         raise ConfigError(
             f"need votes of version {VERSION}, {path} has version {facts.get('version')}; "
             "use the version of Burnish that wrote it, or another file"
