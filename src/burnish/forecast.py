@@ -111,7 +111,7 @@ def _plan(
         key = (lora, asked, worst.text, worst.sources, away.negative_prompt)
         if key not in known:
             known[key] = measure(computing, worst, away.negative_prompt, asked, rt)
-        found.append(known[key] if stage.rewards else dataclasses.replace(known[key], decoding=0))
+        found.append(known[key])
     is_gpu, is_spread = rt.device.type == "cuda", sharding.world_size > 1
     is_offloaded = config.policy.offload and is_gpu
     host = _there(host_parts(config, stage, footprint, policy, found, sharding))

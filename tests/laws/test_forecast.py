@@ -6,16 +6,13 @@ import pytest
 
 from burnish.algorithms.base import Footprint
 from burnish.algorithms.nft import NftConfig
-from burnish.cli.recipes import recipe_path
-from burnish.config import load
-from burnish.forecast import counts, forecast
+from burnish.forecast import counts
 from burnish.optimization import OptimizerConfig
 from burnish.plan_parts import on_one_device
 from burnish.planning import PROCESS_BYTES, Part, Sharding
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
-from burnish.run_config import RunConfig
 from burnish.runtime import generator
 from burnish.training import StageConfig
 from burnish.updates import _turns
@@ -99,10 +96,3 @@ def test_who_looks_on_draws_different_prompts() -> None:
     looked = Footprint(states=4, draws=8)
     for processes in (1, 12):
         assert counts(stage({"micro_batch": 2}), looked, processes).picture_prompts == 8
-
-
-def test_pictures_that_nobody_looks_at_need_no_memory() -> None:
-    config = load(RunConfig, recipe_path("distill"), ["stages.student.prompts.tasks=[t2i]"])
-    parts = {plan.stage: [p.name for p in plan.parts] for plan in forecast(config, "cuda")}
-    decoding = [stage for stage, names in parts.items() if "decoding its pictures" in names]
-    assert decoding == ["evaluation"]
