@@ -27,6 +27,12 @@ from burnish.training import StageConfig
 from burnish.types import Failed, Score, Scored, ScoreRequest
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)
+CURIOUS = GuardConfig(
+    judge=OracleConfig(),
+    others={"beauty": OracleConfig(dimension="quality")},
+    retention=RetentionConfig(),
+    num_prompts=8,
+)
 ROLLOUT = RolloutConfig(num_steps=2, guidance_scale=2.0, group_size=2, window=0, keep="none")
 
 
@@ -212,13 +218,7 @@ class TestGuard:
     def test_what_others_say_and_what_is_still_known_is_told_beside_the_rule(
         self, policy: QwenImage21Policy, tmp_path: Path
     ) -> None:
-        config = GuardConfig(
-            judge=OracleConfig(),
-            others={"beauty": OracleConfig(dimension="quality")},
-            retention=RetentionConfig(),
-            num_prompts=8,
-        )
-        watch = Guard(config, ROLLOUT, ["t2i"], tmp_path, step=0)
+        watch = Guard(CURIOUS, ROLLOUT, ["t2i"], tmp_path, step=0)
         found = look(watch, policy, 0, None, CPU)
         (row,) = [json.loads(line) for line in (tmp_path / "guard/looks.jsonl").open()]
         assert {"likeness", "style"} <= row["retention"].keys()
@@ -233,13 +233,7 @@ class TestGuard:
     def test_what_fails_is_told_and_means_of_too_little_are_not(
         self, policy: QwenImage21Policy, tmp_path: Path
     ) -> None:
-        config = GuardConfig(
-            judge=OracleConfig(),
-            others={"beauty": OracleConfig(dimension="quality")},
-            retention=RetentionConfig(),
-            num_prompts=8,
-        )
-        watch = Guard(config, ROLLOUT, ["t2i"], tmp_path, step=0)
+        watch = Guard(CURIOUS, ROLLOUT, ["t2i"], tmp_path, step=0)
         watch._judge, watch._others["beauty"] = Failing(watch._judge, 1), Failing(watch._judge, 2)
         watch._known._judge = Failing(watch._judge, 16)
         found = look(watch, policy, 0, None, CPU)

@@ -1,5 +1,6 @@
 """The command line: what it says, what it refuses, and that no process is left behind."""
 
+import contextlib
 import json
 import os
 import re
@@ -948,18 +949,27 @@ def test_of_several_processes_the_killed_one_is_told(launched: Launch) -> None:
     assert caught.value.exit_code == 1
 
 
+@contextlib.contextmanager
+def signalled(place: Path, number: signal.Signals) -> Iterator[None]:
+    """Send the child of a job `a` a signal as soon as it runs."""
+
+    def send() -> None:
+        wait_for(lambda: (place / "a.ready").exists())
+        os.kill(children(place)[0], number)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    yield
+    sender.join()
+
+
 def test_a_killed_job_is_told(launched: Launch, tmp_path: Path) -> None:
     """As the system does when memory runs out."""
-
-    def kill() -> None:
-        wait_for(lambda: (tmp_path / "a.ready").exists())
-        os.kill(children(tmp_path)[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    with pytest.raises(JobError, match="killed by SIGKILL") as caught:
+    with (
+        signalled(tmp_path, signal.SIGKILL),
+        pytest.raises(JobError, match="killed by SIGKILL") as caught,
+    ):
         launched({"a": ()}, a="sleep")
-    killer.join()
     assert caught.value.exit_code == 1
 
 
@@ -991,16 +1001,8 @@ def test_a_signal_to_all_processes_is_no_failure(
 
 def test_a_child_that_was_asked_to_stop_stops_the_others(launched: Launch, tmp_path: Path) -> None:
     """Also before it can answer, as it loads libraries."""
-
-    def stop() -> None:
-        wait_for(lambda: (tmp_path / "a.ready").exists())
-        os.kill(children(tmp_path)[0], signal.SIGTERM)
-
-    stopper = threading.Thread(target=stop)
-    stopper.start()
-    with pytest.raises(Stopped):
+    with signalled(tmp_path, signal.SIGTERM), pytest.raises(Stopped):
         launched({"a": ()}, a="sleep")
-    stopper.join()
 
 
 def test_children_do_not_outlive_a_killed_launcher(

@@ -16,6 +16,7 @@ from burnish.cli.program import app
 from burnish.config import ConfigError, nearest, parse, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
+    from burnish.bench.base import BenchConfig
     from burnish.bench_tree import Replies
     from burnish.benching import Taken
     from burnish.exporting import Deployment
@@ -44,14 +45,11 @@ Place = Annotated[
 @bench.command("list")
 def list_benches() -> None:
     """List the benches, and the files and servers that each needs."""
-    from burnish.bench.base import BenchConfig
-    from burnish.config import shelf
-
-    for config in shelf("burnish.bench", BenchConfig):
+    for kind, config in _kinds().items():
         fields = config.model_fields
         needed = [name for name in fields if fields[name].is_required() or name == "judge"]
         told = sys.modules[config.__module__].__doc__ or ""
-        print(f"{config.__module__.rpartition('.')[2]}: {told.splitlines()[0]}")
+        print(f"{kind}: {told.splitlines()[0]}")
         for name in needed:
             print(f"    needs {name}{': url and model of a server' if name == 'judge' else ''}")
 
@@ -152,11 +150,17 @@ def read(
     _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json, advice)
 
 
+def _kinds() -> dict[str, type["BenchConfig"]]:
+    """The settings of every bench, by its name."""
+    from burnish.bench.base import BenchConfig
+    from burnish.config import shelf
+
+    return {one.__module__.rpartition(".")[2]: one for one in shelf("burnish.bench", BenchConfig)}
+
+
 def _taken(which: str) -> "Taken":
     """The bench that the command line names."""
-    from burnish.bench.base import BenchConfig
     from burnish.benching import BenchChoice, Taken
-    from burnish.config import shelf
 
     if which.lower().endswith((".yaml", ".yml")):
         settings: Any = read_yaml(which)
@@ -164,7 +168,7 @@ def _taken(which: str) -> "Taken":
         settings = parse_yaml(which, where="BENCH")
     else:
         settings = {"kind": which}
-    kinds = {one.__module__.rpartition(".")[2]: one for one in shelf("burnish.bench", BenchConfig)}
+    kinds = _kinds()
     if (kind := str(settings.get("kind"))) in kinds:
         fields = kinds[kind].model_fields
         needed = [name for name in fields if fields[name].is_required()]
