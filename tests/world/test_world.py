@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
 from burnish.world.edits import EDITABLE, Edit, sample_edit
+from burnish.world.facets import UNSEEN, facets_of_scene
 from burnish.world.flaws import PIXEL_FLAWS, misspellings, spoil
 from burnish.world.grammar import say
 from burnish.world.oracle import ANATOMY, measure_edit, measure_scene
@@ -26,6 +27,7 @@ from burnish.world.scenes import (
     attribute,
     domain,
     held_out_combinations,
+    held_out_keys,
     is_held_out,
     sample_scene,
 )
@@ -150,6 +152,25 @@ def test_an_eighth_of_the_combinations_is_held_out_and_asked_for_in_words(catego
     held = [scene for scene in scenes if is_held_out(scene)]
     assert 0.05 < len(held) / len(scenes) < 0.3
     assert not any(scene.free & set(COMBINED[category]) for scene in held)
+
+
+def test_a_combination_nobody_trained_on_is_judged_by_its_own_object() -> None:
+    rng = np.random.default_rng(3)
+    drawn = (sample_scene(rng, category="general", style="flat") for _ in range(400))
+    # One of two objects, the other is one that models know.
+    scenes = [
+        scene for scene in drawn if len(held_out_keys(scene)) == 2 and "1.shape" in scene.values
+    ]
+    assert len(scenes) > 10
+    for scene in scenes:
+        unseen = held_out_keys(scene)[0].split(".")[0]
+        for number in ("0", "1"):
+            key = f"{number}.colour"
+            # No colour that the other object has, which would be the other's place.
+            others = {scene.values["0.colour"], scene.values["1.colour"]}
+            wrong = next(colour for colour in domain(key) if colour not in others)
+            found = facets_of_scene(render(scene.changed({key: wrong})), scene)[UNSEEN]
+            assert (found < 0.5) == (number == unseen), (scene, number)
 
 
 @pytest.mark.parametrize("word", WORDS)

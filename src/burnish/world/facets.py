@@ -12,7 +12,7 @@ import numpy as np
 
 from burnish.world.edits import Edit
 from burnish.world.oracle import ANATOMY, attribute_scores, quality, resolve
-from burnish.world.scenes import COMBINED, LOOK, Scene, attribute, is_held_out
+from burnish.world.scenes import LOOK, Scene, attribute, held_out_keys
 
 Facet = tuple[str, str, str]
 """Pillar, ability, facet."""
@@ -82,9 +82,8 @@ def facets_of_scene(pixels: np.ndarray, scene: Scene) -> dict[Facet, float]:
     found = _quality(pixels, seen) | _means(asked)
     if scene.person is not None:
         found[LIKENESS] = float(np.mean([scores[key] for key in looks if key in scores]))
-    if is_held_out(scene):
-        keys = [key for key in scores if attribute(key) in COMBINED[scene.category]]
-        found[UNSEEN] = min(scores[key] for key in keys)
+    if unseen := held_out_keys(scene):
+        found[UNSEEN] = min(scores[key] for key in unseen)
     return found
 
 

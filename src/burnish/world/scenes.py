@@ -187,16 +187,21 @@ def held_out_combinations(category: str) -> frozenset[tuple[Value, ...]]:
     return frozenset(found[: len(found) // 8])
 
 
+def held_out_keys(scene: Scene) -> tuple[str, ...]:
+    """The attributes of the scene that stand in a combination no model of the miniature is trained
+    on; of two objects, those of the one or of both."""
+    if scene.person is not None:
+        return ()
+    held, names = held_out_combinations(scene.category), COMBINED[scene.category]
+    prefixes = ("0.", "1.") if scene.category == "general" else ("",)
+    keys = [tuple(prefix + name for name in names) for prefix in prefixes]
+    found = [own for own in keys if tuple(map(scene.values.get, own)) in held]
+    return tuple(key for own in found for key in own)
+
+
 def is_held_out(scene: Scene) -> bool:
     """Whether the scene contains a combination that no model of the miniature is trained on."""
-    if scene.person is not None:
-        return False
-    held = held_out_combinations(scene.category)
-    prefixes = ("0.", "1.") if scene.category == "general" else ("",)
-    return any(
-        tuple(scene.values.get(prefix + name) for name in COMBINED[scene.category]) in held
-        for prefix in prefixes
-    )
+    return bool(held_out_keys(scene))
 
 
 def _choose(rng: np.random.Generator, name: str, exclude: tuple[Value, ...] = ()) -> Value:
