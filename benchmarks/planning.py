@@ -36,11 +36,11 @@ from burnish.evaluation import measure
 from burnish.forecast import forecast
 from burnish.planning import PROCESS_BYTES
 from burnish.policies.base import Policy
+from burnish.policy_config import load_policy
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, RunConfig
+from burnish.run_folder import with_folders
 from burnish.runtime import Runtime
-from burnish.shelves import load_policy
-from burnish.stages import with_folders
 from burnish.tracking import Run
 from burnish.training import StageConfig, train
 

@@ -23,9 +23,10 @@ import torch
 import torch.distributed
 
 from burnish.config import parse
+from burnish.policy_config import load_policy
 from burnish.run_config import RunConfig
 from burnish.runtime import RuntimeConfig
-from burnish.shelves import families, load_policy, policy_class
+from burnish.shelves import families, policy_class
 from burnish.tracking import Run
 from burnish.training import train
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from burnish.config import Config, ConfigError
 from burnish.tracking import writing
+from burnish.wording import brief
 
 
 class LoraConfig(Config):
@@ -142,7 +143,7 @@ def read_adapter(path: Path) -> dict[str, Adapter]:
             raise OSError("a folder without one")
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise ConfigError(
             f"need a LoRA as safetensors, got {path} ({reason}); name the file, or its folder or "
             "that of its stage"

@@ -48,7 +48,7 @@ def aspect_ratio(aspect: str) -> float:
     if not width or not height or not 1 / _FLATTEST <= width / height <= _FLATTEST:
         raise ValueError(
             f"need an aspect of width to height between 1:{_FLATTEST:g} and {_FLATTEST:g}:1, such "
-            f"as 16:9, got {aspect!r}; mend it"
+            f"as 16:9, got {aspect!r}; fix it"
         )
     return width / height
 

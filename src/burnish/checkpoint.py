@@ -25,6 +25,7 @@ from torch import Tensor
 
 from burnish.runtime import ALONE, Runtime
 from burnish.tracking import RunError, write_atomic, write_json, writing
+from burnish.wording import brief
 
 FORMAT = 1
 """Version of the layout; another version is refused by name."""
@@ -238,12 +239,12 @@ def _read(path: Path, rt: Runtime) -> Checkpoint:
                     path / name
                 )
             except (SafetensorError, OSError, ValueError) as error:
-                raise _damaged(path, f"{name} cannot be read ({error})") from None
+                raise _damaged(path, f"{name} cannot be read ({brief(error)})") from None
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         # Another process has checked its hash, or will.
-        raise _damaged(path, f"state.json cannot be read ({error})") from None
+        raise _damaged(path, f"state.json cannot be read ({brief(error)})") from None
     return Checkpoint(
         step=manifest["step"], folder=path, tensors=tensors, state=state, is_spread=is_spread
     )
@@ -334,7 +335,7 @@ def _verified_manifest(path: Path, rt: Runtime) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise _damaged(path, f"{Path(error.filename).name} is missing") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(path, f"it cannot be read ({error})") from None
+        raise _damaged(path, f"it cannot be read ({brief(error)})") from None
     return manifest
 
 

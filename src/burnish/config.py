@@ -6,7 +6,6 @@ what the run would have had without it, the defaults included. A config stands b
 configures, so this file knows no field of any of them, and it does not load torch.
 """
 
-import difflib
 import hashlib
 import importlib
 import json
@@ -23,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from burnish.dialect import Dumper, Loader
+from burnish.wording import brief, nearest, shown
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 
@@ -105,7 +105,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"need a config file, {path} does not exist; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"need a readable text file, {path} is not ({error}); check it") from None
+        raise ConfigError(
+            f"need a readable text file, {path} is not ({brief(error)}); check it"
+        ) from None
     return parse_yaml(text, where=str(path))
 
 
@@ -130,12 +132,6 @@ def config_hash(config: Config) -> str:
     """SHA-256 of the canonical JSON: the same settings give the same hash on every machine."""
     canonical = json.dumps(config.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def nearest(name: object, choices: Sequence[object]) -> str | None:
-    """The choice that looks most like `name`, or None where none looks like it."""
-    likeness = 0.5 if len(str(name)) > 3 else 0.7  # Two of three letters are little: gpu is no cpu.
-    return next(iter(difflib.get_close_matches(str(name), map(str, choices), 1, likeness)), None)
 
 
 EMBEDDED = "embedded:"
@@ -172,7 +168,7 @@ def _yaml_value(text: str, where: str) -> Any:
         problem = " ".join((error.problem or "it cannot be read").split())
         raise ConfigError(f"{place}: need valid YAML, {problem}; correct it") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        problem = " ".join(str(error).split())[:200]
+        problem = brief(error)
         raise ConfigError(f"{where}: need valid YAML, got {problem}; correct it") from None
 
 
@@ -392,9 +388,3 @@ def _wrong_choice(name: str, given: Any, choices: Sequence[Any], meant: str = ""
     near = nearest(given, choices)
     advice = f"did you mean {near}?" if near else f"{meant}choose one of them"
     return f"{name}: need one of {', '.join(map(str, choices))}, got {shown(given)}; {advice}"
-
-
-def shown(value: Any) -> str:
-    """A value in a message: one line, at most sixty characters."""
-    text = "nothing" if value is None else " ".join(repr(value).split())
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -28,6 +28,7 @@ from burnish.advantages import composite, group_range, normalised_weights
 from burnish.config import Config, ConfigError
 from burnish.ledger import Ledger, pin_files, read_ledger
 from burnish.policies.base import Policy
+from burnish.policy_config import PolicyConfig
 from burnish.progress import progress
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import PromptsConfig, write_prompts
@@ -35,7 +36,7 @@ from burnish.rewards.base import AsyncRewardSet, RewardSet, scored_values, tabul
 from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.shelves import AnyReward, PolicyConfig
+from burnish.shelves import AnyReward
 from burnish.tracking import write_json, writing
 from burnish.types import Failed, Group, Prompt
 

@@ -19,7 +19,7 @@ from burnish.guard import FOLDER as GUARD
 from burnish.hacking import counted
 from burnish.looks import LOOKS
 from burnish.run_config import RunConfig
-from burnish.stages import job_folder
+from burnish.run_folder import job_folder
 from burnish.tracking import read_rows
 
 _RESAMPLES = 1000

@@ -1,10 +1,10 @@
 """A server as its caller sees it: tries, pauses, a size cap, and a breaker; it knows no judges.
 
-Decided here is what another try can mend. The network, 408, 429 and 5xx pass: they are tried again
+Decided here is what another try can help. The network, 408, 429 and 5xx pass: they are tried again
 with growing, jittered pauses, never sooner than `Retry-After` says and never beyond the deadline.
 A server that answers 429 or 503 with `Retry-After` is there and busy: the question waits its turn
 until the deadline, and is neither a try nor a failure. Every other status is a wrong setting, which
-no try mends: a `ConfigError` at once. A reply that is too large or no JSON is a `Failed` for
+no try helps: a `ConfigError` at once. A reply that is too large or no JSON is a `Failed` for
 whoever asked. Redirects are not followed: they would carry the token to another host. After many
 failures in a row the breaker opens, and nothing is asked until a pause has passed, so that a dead
 server costs a run seconds and not hours.

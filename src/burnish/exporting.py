@@ -4,7 +4,6 @@ Before it is called done, the export is read again by a fresh pipeline, which mu
 model draws and not what the base does.
 """
 
-import contextlib
 import gc
 import shutil
 from collections.abc import Mapping
@@ -18,16 +17,17 @@ from torch import Tensor, nn
 from burnish import images
 from burnish.adapters import adapted, read_adapter
 from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_yaml
-from burnish.model_card import SAMPLES, check_base_model, licence_facts, model_card, renamed
+from burnish.model_card import SAMPLES, Terms, model_card, renamed
 from burnish.pipeline_folders import check_parts
+from burnish.policy_config import PolicyConfig, load_policy
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Stored
 from burnish.run_config import BASE, STAGE, RunConfig
+from burnish.run_folder import is_complete, model_folder
 from burnish.runtime import ALONE, DTYPES, Runtime
-from burnish.shelves import PolicyConfig, family_of, load_policy, policy_class
-from burnish.stages import is_complete, model_folder
+from burnish.shelves import family_of, policy_class
 from burnish.summary import read_run
-from burnish.tracking import RunError, write_atomic, write_json, writing
+from burnish.tracking import RunError, atomic_folder, write_atomic, write_json, writing
 from burnish.types import Guidance
 
 DEPLOYED = "burnish.json"
@@ -41,9 +41,7 @@ def export(
     out: Path,
     rt: Runtime,
     *,
-    licence: str,
-    licence_link: str | None = None,
-    base_model: str | None = None,
+    terms: Terms,
     as_lora: bool = False,
 ) -> Path:
     """Write a policy of a run as a folder for others; returns it.
@@ -53,26 +51,19 @@ def export(
         policy: a stage or merge.
         out: folder to write; it must not exist.
         rt: device.
-        licence: identifier of the hub, or the name of another one, for the card.
-        licence_link: to the text of another one.
-        base_model: ORG/NAME of the base on the hub, for the card; None leaves it unnamed.
+        terms: under which it is given to others, for the card.
         as_lora: write the LoRA of a stage that trained one, instead of the whole pipeline.
 
     Raises:
-        ConfigError: no such policy, one that is not complete or not a LoRA, a folder that exists,
-            or a licence or base that the hub would not take.
+        ConfigError: no such policy, one that is not complete or not a LoRA, or a folder that
+            exists.
         RunError: a fresh pipeline does not draw what the model draws.
     """
     config = read_run(folder)
     _check(config, folder, policy, out, as_lora=as_lora)
-    licence_facts(licence, licence_link)
-    check_base_model(base_model)
-    unfinished = out.with_name(f".{out.name}.tmp")
     family = policy_class(config.policy.family)
     model = model_folder(folder, STAGE + policy)
-    with writing(out), contextlib.ExitStack() as stack:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        stack.callback(shutil.rmtree, unfinished, ignore_errors=True)
+    with atomic_folder(out) as unfinished, writing(out):
         if as_lora:
             shutil.copytree(folder / "stages" / policy / "lora", unfinished)
         else:
@@ -84,17 +75,14 @@ def export(
             config,
             folder,
             policy,
-            licence=licence,
-            licence_link=licence_link,
-            base_model=base_model,
+            terms=terms,
             family=family,
             as_lora=as_lora,
             has_pictures=(unfinished / SAMPLES).is_file(),
         )
         write_atomic(unfinished / "README.md", card)
-        deployed = Deployment.of(renamed(config, base_model), policy)
+        deployed = Deployment.of(renamed(config, terms.base_model), policy)
         write_json(unfinished / DEPLOYED, deployed.model_dump(mode="json"))
-        unfinished.replace(out)
     return out
 
 

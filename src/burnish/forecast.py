@@ -39,12 +39,13 @@ from burnish.plan_parts import (
 from burnish.planning import Part, Plan, Sharding
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
+from burnish.policy_config import PolicyConfig
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
+from burnish.run_folder import may_borrow, with_folders
 from burnish.runtime import DTYPES, Runtime, choose_dtype
-from burnish.shelves import PolicyConfig, policy_class
-from burnish.stages import may_borrow, with_folders
+from burnish.shelves import policy_class
 from burnish.training import StageConfig
 from burnish.types import Prompt
 
@@ -196,7 +197,7 @@ def _there(parts: Iterable[Part]) -> list[Part]:
 
 
 def _hollow(config: PolicyConfig, rt: Runtime) -> Policy[Any, Any]:
-    """A policy as `burnish.shelves.load_policy` makes it, without memory."""
+    """A policy as `burnish.policy_config.load_policy` makes it, without memory."""
     policy: Any = policy_class(config.family).hollow(
         located(config.path),
         resolution=config.resolution,

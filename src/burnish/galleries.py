@@ -11,7 +11,7 @@ from burnish.config import located
 from burnish.evaluation import HEADLINE, Row
 from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
-from burnish.stages import all_scores
+from burnish.run_folder import all_scores
 from burnish.summary import KNOWLEDGE, knowledge_ids
 from burnish.types import Labelled, Prompt
 

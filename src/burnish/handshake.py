@@ -18,7 +18,7 @@ from PIL import Image
 from pydantic import Field
 
 from burnish import images
-from burnish.config import Config, ConfigError, nearest
+from burnish.config import Config, ConfigError
 from burnish.endpoint import Endpoint, Refused
 from burnish.judging import MARKER, SCALE, Alphabet, Calibration, Rubric, read_score
 from burnish.protocol import (
@@ -36,6 +36,7 @@ from burnish.protocol import (
     turn,
 )
 from burnish.types import MAX_SOURCES, Failed, Prompt, Score, Scored, ScoreRequest
+from burnish.wording import nearest
 
 
 class Golden(Config):

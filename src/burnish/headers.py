@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from burnish.config import ConfigError
+from burnish.wording import brief
 
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -76,7 +77,7 @@ def tensors(folder: Path) -> Iterator[Stored]:
                     one = stored.get_slice(name)
                     yield Stored(name, tuple(one.get_shape()), _TYPES[one.get_dtype()])
         except (OSError, SafetensorError, KeyError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = brief(error)
             raise ConfigError(
                 f"need readable weights in {file}, got {reason}; copy the model again"
             ) from None

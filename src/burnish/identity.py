@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from burnish import images
 from burnish.config import ConfigError
+from burnish.wording import brief
 
 SIDE = 64
 """Side in pixels of the picture that the embedded network sees."""
@@ -115,7 +116,7 @@ class EmbeddedFaces:
             network.load_state_dict({name: value.float() for name, value in stored.items()})
             standard = Standard(**{name: float(facts["standard"][name]) for name in _NAMES})
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = brief(error)
             raise ConfigError(
                 f"need a folder with {WEIGHTS} and {FACTS} of the embedded finder, got {folder}: "
                 f"{reason}; use embedded:weights/face"

@@ -19,6 +19,8 @@ from jaxtyping import Float
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+from burnish.wording import brief
+
 MAX_BYTES = 32 << 20
 """Largest image file that is read."""
 
@@ -219,7 +221,7 @@ def data_url(data: bytes) -> str:
 
 
 def _not_an_image(where: str, data: bytes, error: BaseException) -> ImageError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = brief(error) or type(error).__name__
     if "cannot identify" in reason:
         # Pillow's text holds the address of the buffer, which tells nobody anything.
         reason = f"{len(data)} bytes of something else"

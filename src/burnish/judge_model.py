@@ -22,6 +22,7 @@ from burnish.config import ConfigError
 from burnish.judging import MARKER, Rubric, question
 from burnish.lessons import Collator, spoken
 from burnish.policies.parts.qwen_tokens import CHAT_TEMPLATE
+from burnish.wording import brief
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
@@ -71,7 +72,7 @@ def read_trainable(
         )
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise ConfigError(f"path: need {needed}, got {path}: {reason}") from None
     if not _is_continued_as_begun(processor):
         processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE

@@ -53,7 +53,7 @@ class Rubric:
         if not text or MARKER.strip() in text:
             raise ConfigError(
                 f"need a rubric with text and without the marker {MARKER.strip()}, got {path}; "
-                "mend the file"
+                "fix the file"
             )
         return cls(path.stem, text)
 

@@ -100,7 +100,7 @@ def _ranks(settings: "RuntimeConfig", job: str) -> int:
 
 def pending(folder: Path, jobs: Jobs, *, force: bool = False) -> dict[str, tuple[str, ...]]:
     """The jobs that must be run: not complete, or waiting for one that must be run."""
-    from burnish.stages import is_complete
+    from burnish.run_folder import is_complete
 
     todo: dict[str, tuple[str, ...]] = {}
     for job, needs in jobs.items():
@@ -140,7 +140,7 @@ def places(config: "RuntimeConfig", jobs: Collection[str]) -> list[dict[str, str
 
 def _drop_result(folder: Path, job: str, *, everything: bool) -> None:
     """Remove a result that is no longer wanted; what a job may resume from stays."""
-    from burnish.stages import is_complete, job_folder
+    from burnish.run_folder import is_complete, job_folder
 
     target = job_folder(folder, job)
     if target.exists() and (everything or is_complete(folder, job)):

@@ -27,11 +27,12 @@ from torch.utils.data import Dataset
 from burnish import images
 from burnish.annotations.base import pairs, read_annotations, reader
 from burnish.annotations.schema import Annotation
-from burnish.config import Config, ConfigError, located, nearest
+from burnish.config import Config, ConfigError, located
 from burnish.judgements import soft_label
 from burnish.judging import SCALE, Alphabet, Rubric, answer, question
 from burnish.runtime import generator
 from burnish.types import Prompt
+from burnish.wording import nearest
 
 END = "<|im_end|>"
 """Qwen's token at the end of a turn."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ConfigError
+from burnish.wording import brief
 
 _FIELD = re.compile(r"\{\{|\}\}|\{(\w*)\}")
 
@@ -23,7 +24,7 @@ def constants(path: Path) -> dict[str, Any]:
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:120]
+        reason = brief(error)
         raise ConfigError(f"need a readable file {path} ({reason}); check the checkout") from None
     found: dict[str, Any] = {}
     for statement in tree.body:

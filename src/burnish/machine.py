@@ -17,8 +17,9 @@ import torch
 from burnish import __version__, images, rollout, runtime, vision_build
 from burnish.config import located
 from burnish.pipeline_folders import INDEX
-from burnish.shelves import PolicyConfig, load_policy
+from burnish.policy_config import PolicyConfig, load_policy
 from burnish.types import Guidance, Prompt
+from burnish.wording import brief
 
 _GIBIBYTE = 1 << 30
 _LEAST_DISK = 1.0  # GiB; a run of the miniature leaves a tenth of it.
@@ -113,4 +114,4 @@ def _drawing(model: str) -> Finding:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+    return f"{type(error).__name__}: {brief(error)}"

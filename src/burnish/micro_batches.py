@@ -12,7 +12,7 @@ from burnish.forecast import forecast, own_groups
 from burnish.planning import Phase, Plan, check, shown
 from burnish.progress import progress
 from burnish.run_config import RunConfig
-from burnish.stages import with_folders
+from burnish.run_folder import with_folders
 
 _DRAWING: tuple[Phase, ...] = ("reading", "drawing", "decoding")
 _TRAINING: tuple[Phase, ...] = ("credit", "update", "optimizer step")

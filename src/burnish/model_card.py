@@ -7,6 +7,7 @@ words.
 import inspect
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,44 +43,52 @@ pddl postgresql unknown unlicense wtfpl zlib
 """Identifiers that the hub takes for a licence; any other is `other` with a name and a link."""
 
 
-def licence_facts(licence: str, link: str | None = None) -> dict[str, str]:
-    """The front matter of a licence.
-
-    Args:
-        licence: identifier of the hub, or the name of another licence.
-        link: to the text of another one.
+@dataclass(frozen=True)
+class Terms:
+    """Under what, and as a descendant of whom, a model is given to others.
 
     Raises:
-        ConfigError: an unknown identifier without a link.
+        ConfigError: a licence or a base that the hub would not take.
 
-    >>> licence_facts("mit")
+    >>> Terms("mit").licence_facts
     {'license': 'mit'}
     """
-    if link is not None:
-        return {"license": "other", "license_name": licence, "license_link": link}
-    if licence not in _LICENCES.split():
-        raise ConfigError(
-            f"need a licence that the hub knows, such as apache-2.0, got {licence!r}; add "
-            "--licence-link URL for another one, or LICENSE for a file that you put beside the card"
-        )
-    return {"license": licence}
+
+    licence: str
+    """Identifier of the hub, or the name of another licence."""
+    licence_link: str | None = None
+    """To the text of another licence."""
+    base_model: str | None = None
+    """ORG/NAME of the base on the hub; None leaves it unnamed."""
+
+    def __post_init__(self) -> None:
+        if self.licence_link is None and self.licence not in _LICENCES.split():
+            raise ConfigError(
+                "need a licence that the hub knows, such as apache-2.0, got "
+                f"{self.licence!r}; add --licence-link URL for another one, or LICENSE for a file "
+                "that you put beside the card"
+            )
+        if self.base_model is not None and not _is_of_hub(self.base_model):
+            raise ConfigError(
+                f"need the base as ORG/NAME of the hub, got {self.base_model!r}; leave "
+                "--base-model out for one that is not there"
+            )
+
+    @property
+    def licence_facts(self) -> dict[str, Any]:
+        """The front matter of the licence."""
+        if self.licence_link is None:
+            return {"license": self.licence}
+        facts = {"license_name": self.licence, "license_link": self.licence_link}
+        return {"license": "other"} | facts
 
 
-def check_base_model(name: str | None) -> None:
-    """Raise unless the name of a base is one of the hub."""
-    if name is None:
-        return
+def _is_of_hub(name: str) -> bool:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        known = False
-    else:
-        known = "/" in name
-    if not known:
-        raise ConfigError(
-            f"need the base as ORG/NAME of the hub, got {name!r}; leave --base-model out for one "
-            "that is not there"
-        )
+        return False
+    return "/" in name
 
 
 def model_card(
@@ -87,9 +96,7 @@ def model_card(
     folder: Path,
     policy: str,
     *,
-    licence: str,
-    licence_link: str | None = None,
-    base_model: str | None = None,
+    terms: Terms,
     family: type[Policy[Any, Any]],
     as_lora: bool = False,
     has_pictures: bool = False,
@@ -100,25 +107,21 @@ def model_card(
         config: of the run.
         folder: of the run.
         policy: a stage or merge.
-        licence: identifier of the hub, or the name of another one.
-        licence_link: to the text of another one.
-        base_model: of the base on the hub; None leaves it unnamed.
+        terms: under which it is given to others.
         family: whose pipeline it is.
         as_lora: the model is a LoRA on its base.
         has_pictures: there are pictures beside the card.
     """
     summary = write_summary(folder)
-    config = renamed(config, base_model)
+    config = renamed(config, terms.base_model)
     call: Any = family.pipeline_class.__call__
-    tasks, terms = config.tasks(policy), licence_facts(licence, licence_link)
+    tasks = config.tasks(policy)
     front = ModelCardData(
         library_name="diffusers",
         pipeline_tag=_TASKS[tasks[0]],
-        base_model=base_model,
+        base_model=terms.base_model,
         tags=["burnish", *(["lora"] if as_lora else [])],
-        license=terms["license"],
-        license_name=terms.get("license_name"),
-        license_link=terms.get("license_link"),
+        **terms.licence_facts,
     )
     return page.template("card.md.j2").render(
         front=front.to_yaml(),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from burnish.checkpoint import JSON, CheckpointError, Tensors
+from burnish.wording import brief
 
 _TABLES = ("qmap", "absmax")
 """How names of what moments in 8 bits are read by begin, which has other shapes than its weight."""
@@ -66,7 +67,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Tensors, sta
         optimizer.load_state_dict({"state": entries, "param_groups": groups})
     except ValueError as error:
         raise CheckpointError(
-            f"need the optimizer of the checkpoint, {' '.join(str(error).split())}; resume with the"
+            f"need the optimizer of the checkpoint, {brief(error)}; resume with the"
             " settings it was saved with"
         ) from None
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from burnish.config import EMBEDDED, ConfigError, located, nearest
+from burnish.config import EMBEDDED, ConfigError, located
 from burnish.headers import tensors, weight_files
 from burnish.tracking import RunError
+from burnish.wording import brief, nearest
 
 INDEX = "model_index.json"
 """Of a pipeline's parts, in its folder."""
@@ -170,7 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = brief(error)
         raise ConfigError(f"need JSON in {path}, got {reason}; copy the model again") from None
     if not isinstance(found, dict):
         raise ConfigError(f"need keys and values in {path}, got others; copy the model again")

@@ -13,12 +13,13 @@ from typing import Any
 from burnish import runtime
 from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
-from burnish.config import ConfigError, located, nearest
+from burnish.config import ConfigError, located
 from burnish.contamination import ContaminationWarning, contamination
 from burnish.forecast import check_memory
 from burnish.guard import held_out
 from burnish.pipeline_folders import check_kin, check_parts, check_targets, check_there
 from burnish.policies.base import Policy
+from burnish.policy_config import check_kernels, check_steps
 from burnish.progress import track
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
@@ -26,8 +27,9 @@ from burnish.rewards.base import EVERY_CATEGORY, RewardConfig, check_weights
 from burnish.rewards.oracle import OracleConfig
 from burnish.run_config import STAGE, RunConfig, teachers_of
 from burnish.sharding import check_prefix
-from burnish.shelves import check_kernels, check_steps, family_of, policy_class
+from burnish.shelves import family_of, policy_class
 from burnish.training import StageConfig
+from burnish.wording import nearest
 
 _LOOKED_AT = 500
 """Prompts of a set whose images are decoded; `burnish prompts check` decodes all."""

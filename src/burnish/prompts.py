@@ -23,7 +23,7 @@ from pydantic import Field, field_validator
 
 from burnish import images, runtime
 from burnish.buckets import aspect_ratio
-from burnish.config import Config, ConfigError, located, nearest, shown
+from burnish.config import Config, ConfigError, located
 from burnish.prompt_sets import Entry, PromptSet, number_of
 from burnish.records import encodable, object_of
 from burnish.row_images import decoded, encoded, is_url, listed, look_for, sources_of
@@ -31,6 +31,7 @@ from burnish.row_stores.base import PRESENT, Fields, RowStore
 from burnish.row_stores.opening import open_rows
 from burnish.tracking import writing
 from burnish.types import Labelled, Prompt, Task
+from burnish.wording import nearest, shown
 
 EntryT = TypeVar("EntryT")
 
@@ -220,7 +221,7 @@ def _pictures(row: Mapping[str, Any]) -> list[Any]:
 
 def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -> Prompt:
     if not isinstance(row.get("text"), str):
-        raise ConfigError(f'{where}: need an object with a "text", got {shown(row)}; mend the line')
+        raise ConfigError(f'{where}: need an object with a "text", got {shown(row)}; fix the line')
     for key in row.keys() - set(_KEYS):
         raise ConfigError(
             f"{where}: need keys of {', '.join(_KEYS)}, got {key!r}; "
@@ -228,10 +229,10 @@ def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -
         )
     task = row.get("task", "edit" if row.get("source") else "t2i")
     if task not in ("t2i", "edit"):
-        raise ConfigError(f"{where}: need task t2i or edit, got {task!r}; mend the line")
+        raise ConfigError(f"{where}: need task t2i or edit, got {task!r}; fix the line")
     tags, facts = row.get("tags", []), row.get("facts", {})
     if not isinstance(tags, list) or not isinstance(facts, dict):
-        raise ConfigError(f"{where}: need a list of tags and a mapping of facts; mend the line")
+        raise ConfigError(f"{where}: need a list of tags and a mapping of facts; fix the line")
     try:
         json.dumps(facts)
     except TypeError as error:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from burnish import images
-from burnish.config import ConfigError, shown
+from burnish.config import ConfigError
+from burnish.wording import brief, shown
 
 Row = Mapping[str, Any]
 """One row as plain data, by column."""
@@ -81,7 +82,7 @@ def number(row: Row, key: str, where: str, *, low: float, high: float = math.inf
     # NaN is in no range; a whole number may be too large for a float.
     if not is_number or not low <= given <= min(high, sys.float_info.max):
         span = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise wrong(where, key, f"a number {span}", given, "mend it or leave it out")
+        raise wrong(where, key, f"a number {span}", given, "fix it or leave it out")
     return float(given)
 
 
@@ -96,7 +97,7 @@ def whole(row: Row, key: str, where: str, *, low: int) -> int | None:
         return None
     if not isinstance(given, int) or isinstance(given, bool) or not low <= given < 2**63:
         needed = f"a whole number of at least {low}"
-        raise wrong(where, key, needed, given, "mend it or leave it out")
+        raise wrong(where, key, needed, given, "fix it or leave it out")
     return given
 
 
@@ -187,7 +188,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 if None in row or None in row.values():
                     raise ConfigError(
                         f"{path}, row {count}: need as many fields as the header names, got "
-                        f"{'more' if None in row else 'fewer'}; mend the row"
+                        f"{'more' if None in row else 'fewer'}; fix the row"
                     )
                 yield f"{path}, row {count}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -303,7 +304,7 @@ def opened_by_arrow(path: Path) -> Any:
 
 def unreadable(path: Path, error: Exception, kind: str = "UTF-8 text") -> ConfigError:
     """The error that a file deserves that cannot be opened or read."""
-    problem = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    problem = brief(error)
     return ConfigError(f"{path}: need a readable file of {kind}, got {problem}; check the path")
 
 
@@ -319,7 +320,7 @@ def object_of(line: str, where: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict):
         raise ConfigError(
-            f"{where}: need one JSON object a line, got {shown(line.strip())}; mend the line"
+            f"{where}: need one JSON object a line, got {shown(line.strip())}; fix the line"
         )
     return found
 
@@ -358,5 +359,5 @@ def _elements(file: TextIO, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _no_entry(where: str, rest: str) -> ConfigError:
     return ConfigError(
-        f"{where}: need a JSON list of objects, got {shown(rest[:60])}; mend or copy the file again"
+        f"{where}: need a JSON list of objects, got {shown(rest[:60])}; fix or copy the file again"
     )

@@ -28,6 +28,7 @@ from burnish.headers import weight_files
 from burnish.policies.base import Policy
 from burnish.runtime import ALONE, Runtime
 from burnish.sharding import frozen, local, rows
+from burnish.wording import brief
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Stored:
             try:
                 self._plain |= load_file(file)
             except (OSError, SafetensorError) as error:
-                reason = " ".join(str(error).split())[:120]
+                reason = brief(error)
                 raise ConfigError(f"need readable weights in {file}, got {reason}") from None
         self._adapters: dict[str, Adapter] = {}
         if source.lora is not None:

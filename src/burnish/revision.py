@@ -15,7 +15,7 @@ from pathlib import Path
 
 from burnish.curation import KEPT
 from burnish.run_config import BASE, PLACE, RunConfig, drawn
-from burnish.stages import job_folder
+from burnish.run_folder import job_folder
 from burnish.summary import read_run
 from burnish.tracking import Run, lock, write_atomic
 

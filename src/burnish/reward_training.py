@@ -13,7 +13,6 @@ resumed training repeats an uninterrupted one.
 
 import hashlib
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,7 +49,7 @@ from burnish.lessons import Curriculum, SourceConfig, exercises, read_sources
 from burnish.progress import progress
 from burnish.rewards.vlm import Judge, judge_facts
 from burnish.runtime import Runtime, RuntimeConfig
-from burnish.tracking import Run, write_json, writing
+from burnish.tracking import Run, atomic_folder, write_json, writing
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
@@ -359,28 +358,26 @@ def _write(
     # The trainer switched it off, and an answer is written token by token.
     model.config.use_cache = True
     stop_at(model, trained.collator.end)
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    with writing(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        trained.collator.processor.save_pretrained(unfinished)
-        (unfinished / "rubrics").mkdir()
-        for rubric in rubrics:
-            path = unfinished / "rubrics" / f"{rubric.dimension}.md"
-            path.write_text(rubric.text + "\n", encoding="utf-8")
-        write_json(unfinished / "judge.json", facts)
-    judge = Judge.load(unfinished, rt.device)
-    _compare(model, judge.model)
-    found = measured(
-        judge,
-        held_out,
-        limit=config.held_out_limit,
-        reasoning=config.reasoning,
-        batch_size=4 * config.batch_size,
-    )
-    write_json(unfinished / "judge.json", facts | found)
-    with writing(folder):
-        unfinished.replace(folder)
+    with atomic_folder(folder) as unfinished:
+        with writing(folder):
+            model.save_pretrained(unfinished)
+            trained.collator.processor.save_pretrained(unfinished)
+            (unfinished / "rubrics").mkdir()
+            for rubric in rubrics:
+                path = unfinished / "rubrics" / f"{rubric.dimension}.md"
+                path.write_text(rubric.text + "\n", encoding="utf-8")
+            write_json(unfinished / "judge.json", facts)
+        judge = Judge.load(unfinished, rt.device)
+        _compare(model, judge.model)
+        found = measured(
+            judge,
+            held_out,
+            limit=config.held_out_limit,
+            reasoning=config.reasoning,
+            batch_size=4 * config.batch_size,
+        )
+        with writing(folder):
+            write_json(unfinished / "judge.json", facts | found)
 
 
 def _compare(trained: nn.Module, written: nn.Module) -> None:

@@ -69,7 +69,7 @@ def encoded(given: Any, where: str, folder: Path) -> bytes:
             data = base64.b64decode(given.partition(",")[2], validate=True)
         except ValueError:
             raise ConfigError(
-                f"{where}: need base64 after 'data:', got other text; mend the line"
+                f"{where}: need base64 after 'data:', got other text; fix the line"
             ) from None
         try:
             images.decode(data, where="its image")

@@ -10,15 +10,17 @@ from pydantic import Field, model_validator
 from burnish.algorithms.distill import DistillConfig, TeacherConfig
 from burnish.arena.raters import CrowdConfig
 from burnish.bench.base import BenchConfig
-from burnish.config import Config, ConfigError, nearest
+from burnish.config import Config, ConfigError
 from burnish.curation import CurationConfig
 from burnish.evaluation import EvaluationConfig
 from burnish.merging import MergeConfig
+from burnish.policy_config import PolicyConfig
 from burnish.rewards.base import RewardConfig
 from burnish.runtime import RuntimeConfig
-from burnish.shelves import AnyBench, AnyReward, PolicyConfig
+from burnish.shelves import AnyBench, AnyReward
 from burnish.training import StageConfig
 from burnish.types import Guidance, Task
+from burnish.wording import nearest
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,60}")
 """Of runs, stages, merges, benches: what can name a folder everywhere."""

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from burnish import checkpoint
 from burnish.checkpoint import JSON, CheckpointError, Tensors
 from burnish.runtime import Runtime
+from burnish.wording import brief
 
 _SHARES = "shard-{:05d}-*.safetensors"
 _APART = ":"
@@ -109,7 +110,7 @@ def whole(folder: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _one_line(reasons: Sequence[BaseException]) -> str:
-    told = [" ".join(str(reason).split())[:120] for reason in reasons]
+    told = [brief(reason) for reason in reasons]
     return f"{told[0]}; check its place and the free disk space, and start the same command again"
 
 

@@ -12,7 +12,7 @@ from burnish.bench_page import write_bench_page
 from burnish.benching import Sources, Taken, read_replies, result
 from burnish.config import ConfigError
 from burnish.run_config import BASE, RunConfig
-from burnish.stages import BATTLES, bench_places, is_complete, job_folder
+from burnish.run_folder import BATTLES, bench_places, is_complete, job_folder
 from burnish.tracking import write_json
 
 Pictures = Mapping[str, Mapping[str, Path]]

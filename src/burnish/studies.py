@@ -21,15 +21,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from burnish.config import ConfigError, located, nearest
+from burnish.config import ConfigError, located
 from burnish.courses import course, mean_course
 from burnish.curves import budgets
 from burnish.evaluation import HEADLINE, Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, ComparisonConfig, RunConfig
+from burnish.run_folder import all_scores, is_complete, spent
 from burnish.significance import MIN_COVERAGE
-from burnish.stages import all_scores, is_complete, spent
 from burnish.study_page import write_study_page
 from burnish.study_table import markdown
 from burnish.summary import (
@@ -41,6 +41,7 @@ from burnish.summary import (
     read_run,
 )
 from burnish.tracking import write_atomic, write_json, writing
+from burnish.wording import nearest
 
 
 def seed_folder(folder: Path, seed: int) -> Path:

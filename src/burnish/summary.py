@@ -22,8 +22,8 @@ from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, esti
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig, teachers_of
+from burnish.run_folder import all_scores, is_complete, spent
 from burnish.significance import MIN_COVERAGE, MIN_PROMPTS
-from burnish.stages import all_scores, is_complete, spent
 from burnish.tracking import Run, write_json
 from burnish.types import Task
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections import defaultdict
@@ -218,6 +219,23 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder so that it is there whole or not at all.
+
+    Yields a place beside it, with nothing there yet; what is written there gets the name last, and
+    is removed where something fails. At the end `folder` must not be there.
+    """
+    unfinished = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        yield unfinished
+        with writing(folder):
+            unfinished.replace(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

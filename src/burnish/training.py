@@ -35,7 +35,7 @@ from burnish.runtime import Runtime
 from burnish.samples import keep_samples
 from burnish.sharding import Shards, whole
 from burnish.shelves import AnyAlgorithm, AnyReward
-from burnish.tracking import Run, RunError, writing
+from burnish.tracking import Run, RunError, atomic_folder, writing
 from burnish.types import Failed, Group, Prompt, Scored
 from burnish.updates import update
 
@@ -369,12 +369,9 @@ def _export(policy: Policy[Any, Any], before: str, folder: Path) -> None:
             "need groups whose rewards differ, got none in the whole stage, so that nothing was "
             "learnt; choose other prompts or rewards, or a larger group"
         )
-    unfinished = folder.with_name(f".{folder.name}.tmp")
-    with writing(folder):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    with atomic_folder(folder) as unfinished, writing(folder):
         policy.save(unfinished)
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished.replace(folder)
     # On the CPU: a device need not have room for a second one.
     fresh = type(policy).load(
         folder,

@@ -20,6 +20,7 @@ from torch import Tensor
 from burnish import images, planning
 from burnish.config import parse
 from burnish.forecast import forecast
+from burnish.jobs import run_job
 from burnish.optimization import OptimizerConfig
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.preflight import check_inputs
@@ -28,7 +29,6 @@ from burnish.rollout import branches
 from burnish.run_config import RunConfig
 from burnish.runtime import Runtime
 from burnish.shelves import families, policy_class
-from burnish.stages import run_job
 from burnish.types import Prompt, Scored, ScoreRequest
 
 pytestmark = [

@@ -30,9 +30,10 @@ from burnish.benching import BenchChoice, Taken
 from burnish.cli import main
 from burnish.cli.recipes import recipe_path
 from burnish.config import load, located, parse
+from burnish.jobs import run_job
 from burnish.run_config import RunConfig
+from burnish.run_folder import is_complete
 from burnish.runtime import Runtime
-from burnish.stages import is_complete, run_job
 from burnish.tracking import Run, RunError
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from burnish import runtime, stages
+from burnish import jobs, runtime
 from burnish.config import ConfigError, located, parse
 from burnish.curation import (
     CurationConfig,
@@ -29,14 +29,15 @@ from burnish.curation import (
     write_kept,
 )
 from burnish.guard import GuardConfig
+from burnish.jobs import run_job
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.policy_config import PolicyConfig
 from burnish.prompts import PromptsConfig, read_prompts
 from burnish.rewards.base import Reward
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
 from burnish.run_config import RunConfig
-from burnish.shelves import PolicyConfig
-from burnish.stages import is_complete, run_job
+from burnish.run_folder import is_complete
 from burnish.tracking import RunError
 from burnish.types import Failed, Group, Prompt, Score, Scored, ScoreRequest, Trajectory
 
@@ -244,7 +245,7 @@ def test_pictures_are_scored_as_in_training(tmp_path: Path) -> None:
 def test_a_guard_goes_on_with_the_judge_that_it_began_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "train", lambda *_, **__: None)
+    monkeypatch.setattr(jobs, "train", lambda *_, **__: None)
     config, file = parse(RunConfig, yaml.safe_load(RECIPE)), tmp_path / "judge"
     guard = GuardConfig(judge=OracleConfig()).model_copy(update={"judge": Filed(path=file)})
     stage = config.stages["teacher"].model_copy(update={"guard": guard})
@@ -312,7 +313,7 @@ def test_a_category_of_which_nothing_is_kept_ends_no_stage(tmp_path: Path) -> No
     categories = "stages.teacher.prompts.categories=[portrait, typography]"
     config = parse(RunConfig, yaml.safe_load(RECIPE), [stage, categories])
     run_job(config, tmp_path, "curate/teacher", CPU)
-    chosen = stages._chosen(config, tmp_path, "teacher", CPU)
+    chosen = jobs._chosen(config, tmp_path, "teacher", CPU)
     assert len(config.stages["teacher"].prompts.read()) == 5 and len(chosen.prompts.read()) == 1
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from burnish import cli, exporting, images, runtime
 from burnish.config import ConfigError, parse
+from burnish.jobs import run_job
+from burnish.model_card import Terms
 from burnish.policies.qwen_image21 import QwenImage21Policy
+from burnish.policy_config import load_policy
 from burnish.run_config import RunConfig
-from burnish.shelves import load_policy
-from burnish.stages import run_job
 from burnish.summary import read_run
 from burnish.tracking import Run, RunError
 
@@ -135,7 +136,7 @@ def test_a_lora_is_right_on_a_device_that_draws_rounded(run: Path) -> None:
 def test_the_card_says_what_the_model_is(run: Path, tmp_path: Path) -> None:
     rt = runtime.start()
     found = {
-        name: ModelCard.load(exporting.export(run, name, tmp_path / name, rt, licence="mit")
+        name: ModelCard.load(exporting.export(run, name, tmp_path / name, rt, terms=Terms("mit"))
                              / "README.md")
         for name in ("teacher", "student", "soup", "after")
     }  # fmt: skip
@@ -196,7 +197,7 @@ def test_pictures_of_base_and_model_stand_beside_the_card(run: Path, tmp_path: P
         place.mkdir(parents=True)
         for number in range(20):
             images.to_pil(torch.rand(3, 64, 64)).save(place / f"p{number}.webp")
-    out = exporting.export(copy, "student", tmp_path / "out", runtime.start(), licence="mit")
+    out = exporting.export(copy, "student", tmp_path / "out", runtime.start(), terms=Terms("mit"))
     assert images.read(out / "samples.png").size == (8 * 66 - 2, 2 * 66 - 2)
     assert "![The base above, this model below](samples.png)" in (out / "README.md").read_text()
 
@@ -215,7 +216,7 @@ def test_one_pipeline_at_a_time_is_there(
 
     monkeypatch.setattr(exporting, "load_policy", load_alone)
     rt, out = runtime.start(), tmp_path / "out"
-    exporting.export(run, "student", out, rt, licence="mit")
+    exporting.export(run, "student", out, rt, terms=Terms("mit"))
     assert len(seen) == 3 * 4, "three networks: what is written, what it is compared with"
 
 
@@ -227,7 +228,7 @@ def test_an_export_that_draws_something_else_is_refused(
         QwenImage21Policy, "save", lambda self, folder: base.pipeline.save_pretrained(folder)
     )
     with pytest.raises(RunError, match="need an export that draws what student draws"):
-        exporting.export(run, "student", tmp_path / "out", runtime.start(), licence="mit")
+        exporting.export(run, "student", tmp_path / "out", runtime.start(), terms=Terms("mit"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -247,16 +248,17 @@ def test_an_export_that_draws_something_else_is_refused(
 def test_what_cannot_be_exported_is_told(
     policy: str, options: dict[str, bool], words: str, run: Path, tmp_path: Path
 ) -> None:
+    rt, terms = runtime.start(), Terms("mit")
     with pytest.raises(ConfigError, match=words):
-        exporting.export(run, policy, tmp_path / "out", runtime.start(), licence="mit", **options)
+        exporting.export(run, policy, tmp_path / "out", rt, terms=terms, **options)
     with pytest.raises(ConfigError, match="need a folder that does not exist yet"):
-        exporting.export(run, "teacher", tmp_path, runtime.start(), licence="mit")
+        exporting.export(run, "teacher", tmp_path, rt, terms=terms)
 
 
 def test_a_spoilt_file_of_an_export_is_told(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = exporting.export(run, "student", tmp_path / "out", runtime.start(), licence="mit")
+    out = exporting.export(run, "student", tmp_path / "out", runtime.start(), terms=Terms("mit"))
     (out / exporting.DEPLOYED).write_text('{"guidance": 1}')
     asked = ["sample", "x", "--model", str(out), "--out", str(tmp_path / "x.png")]
     assert cli.main(asked) == 2

@@ -17,23 +17,25 @@ from PIL import Image
 from safetensors.torch import load_file
 from tests.family_recipes import DRAW, recipe
 
-from burnish import checkpoint, cli, images, runtime, stages
+from burnish import checkpoint, cli, images, jobs, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import HEADLINE, read_scores
 from burnish.exporting import deployed_model
 from burnish.forecast import forecast
 from burnish.galleries import galleries
-from burnish.model_card import model_card
+from burnish.jobs import run_job
+from burnish.model_card import Terms, model_card
 from burnish.pipeline_folders import check_kin
 from burnish.policies.parts.pipelines import PipelinePolicy
+from burnish.policy_config import PolicyConfig, load_policy
 from burnish.preflight import check_inputs, check_recipe
 from burnish.prompts import read_prompts, write_prompts
 from burnish.rewards.base import ByTask
 from burnish.rewards.oracle import Oracle, OracleConfig
 from burnish.run_config import RunConfig
-from burnish.shelves import PolicyConfig, families, load_policy, policy_class
-from burnish.stages import all_scores, is_complete, run_job
+from burnish.run_folder import all_scores, is_complete
+from burnish.shelves import families, policy_class
 from burnish.summary import summarise
 from burnish.tracking import Run, RunError
 from burnish.types import Failed, Prompt, ScoreRequest
@@ -440,7 +442,7 @@ def test_a_card_calls_the_pipeline_as_it_can_be_called(
     Run.create(tmp_path / "run", config)
     known = inspect.signature(vars(own.pipeline_class)["__call__"]).parameters
     for policy, guided in (("nft_teacher", True), ("student", False)):
-        card = model_card(config, tmp_path / "run", policy, licence="mit", family=own)
+        card = model_card(config, tmp_path / "run", policy, terms=Terms("mit"), family=own)
         code = card.split("```python")[1].split("```")[0]
         call = next(
             node
@@ -519,7 +521,7 @@ def test_what_only_draws_is_read_as_it_is_deployed(
         asked.append(settings.dtype)
         raise Enough
 
-    monkeypatch.setattr(stages, "load_policy", note)
+    monkeypatch.setattr(jobs, "load_policy", note)
     for dtype in (torch.float32, torch.bfloat16):
         rt = replace(runtime.ALONE, dtype=dtype)
         for job in ("measure/base", "train/grpo_teacher"):

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from burnish import cli
 from burnish.adapters import Adapter, read_adapter, write_adapter
 from burnish.config import ConfigError, parse
+from burnish.jobs import run_job
 from burnish.merging import MergeConfig, merge_into
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.run_config import RunConfig
-from burnish.stages import job_folder, run_job
+from burnish.run_folder import job_folder
 from burnish.tracking import write_atomic
 
 STAGE: dict[str, Any] = {

@@ -21,7 +21,7 @@ from burnish.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
 from burnish.report import write_report
 from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig
-from burnish.stages import all_scores
+from burnish.run_folder import all_scores
 from burnish.summary import KNOWLEDGE, Cells, ratio, read_run, summarise, write_summary
 from burnish.tables import cost_table, table
 from burnish.tracking import Run

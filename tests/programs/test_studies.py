@@ -18,7 +18,7 @@ from burnish.launcher import pending
 from burnish.looks import LOOKS
 from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
-from burnish.stages import is_complete, job_folder
+from burnish.run_folder import is_complete, job_folder
 from burnish.study_table import markdown
 from burnish.summary import read_run
 from burnish.tracking import Run, RunError, write_atomic

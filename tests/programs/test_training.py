@@ -21,6 +21,7 @@ from torch import Tensor
 from burnish import checkpoint, images, runtime, training
 from burnish.config import ConfigError, parse
 from burnish.curation import read_profile
+from burnish.jobs import run_job
 from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
 from burnish.policies.qwen_image21 import QwenImage21Policy
@@ -29,7 +30,7 @@ from burnish.residency import Teachers
 from burnish.rewards.base import RewardWarning
 from burnish.rewards.oracle import Oracle
 from burnish.run_config import RunConfig
-from burnish.stages import run_job, spent
+from burnish.run_folder import spent
 from burnish.tracking import Run, RunError, read_rows
 from burnish.training import SelfCheckError, StageConfig, is_unscored, train
 from burnish.types import Failed, Prompt, Score, ScoreRequest

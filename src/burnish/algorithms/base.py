@@ -37,7 +37,7 @@ from burnish.types import Group, Guidance, Labelled, LossOutput, Prompt, Signal,
 
 
 class SelfCheckError(RuntimeError):
-    """The program found itself wrong; nothing in the user's input would mend it."""
+    """The program found itself wrong; nothing in the user's input would correct it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,8 @@ from typing import Protocol, runtime_checkable
 
 from burnish import images, records
 from burnish.annotations.schema import KINDS, Annotation, check_groups, check_keys, checked, row_of
-from burnish.config import ConfigError, nearest
+from burnish.config import ConfigError
+from burnish.wording import nearest
 
 _PACKAGE = "burnish.annotations"
 _EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}

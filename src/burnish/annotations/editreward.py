@@ -57,7 +57,7 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
     for number, (where, entry) in enumerate(records.json_entries(path), start=1):
         is_tie = entry.get("tie_case", False)
         if not isinstance(is_tie, bool):
-            raise records.wrong(where, "tie_case", "true or false", is_tie, "mend it")
+            raise records.wrong(where, "tie_case", "true or false", is_tie, "fix it")
         candidates = [
             Candidate(
                 output=records.image_file(path.parent, entry, f"path{place}", where),

@@ -59,7 +59,7 @@ def _comparisons(path: Path) -> Iterator[tuple[str, list[Annotation]]]:
         for other, entry in entries:
             if entry.get("prompt") != prompt:
                 needed = f"the prompt of the others with prompt_id {name!r}"
-                raise records.wrong(other, "prompt", needed, entry.get("prompt"), "mend it")
+                raise records.wrong(other, "prompt", needed, entry.get("prompt"), "fix it")
         yield (
             where,
             comparison(

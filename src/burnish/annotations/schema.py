@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from burnish import images, records
-from burnish.config import ConfigError, nearest
+from burnish.config import ConfigError
 from burnish.types import MAX_SOURCES, Task
+from burnish.wording import nearest
 
 LOWEST, HIGHEST = 1.0, 5.0
 """The scale of every score, whatever the scale of the set it came from."""
@@ -129,7 +130,7 @@ def _annotation(row: records.Row, where: str, known: dict[bytes, bytes]) -> Anno
         raise records.wrong(where, "sources", "a list of images", given, "write []")
     if bool(given) != (task == "edit"):
         needed = "source images for an edit only"
-        raise records.wrong(where, "sources", needed, f"{len(given)} for {task}", "mend the task")
+        raise records.wrong(where, "sources", needed, f"{len(given)} for {task}", "fix the task")
     if len(given) > MAX_SOURCES:
         needed = f"at most {MAX_SOURCES} images"
         raise records.wrong(where, "sources", needed, f"{len(given)} images", "leave some out")

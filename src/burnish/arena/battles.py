@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
-from burnish.config import ConfigError, nearest
+from burnish.config import ConfigError
 from burnish.tracking import write_atomic, writing
+from burnish.wording import brief, nearest
 
 Winner = Literal["a", "b", "tie", "both_bad"]
 """Who won; that both are bad is a tie for the rating, and told as a rate of its own."""
@@ -48,7 +49,7 @@ def read_battles(path: Path) -> list[Battle]:
         # Some programs begin a file with the mark of its encoding.
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:120]
+        reason = brief(error)
         raise ConfigError(f"need a JSONL file of battles, got {path} ({reason})") from None
     found = list(_parsed(path, text))
     if not found:

@@ -16,8 +16,9 @@ from numpy import ndarray
 
 from burnish import ratings
 from burnish.arena.battles import SCORES, Battle, by_category
-from burnish.config import ConfigError, nearest
+from burnish.config import ConfigError
 from burnish.significance import MIN_PROMPTS
+from burnish.wording import nearest
 
 AT = 1000.0
 """Rating of the anchor."""

@@ -183,7 +183,7 @@ def _counted(asked: Sequence[Asked], said: Mapping[Any, str | Failed], model: st
         failed = next(own.reason for own in choices.values() if isinstance(own, Failed))
         raise ConfigError(
             f"need a choice on {MIN_COVERAGE:.0%} of {len(asked)} questions, got {len(told)} "
-            f"({failed}); mend the judge and start the same command again, with --again where it "
+            f"({failed}); fix the judge and start the same command again, with --again where it "
             "answered without a choice"
         )
     battles, agreed = [], []

@@ -114,7 +114,7 @@ def vote(
             )
     if not battles:
         raise ConfigError(
-            f"need scores of two pictures of a prompt, got none from the judge {crowd}; mend it or "
+            f"need scores of two pictures of a prompt, got none from the judge {crowd}; fix it or "
             "name another one (the oracle knows prompts of the embedded world alone)"
         )
     return battles

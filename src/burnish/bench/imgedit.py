@@ -66,7 +66,8 @@ class Imgedit(Bench):
             where = f"{folder / 'basic_edit.json'}, key {key}"
             if not isinstance(row, dict) or row.get("edit_type") not in TYPES:
                 given = row.get("edit_type") if isinstance(row, dict) else row
-                raise records.wrong(where, "edit_type", f"one of {', '.join(TYPES)}", given, "mend")
+                needed = f"one of {', '.join(TYPES)}"
+                raise records.wrong(where, "edit_type", needed, given, "fix it")
             prompt = Prompt(id=str(key), text=records.text(row, "prompt", where), task="edit")
             self._items.append(Item(prompt=prompt, facts={**row, "where": where}))
 

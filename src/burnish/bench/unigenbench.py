@@ -154,13 +154,13 @@ def _points(given: str, keys: tuple[str, str], where: str) -> tuple[list[str], l
     try:
         found: Any = json.loads(given)
     except (ValueError, RecursionError):
-        raise records.wrong(where, "sub_dims", "valid JSON", given, "mend the row") from None
+        raise records.wrong(where, "sub_dims", "valid JSON", given, "fix the row") from None
     points, meanings = (
         [str(text) for text in own] if isinstance(own, list) else []
         for own in (found.get(key) if isinstance(found, dict) else None for key in keys)
     )
     if not 0 < len(points) == len(meanings):
-        raise records.wrong(where, "sub_dims", "a meaning for each point", given, "mend the row")
+        raise records.wrong(where, "sub_dims", "a meaning for each point", given, "fix the row")
     return points, meanings
 
 

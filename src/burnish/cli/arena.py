@@ -245,7 +245,7 @@ def _contest(places: list[str], prompts: str | None, task: str) -> "Contest":
     from burnish.evaluation import EvaluationConfig
     from burnish.prompts import read_prompts
     from burnish.run_config import RunConfig
-    from burnish.stages import contestants
+    from burnish.run_folder import contestants
 
     if task not in ("t2i", "edit"):
         raise ConfigError(f"need the task t2i or edit, got {task!r}; change --task")

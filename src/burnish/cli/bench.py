@@ -13,7 +13,8 @@ import typer
 from burnish.cli.options import Again, Json
 from burnish.cli.places import named
 from burnish.cli.program import app
-from burnish.config import ConfigError, nearest, parse, parse_yaml, read_yaml
+from burnish.config import ConfigError, parse, parse_yaml, read_yaml
+from burnish.wording import nearest
 
 if TYPE_CHECKING:
     from burnish.bench.base import BenchConfig
@@ -107,7 +108,7 @@ def run(
         benching.judge_pictures(taken, place, kept, rt, label=name, again=again)
         replies[name] = benching.read_replies(taken, place, kept)
         shown[name] = {i.id: place / path for i, number, path in taken.places() if not number}
-    advice = "ask what cannot be read with --again, or mend the judge"
+    advice = "ask what cannot be read with --again, or fix the judge"
     _finish(taken, replies, taken.judge, folder, base, shown, as_json, advice)
 
 
@@ -219,7 +220,7 @@ def _pictures(
 ) -> Path:
     """The folder of a model's pictures, which are drawn where they are not there."""
     from burnish import benching, runtime
-    from burnish.shelves import load_policy
+    from burnish.policy_config import load_policy
 
     if isinstance(source, Path):
         return source

@@ -111,6 +111,7 @@ def export(
     draws.
     """
     from burnish import exporting, runtime
+    from burnish.model_card import Terms
 
     folder, policy = model.parent, model.name
     # The folder of a stage serves too.
@@ -121,9 +122,7 @@ def export(
         policy,
         target,
         runtime.start(),
-        licence=licence,
-        licence_link=licence_link,
-        base_model=base_model,
+        terms=Terms(licence, licence_link, base_model),
         as_lora=lora,
     )
     print(f"Model: {target}\nCard: {target / 'README.md'}")

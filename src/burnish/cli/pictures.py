@@ -47,7 +47,7 @@ def sample(
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
     from burnish import images, rollout, runtime, tracking
     from burnish.exporting import deployed_model
-    from burnish.shelves import load_policy
+    from burnish.policy_config import load_policy
 
     model_folder, defaults = deployed_model(model)
     plan = defaults.changed(
@@ -77,7 +77,8 @@ def sample(
 
 def _check(plan: "Deployment", folder: Path, prompts: "Sequence[Prompt]") -> None:
     """Raise, before weights are read, unless a model can draw what it is asked."""
-    from burnish.shelves import check_steps, policy_class
+    from burnish.policy_config import check_steps
+    from burnish.shelves import policy_class
 
     check_steps(plan.policy.family, folder, plan.num_steps)
     family = policy_class(plan.policy.family)

@@ -15,7 +15,8 @@ import typer
 from burnish.cli.options import Json, Overrides
 from burnish.cli.program import app
 from burnish.cli.recipes import recipe_path
-from burnish.config import ConfigError, load, nearest, parse
+from burnish.config import ConfigError, load, parse
+from burnish.wording import nearest
 
 if TYPE_CHECKING:
     from burnish.curation import CurationConfig
@@ -130,8 +131,9 @@ def curate(
     """
     from burnish.curation import SelectionConfig, measure_prompts, read_profile, select, write_kept
     from burnish.curation_page import write_curation_page
-    from burnish.shelves import load_policy, policy_class
-    from burnish.stages import model_folder
+    from burnish.policy_config import load_policy
+    from burnish.run_folder import model_folder
+    from burnish.shelves import policy_class
     from burnish.tracking import Run
 
     rule = parse(SelectionConfig, {}, keep or ())

@@ -4,7 +4,8 @@ import itertools
 from pathlib import Path
 
 from burnish.cli.program import app
-from burnish.config import ConfigError, nearest, read_yaml
+from burnish.config import ConfigError, read_yaml
+from burnish.wording import nearest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 """Complete runs that ship with the package."""

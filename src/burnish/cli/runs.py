@@ -15,8 +15,9 @@ from burnish import launcher
 from burnish.cli.options import Force, Json, Out, Overrides
 from burnish.cli.program import app
 from burnish.cli.recipes import recipe_path
-from burnish.config import ConfigError, load, nearest
+from burnish.config import ConfigError, load
 from burnish.launcher import JobError
+from burnish.wording import nearest
 
 if TYPE_CHECKING:
     from burnish.run_config import RunConfig
@@ -191,16 +192,17 @@ def job(folder: Path, name: str) -> None:
     """Do one job of a run in this process; `burnish run` starts these."""
     # First of all, so that no child outlives its launcher while it still loads libraries.
     launcher.follow_launcher()
-    from burnish import stages, summary
+    from burnish.jobs import run_job
+    from burnish.summary import read_run
 
-    config = summary.read_run(folder)
+    config = read_run(folder)
     if name not in config.jobs():
         jobs = list(config.jobs())
         raise ConfigError(
             f"need a job of the run, got {name!r}; did you mean {nearest(name, jobs) or jobs[0]!r}?"
         )
     rt = config.runtime.build()
-    stages.run_job(config, folder, name, rt)
+    run_job(config, folder, name, rt)
     rt.close()
     if rt.world_size > 1:
         # The result is there: an abort of a library that is unloaded would end the others, too.

@@ -56,7 +56,7 @@ def study(
         print(json.dumps({"studies": found}))
     if failed:
         raise JobError(
-            f"{len(failed)} of {len(names)} studies failed ({', '.join(failed)}); mend what they "
+            f"{len(failed)} of {len(names)} studies failed ({', '.join(failed)}); fix what they "
             "say and start the same command again",
             1,
         )

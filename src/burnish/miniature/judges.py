@@ -6,7 +6,6 @@ A model with random weights first learns to recognise (`miniature/eyes.py`) and 
 """
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from burnish.rationales import chosen_evenly, write_rationales
 from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
 from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, seeded
+from burnish.tracking import atomic_folder
 
 SIZES: dict[str, Any] = {
     "hidden_size": 192,
@@ -196,11 +196,9 @@ def _teach_to_see(
             model, processor, base, annotations, sight, rt, folder=folder / "sight", on_step=show
         )
     if rt.is_main:
-        unfinished = out / ".sighted.tmp"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        model.save_pretrained(unfinished)
-        processor.save_pretrained(unfinished)
-        unfinished.replace(out / "sighted")
+        with atomic_folder(out / "sighted") as unfinished:
+            model.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
 
 
 @contextlib.contextmanager

@@ -39,6 +39,7 @@ from burnish.identity import EmbeddedFaces, Face, Faces
 from burnish.opencv_faces import OpenCvFaces
 from burnish.rewards.base import Reward, RewardConfig
 from burnish.types import Failed, NotApplicable, Prompt, Score, Scored, ScoreRequest
+from burnish.wording import brief
 
 CHANGES_IDENTITY = "identity:changes"
 """Tag of prompts whose instruction is about who is shown, or about hiding or turning them."""
@@ -179,4 +180,4 @@ def _check(floor: float, ceiling: float) -> None:
 
 
 def _told(what: str, error: Exception) -> str:
-    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    return f"{what}: {type(error).__name__}: {brief(error)}"

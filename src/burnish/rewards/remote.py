@@ -198,7 +198,7 @@ class Remote(Reward):
                     for request in requests
                 ]
         except ExceptionGroup as errors:
-            # The group has ended the other tasks; the first error is the one to be mended.
+            # The group has ended the other tasks; the first error is the one to fix.
             raise errors.exceptions[0] from None
         found = [task.result() for task in asked]
         refused = [one for one in found if isinstance(one, Refused)]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from burnish import images
 from burnish.activations import Live, hollow, weights
-from burnish.config import ConfigError, located, nearest
+from burnish.config import ConfigError, located
 from burnish.headers import stored_bytes
 from burnish.judging import (
     SCALE,
@@ -38,6 +38,7 @@ from burnish.rewards.base import Place, Reward, RewardConfig
 from burnish.runtime import own_device
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
 from burnish.vision_build import ensure_torchvision
+from burnish.wording import brief, nearest
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
 ensure_torchvision()
@@ -117,7 +118,7 @@ class Judge:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
             rubrics = {path.stem: Rubric.read(path) for path in sorted(folder.glob("rubrics/*.md"))}
         except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
+            reason = brief(error)
             raise ConfigError(
                 f"need a judge's folder with a Qwen-VL model and rubrics, got {folder}: {reason}; "
                 "restore the folder"
@@ -182,7 +183,7 @@ def judge_facts(folder: Path) -> dict[str, Any]:
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         raise ConfigError(
             f"need a judge.json as a training writes it, got {path}: {type(error).__name__} "
-            f"{' '.join(str(error).split())[:120]}; restore the file"
+            f"{brief(error)}; restore the file"
         ) from None
     return facts
 
@@ -290,7 +291,7 @@ class Vlm(Reward):
                     picture.height, picture.width
                 )
         except ValueError as error:
-            return Failed(reason=" ".join(str(error).split()))
+            return Failed(reason=brief(error))
         return pictures
 
     def _read(self, asked: _Asked) -> list[Score]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from burnish.config import ConfigError, nearest
+from burnish.config import ConfigError
+from burnish.wording import nearest
 
 PRESENT = b"not read"
 """Stands in a scan for a large value that is there, a list of it for a list; known by identity."""

@@ -61,7 +61,7 @@ class JsonRows(RowStore):
             # Some editors write a mark before the first line.
             return object_of(line.decode("utf-8-sig" if count == 1 else "utf-8"), where)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{where}: need UTF-8 text, got {error}; mend the line") from None
+            raise ConfigError(f"{where}: need UTF-8 text, got {error}; fix the line") from None
 
     def _taken(self, found: Mapping[str, Any], count: int) -> dict[str, Any]:
         columns = self._fields.columns or {name: name for name in found}

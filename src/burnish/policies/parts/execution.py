@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from burnish.config import ConfigError
+from burnish.wording import brief
 
 Attention = Literal[
     "native",
@@ -160,7 +161,7 @@ def check_attention(name: Attention, *, is_chosen: bool, is_masked: bool) -> Non
         backend = attention_dispatch.AttentionBackendName(name)
         attention_dispatch._check_attention_backend_requirements(backend)
     except (RuntimeError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise ConfigError(
             f"need an attention that is installed, got policy.attention={name} ({reason}); "
             "install it, or leave it out"

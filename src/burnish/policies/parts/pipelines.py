@@ -27,6 +27,7 @@ from burnish.policies.base import Guided, Policy, Prefix, Work, copied
 from burnish.policies.parts.execution import compile_blocks, visiting
 from burnish.policies.parts.reading import Condition, PromptReader, hash_json, require_one_task
 from burnish.types import Prompt
+from burnish.wording import brief
 
 # Before the imports below: they fail where torch and torchvision are unequal builds.
 vision_build.ensure_torchvision()
@@ -309,7 +310,7 @@ def _read(pipeline_class: Any, folder: Path, **settings: Any) -> Any:
     try:
         return pipeline_class.from_pretrained(folder, **settings)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise ConfigError(
             f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
         ) from error
@@ -336,7 +337,7 @@ def _hollow_network(folder: Path, library: str, name: str, dtype: torch.dtype) -
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
         return activations.hollow(lambda: kind(config), dtype).eval()
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = brief(error)
         raise ConfigError(
             f"need a {name} with its config.json in {folder}, got {reason}; write or copy it again"
         ) from error
