@@ -24,8 +24,7 @@ import torch.distributed
 
 from burnish.config import parse
 from burnish.policy_config import load_policy
-from burnish.run_config import RunConfig
-from burnish.runtime import RuntimeConfig
+from burnish.run_config import RunConfig, RunRuntimeConfig
 from burnish.shelves import families, policy_class
 from burnish.tracking import Run
 from burnish.training import train
@@ -77,7 +76,7 @@ class Waiting:
 
 def work(family: str, model: str, sharding: Any, out: Path) -> None:
     """One process of the stage; leaves its times in a file."""
-    rt = RuntimeConfig(device="cpu", threads=1, sharding=sharding).build()
+    rt = RunRuntimeConfig(device="cpu", threads=1, sharding=sharding).build()
     config = recipe(family, model, rt.world_size)
     policy = load_policy(config.policy, Path(model), rt)
     stage = config.stages["stage"]

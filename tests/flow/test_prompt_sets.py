@@ -19,7 +19,7 @@ from pyarrow import parquet
 from tests import saved_prompts
 from tests.saved_prompts import COUNT, FOLDER
 
-from burnish import cli, images
+from burnish import cli, images, records
 from burnish.config import ConfigError, parse
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, write_prompts
@@ -523,6 +523,27 @@ def test_row_groups_that_would_fill_the_memory_are_refused(
     named = {"text": "text", "source": "in.png"}
     monkeypatch.setattr(arrow, "MAX_GROUP", theirs["in.png"].nbytes)
     assert "need row groups of at most" in refused(path, named)
+
+
+def test_a_file_is_read_by_arrow_itself(
+    table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never through a file of Python's: a thread of arrow's that lets go of one after Python has
+    ended aborts the process."""
+    opened: list[Any] = []
+
+    class Noted(parquet.ParquetFile):
+        def __init__(self, source: Any, **settings: Any) -> None:
+            opened.append(source)
+            super().__init__(source, **settings)
+
+    monkeypatch.setattr(parquet, "ParquetFile", Noted)
+    path = as_file(table, tmp_path)
+    found = read_prompts(path)
+    assert found[3].text and len(list(records.parquet_rows(path))) == COUNT
+    assert len(opened) >= 3
+    for source in opened:
+        assert isinstance(source, pyarrow.NativeFile) and not isinstance(source, pyarrow.PythonFile)
 
 
 def test_a_set_that_changes_under_a_run_is_refused(table: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from burnish import tracking
 from burnish.config import Config, config_hash, parse
 from burnish.images import read
 from burnish.progress import Progress, progress, track
-from burnish.tracking import Run, RunError, read_rows, write_atomic
+from burnish.tracking import Run, RunError, atomic_folder, read_rows, write_atomic
 
 
 class Inner(Config):
@@ -231,6 +231,26 @@ def test_a_failed_write_leaves_the_old_file_whole(
     assert str(path) in str(caught.value)
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Also after one that a kill left half-written, and where something stands in its place."""
+    folder = tmp_path / "model"
+    for name in ("before", "after"):
+        with pytest.raises(KeyError), atomic_folder(folder) as unfinished:
+            unfinished.mkdir()
+            (unfinished / name).touch()
+            raise KeyError
+        assert not list(tmp_path.iterdir())
+    (tmp_path / ".model.tmp" / "left").mkdir(parents=True)
+    with atomic_folder(folder) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "whole").touch()
+        assert not folder.exists()
+    assert [path.name for path in folder.iterdir()] == ["whole"]
+    with pytest.raises(RunError, match=f"need to write {folder}"), atomic_folder(folder) as other:
+        other.mkdir()
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "whole"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

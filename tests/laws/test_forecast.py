@@ -6,13 +6,16 @@ import pytest
 
 from burnish.algorithms.base import Footprint
 from burnish.algorithms.nft import NftConfig
-from burnish.forecast import counts
+from burnish.cli.recipes import recipe_path
+from burnish.config import load
+from burnish.forecast import counts, forecast
 from burnish.optimization import OptimizerConfig
 from burnish.plan_parts import on_one_device
 from burnish.planning import PROCESS_BYTES, Part, Sharding
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
+from burnish.run_config import RunConfig
 from burnish.runtime import generator
 from burnish.training import StageConfig
 from burnish.updates import _turns
@@ -89,6 +92,20 @@ def test_processes_share_the_memory_of_a_cpu() -> None:
     assert all("fewer processes" in one.advice for one in on_one_device(parts, 3, Sharding(3)))
     # Nothing is divided again.
     assert sum(map(Sharding(3).share, on_one_device(parts, 3, Sharding(3)))) == 80 + others
+
+
+def test_processes_on_one_machine_share_its_memory() -> None:
+    """Beside the GPUs: each that runs there has its own of most, those elsewhere need none."""
+    config = load(RunConfig, recipe_path("smoke"), ["runtime.processes=4"])
+
+    def beside(on_machine: int | None) -> int:
+        (plan, *_) = forecast(config, "cuda", on_machine=on_machine)
+        return plan.beside(plan.host_peak)
+
+    one, two, four = (beside(count) for count in (1, 2, 4))
+    common = 2 * one - two
+    assert 0 <= common < one
+    assert four == common + 4 * (one - common) == beside(None)
 
 
 def test_who_looks_on_draws_different_prompts() -> None:

@@ -32,7 +32,7 @@ from burnish.agreement import (
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
-from burnish.config import ConfigError, located
+from burnish.config import ConfigError, located, parse
 from burnish.judge_model import read_trainable
 from burnish.judge_trainer import Objective, judge_loss
 from burnish.judging import MARKER, Rubric, answer, question
@@ -499,6 +499,13 @@ def test_a_faulty_configuration_is_one_line(
     assert "\n" not in str(caught.value)
     # A typing error does not make the folder its own: the same command, corrected, may use it.
     assert not (tmp_path / "run").exists()
+
+
+def test_what_only_the_stages_of_a_run_have_is_no_setting_of_a_judge() -> None:
+    """A setting that nothing reads would promise what is not done."""
+    for name in ("processes", "sharding", "check_memory"):
+        with pytest.raises(ConfigError, match=f"need a known key, got `runtime.{name}`"):
+            parse(RewardTrainingConfig, {}, [f"runtime.{name}=2"])
 
 
 THINKING = (
