@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from burnish import images
-from burnish.algorithms.base import Setting
+from burnish.algorithms.base import StageContext
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.optimization import OptimizerConfig, State
 from burnish.policies.base import Policy
@@ -77,11 +77,11 @@ class Step:
         policy.transformer.requires_grad_(True)
         self.state = State.start(policy, OPTIMIZER)
         self.algorithm = GrpoConfig().build(
-            Setting(
+            StageContext(
                 policy=policy,
                 guidance=rollout.guidance,
-                sampler_steps=rollout.num_steps,
-                num_steps=100,
+                num_steps=rollout.num_steps,
+                steps=100,
                 kernel=rollout.kernel,
                 noise_level=rollout.noise_level,
                 num_updates=OPTIMIZER.num_updates,

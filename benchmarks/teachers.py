@@ -25,7 +25,7 @@ from torch import nn
 
 from burnish import runtime
 from burnish.activations import Live, weights
-from burnish.algorithms.base import Setting
+from burnish.algorithms.base import StageContext
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
 from burnish.batches import stack
 from burnish.config import located
@@ -71,11 +71,11 @@ def measure(model: Path, folder: Path, count: int, steps: int) -> dict[str, Any]
         label: TeacherConfig(path=str(folder / str(place)), guidance_scale=2.0)
         for place, label in enumerate(labels)
     }
-    setting = Setting(
-        policy=policy, guidance=Guidance(), sampler_steps=ROLLOUT.num_steps, num_steps=steps,
+    context = StageContext(
+        policy=policy, guidance=Guidance(), num_steps=ROLLOUT.num_steps, steps=steps,
         kernel="ode", noise_level=0.0, num_updates=1, micro_batch=32, seed=0, rewards={},
     )  # fmt: skip
-    algorithm = Distill(DistillConfig(teachers=teachers), setting)
+    algorithm = Distill(DistillConfig(teachers=teachers), context)
     optimizer = torch.optim.AdamW(policy.transformer.parameters(), lr=1e-4)
     components = [m for m in policy.pipeline.components.values() if isinstance(m, nn.Module)]
     networks = [*components, algorithm._teachers._resident.transformer]

@@ -160,7 +160,7 @@ class _Job:
     future: "Future[Written]" = field(default_factory=Future)
 
 
-class Desk:
+class AnswerQueue:
     """The queue in front of one writer, and the thread behind it."""
 
     def __init__(

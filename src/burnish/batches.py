@@ -98,7 +98,7 @@ def _split(values: Tensor, signals: Sequence[Signal]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def evaluate(
+def velocities(
     policy: Policy[Any, Any], signals: Sequence[Signal], micro_batch: int
 ) -> list[Float[Tensor, " step *latent"]]:
     """Conditional velocity at the states of every signal."""
@@ -110,7 +110,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_guided(
+def guided_velocities(
     policy: Policy[Any, Any],
     signals: Sequence[Signal],
     micro_batch: int,

@@ -50,7 +50,7 @@ class BenchChoice(Config):
 
 
 @dataclass(frozen=True)
-class Taken:
+class ChosenBench:
     """A bench with the items that are asked."""
 
     config: BenchConfig
@@ -58,7 +58,7 @@ class Taken:
     items: Sequence[Item]
 
     @classmethod
-    def of(cls, config: BenchConfig) -> "Taken":
+    def of(cls, config: BenchConfig) -> "ChosenBench":
         """Build it.
 
         Raises:
@@ -165,7 +165,7 @@ def model_facts(folder: Path, drawing: Drawing) -> dict[str, str]:
 
 
 def draw_pictures(
-    taken: Taken,
+    chosen: ChosenBench,
     policy: Policy[Any, Any],
     rt: Runtime,
     folder: Path,
@@ -178,7 +178,7 @@ def draw_pictures(
     """Draw the pictures of a bench that are not there yet.
 
     Args:
-        taken: the bench.
+        chosen: the bench.
         policy: that draws.
         rt: device and precision.
         folder: for the pictures.
@@ -191,8 +191,8 @@ def draw_pictures(
         RunError: the folder has pictures of another model, or that were drawn otherwise.
     """
     pin(folder, "drawn", facts)
-    wanted, ledger = missing(taken, folder), Ledger(folder, _PICTURES, rt)
-    for path, content in taken.bench.companions(taken.items):
+    wanted, ledger = missing(chosen, folder), Ledger(folder, _PICTURES, rt)
+    for path, content in chosen.bench.companions(chosen.items):
         with writing(folder / path):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / path, content)
@@ -200,10 +200,10 @@ def draw_pictures(
         for first in range(0, len(wanted), _BLOCK):
             block = wanted[first : first + _BLOCK]
             prompts = [
-                replace(item.prompt, sources=taken.bench.sources(item)) for item, _, _ in block
+                replace(item.prompt, sources=chosen.bench.sources(item)) for item, _, _ in block
             ]
             seeds = [
-                derived_seed(drawing.seed, "bench", taken.kind, item.id, number)
+                derived_seed(drawing.seed, "bench", chosen.kind, item.id, number)
                 for item, number, _ in block
             ]
             with rt.autocast():
@@ -221,7 +221,7 @@ def draw_pictures(
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomic(path, images.encode_png(images.to_pil(image)))
             ledger.add(
-                {"path": name, "item": taken.digest_of_item(item)} for item, _, name in block
+                {"path": name, "item": chosen.digest_of_item(item)} for item, _, name in block
             )
             bar.advance(len(block))
 
@@ -231,28 +231,28 @@ def is_model(folder: Path) -> bool:
     return any((place / "model_index.json").is_file() for place in (folder, folder / "model"))
 
 
-def are_drawn(taken: Taken, folder: Path, facts: Mapping[str, str]) -> bool:
+def are_drawn(chosen: ChosenBench, folder: Path, facts: Mapping[str, str]) -> bool:
     """Whether a model has drawn all its pictures."""
-    return read_pin(folder, "drawn") == facts and not missing(taken, folder)
+    return read_pin(folder, "drawn") == facts and not missing(chosen, folder)
 
 
-def missing(taken: Taken, folder: Path) -> list[tuple[Item, int, str]]:
+def missing(chosen: ChosenBench, folder: Path) -> list[tuple[Item, int, str]]:
     """Places without a picture that was drawn for the prompt as it is now."""
     drawn = {row.get("path"): row.get("item") for row in read_ledger(folder, _PICTURES)}
     return [
         (item, number, name)
-        for item, number, name in taken.places()
-        if not (folder / name).is_file() or drawn.get(name) != taken.digest_of_item(item)
+        for item, number, name in chosen.places()
+        if not (folder / name).is_file() or drawn.get(name) != chosen.digest_of_item(item)
     ]
 
 
-def check_pictures(taken: Taken, folder: Path) -> None:
+def check_pictures(chosen: ChosenBench, folder: Path) -> None:
     """Look whether a folder has a picture of every item.
 
     Raises:
         ConfigError: some are missing.
     """
-    lost = [path for _, _, path in taken.places() if not (folder / path).is_file()]
+    lost = [path for _, _, path in chosen.places() if not (folder / path).is_file()]
     if lost:
         raise ConfigError(
             f"need every picture of the bench in {folder}, got {len(lost)} missing, such as "
@@ -261,12 +261,12 @@ def check_pictures(taken: Taken, folder: Path) -> None:
 
 
 def judge_pictures(
-    taken: Taken, folder: Path, place: Path, rt: Runtime, *, label: str, again: bool = False
+    chosen: ChosenBench, folder: Path, place: Path, rt: Runtime, *, label: str, again: bool = False
 ) -> None:
     """Ask the judge whatever has no reply yet, and write each reply down.
 
     Args:
-        taken: the bench.
+        chosen: the bench.
         folder: of the pictures, which are all there.
         place: for the replies.
         rt: whose rank this is.
@@ -276,22 +276,22 @@ def judge_pictures(
     Raises:
         ConfigError: the bench has no judge here, or it does not answer.
     """
-    known = read_replies(taken, folder, place)
-    digests = _digests(taken, folder)
+    known = read_replies(chosen, folder, place)
+    digests = _digests(chosen, folder)
     wanted = [
         Asked(
-            item, number, question, folder / path, read_sources=partial(taken.bench.sources, item)
+            item, number, question, folder / path, read_sources=partial(chosen.bench.sources, item)
         )
-        for item, number, path in taken.places()
-        for question in taken.bench.questions(item)
-        if _is_wanted(taken, item, question, known.get((item.id, number, question.name)), again)
+        for item, number, path in chosen.places()
+        for question in chosen.bench.questions(item)
+        if _is_wanted(chosen, item, question, known.get((item.id, number, question.name)), again)
     ]
     if not wanted:
         return
-    judge = taken.bench.judge()
+    judge = chosen.bench.judge()
     if judge is None:
         raise ConfigError(
-            f"need a judge for {taken.kind}, got none; name its server with `judge: {{url: ..., "
+            f"need a judge for {chosen.kind}, got none; name its server with `judge: {{url: ..., "
             "model: ...}`, or read what the official program leaves with `burnish bench read`"
         )
     ledger = Ledger(place, _REPLIES, rt)
@@ -301,36 +301,36 @@ def judge_pictures(
             said = {"failed": reply.reason} if isinstance(reply, Failed) else {"reply": reply}
             row = {"item": item, "number": number, "question": question}
             row["picture"] = digests[item, number]
-            row["asked"] = taken.digest_of_question(one.item, one.question)
+            row["asked"] = chosen.digest_of_question(one.item, one.question)
             ledger.add([row | said])
             bar.advance(1)
 
 
 def _is_wanted(
-    taken: Taken, item: Item, question: Question, reply: str | Failed | None, again: bool
+    chosen: ChosenBench, item: Item, question: Question, reply: str | Failed | None, again: bool
 ) -> bool:
     """Whether a question is to be asked."""
     if reply is None or isinstance(reply, Failed):
         return True
-    return again and isinstance(taken.bench.parse(item, question.name, reply), Failed)
+    return again and isinstance(chosen.bench.parse(item, question.name, reply), Failed)
 
 
-def _digests(taken: Taken, folder: Path) -> dict[tuple[str, int], str]:
+def _digests(chosen: ChosenBench, folder: Path) -> dict[tuple[str, int], str]:
     """Of every picture."""
     return {
         (item.id, number): hashlib.sha256((folder / path).read_bytes()).hexdigest()[:16]
-        for item, number, path in taken.places()
+        for item, number, path in chosen.places()
         if (folder / path).is_file()
     }
 
 
-def read_replies(taken: Taken, folder: Path, place: Path) -> Replies:
+def read_replies(chosen: ChosenBench, folder: Path, place: Path) -> Replies:
     """The newest reply to every question as it is asked now, about the pictures as they are."""
-    digests: dict[Any, str] = dict(_digests(taken, folder))
+    digests: dict[Any, str] = dict(_digests(chosen, folder))
     asked: dict[Any, str] = {
-        (item.id, question.name): taken.digest_of_question(item, question)
-        for item in taken.items
-        for question in taken.bench.questions(item)
+        (item.id, question.name): chosen.digest_of_question(item, question)
+        for item in chosen.items
+        for question in chosen.bench.questions(item)
     }
     found: dict[Any, str | Failed] = {}
     for row in read_ledger(place, _REPLIES):
@@ -344,41 +344,41 @@ def read_replies(taken: Taken, folder: Path, place: Path) -> Replies:
 
 
 def result(
-    taken: Taken, replies: Mapping[str, Replies], *, base: str, judge: Mapping[str, Any]
+    chosen: ChosenBench, replies: Mapping[str, Replies], *, base: str, judge: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The tree of several models as plain data.
 
     Args:
-        taken: the bench.
+        chosen: the bench.
         replies: by model.
         base: that the others are compared with.
         judge: its identity.
     """
     scores: dict[str, Scores] = {
-        name: read(taken.bench, taken.items, taken.config.num_images, own)
+        name: read(chosen.bench, chosen.items, chosen.config.num_images, own)
         for name, own in replies.items()
     }
     return {
         "format": 1,
-        "bench": taken.kind,
-        "key": taken.key(judge),
-        "identity": taken.identity(judge),
-        **tabulate(taken.bench, scores, base),
-        "examples": examples(taken.bench, taken.items, scores, base, _EXAMPLES),
+        "bench": chosen.kind,
+        "key": chosen.key(judge),
+        "identity": chosen.identity(judge),
+        **tabulate(chosen.bench, scores, base),
+        "examples": examples(chosen.bench, chosen.items, scores, base, _EXAMPLES),
     }
 
 
-def released(taken: Taken, path: Path) -> Mapping[str, Replies]:
+def released(chosen: ChosenBench, path: Path) -> Mapping[str, Replies]:
     """Replies out of a file of the official program, by model.
 
     Raises:
         ConfigError: not such a file, or replies to nothing that the bench asks.
     """
-    known = {item.id for item in taken.items}
+    known = {item.id for item in chosen.items}
     found: dict[str, dict[tuple[str, int, str], str | Failed]] = {}
-    for model, item, number, question, reply in taken.bench.responses(path):
+    for model, item, number, question, reply in chosen.bench.responses(path):
         if item in known:
             found.setdefault(model, {})[item, number, question] = reply
     if not found:
-        raise ConfigError(f"need replies to the items of {taken.kind}, got none in {path}")
+        raise ConfigError(f"need replies to the items of {chosen.kind}, got none in {path}")
     return found

@@ -60,8 +60,8 @@ class Checkpoint:
     tensors: Mapping[str, Mapping[str, Shaped[Tensor, "..."]]]
     """By group; none of a spread one."""
     state: JSON
-    is_spread: bool = False
-    """Whether its tensors are shares, which `burnish.spread_checkpoint` reads."""
+    is_sharded: bool = False
+    """Whether its tensors are shares, which `burnish.sharded_checkpoint` reads."""
 
 
 def save(
@@ -230,10 +230,10 @@ def load(path: Path, rt: Runtime = ALONE) -> Checkpoint:
 def _read(path: Path, rt: Runtime) -> Checkpoint:
     """A checkpoint, of whose files this process has checked its part."""
     manifest = _verified_manifest(path, rt)
-    is_spread = any(name.startswith(_SHARE) for name in manifest["files"])
+    is_sharded = any(name.startswith(_SHARE) for name in manifest["files"])
     tensors: dict[str, dict[str, Tensor]] = {}
     for name in manifest["files"]:
-        if name.endswith(".safetensors") and not is_spread:
+        if name.endswith(".safetensors") and not is_sharded:
             try:
                 tensors[name.removesuffix(".safetensors")] = safetensors.torch.load_file(
                     path / name
@@ -246,7 +246,7 @@ def _read(path: Path, rt: Runtime) -> Checkpoint:
         # Another process has checked its hash, or will.
         raise _damaged(path, f"state.json cannot be read ({brief(error)})") from None
     return Checkpoint(
-        step=manifest["step"], folder=path, tensors=tensors, state=state, is_spread=is_spread
+        step=manifest["step"], folder=path, tensors=tensors, state=state, is_sharded=is_sharded
     )
 
 

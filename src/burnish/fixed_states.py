@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from burnish import images, runtime
-from burnish.batches import evaluate, evaluate_guided
+from burnish.batches import guided_velocities, velocities
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.folding import folding
@@ -206,7 +206,7 @@ class FixedStates(Watch):
         self, policy: Policy[Any, Any], label: str, signals: Sequence[Signal]
     ) -> list[dict[str, Any]]:
         """One entry for each band of noise levels that has states."""
-        student = evaluate(policy, signals, self._micro_batch)
+        student = velocities(policy, signals, self._micro_batch)
         fields = [[signal.fields[name] for signal in signals] for name in _FIELDS]
         parts = []
         for band, (low, high) in BANDS.items():
@@ -233,7 +233,7 @@ class FixedStates(Watch):
             with whole(teacher), rt.autocast():
                 if rt.is_main:
                     places = [*self._on_paths(teacher, label), *self._on_pictures(policy, label)]
-                    wanted = evaluate_guided(teacher, places, self._micro_batch, guidance)
+                    wanted = guided_velocities(teacher, places, self._micro_batch, guidance)
                     self._states[label] = [
                         signal.with_fields(target=target)
                         for signal, (target, _) in zip(places, wanted, strict=True)
@@ -243,7 +243,7 @@ class FixedStates(Watch):
         """Ask the policy at the states, which is still the start, and write all of it down."""
         for label, guidance in self._guidance.items():
             signals = self._states[label]
-            ours = evaluate_guided(policy, signals, self._micro_batch, guidance)
+            ours = guided_velocities(policy, signals, self._micro_batch, guidance)
             self._states[label] = [
                 signal.with_fields(start_guided=guided, start=conditional)
                 for signal, (guided, conditional) in zip(signals, ours, strict=True)

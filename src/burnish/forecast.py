@@ -113,15 +113,15 @@ def _plan(
         if key not in known:
             known[key] = measure(computing, worst, away.negative_prompt, asked, rt)
         found.append(known[key])
-    is_gpu, is_spread = rt.device.type == "cuda", sharding.world_size > 1
+    is_gpu, is_sharded = rt.device.type == "cuda", sharding.world_size > 1
     is_offloaded = config.policy.offload and is_gpu
     host = _there(host_parts(config, stage, footprint, policy, found, sharding))
     if is_gpu:
-        host += passing_parts(config, policy, is_spread=is_spread)
+        host += passing_parts(config, policy, is_sharded=is_sharded)
         # On one machine each process has its own of most.
         host = [for_all(part, on_machine) for part in host]
     parts = [
-        *frozen_parts(policy, is_gpu=is_gpu, is_offloaded=is_offloaded, is_spread=is_spread),
+        *frozen_parts(policy, is_gpu=is_gpu, is_offloaded=is_offloaded, is_sharded=is_sharded),
         *copied_parts(policy, footprint, name),
         *trained_parts(policy, stage, name, is_gpu=is_gpu),
         *drawing_parts(found, len(prompts), f"stages.{name}.rollout"),

@@ -13,8 +13,8 @@ from burnish.arena.contest import gather
 from burnish.arena.raters import scores, vote
 from burnish.bench_tree import Replies
 from burnish.benching import (
+    ChosenBench,
     Drawing,
-    Taken,
     draw_pictures,
     judge_pictures,
     model_facts,
@@ -194,11 +194,11 @@ def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> No
     )
     facts = model_facts(model, drawing)
     for bench, settings in config.benches_of(name).items():
-        taken = Taken.of(settings)
+        chosen = ChosenBench.of(settings)
         pictures, place = bench_places(folder, name, bench)
         label = f"{name} on {bench}"
         draw_pictures(
-            taken,
+            chosen,
             policy,
             rt,
             pictures,
@@ -207,20 +207,20 @@ def _take_benches(config: RunConfig, folder: Path, name: str, rt: Runtime) -> No
             label=label,
             micro_batch=plan.micro_batch,
         )
-        replies = place / taken.replies_folder
-        judge_pictures(taken, pictures, replies, rt, label=label)
-        _check_answered(taken, read_replies(taken, pictures, replies), f"benches.{bench}")
+        replies = place / chosen.replies_folder
+        judge_pictures(chosen, pictures, replies, rt, label=label)
+        _check_answered(chosen, read_replies(chosen, pictures, replies), f"benches.{bench}")
 
 
-def _check_answered(taken: Taken, replies: Replies, key: str) -> None:
+def _check_answered(chosen: ChosenBench, replies: Replies, key: str) -> None:
     """Raise where a judge has left out so many questions that a result would be invalid.
 
     Replies that cannot be read are replies: to ask again would bring the same.
     """
     wanted = [
         (item.id, number, question.name)
-        for item, number, _ in taken.places()
-        for question in taken.bench.questions(item)
+        for item, number, _ in chosen.places()
+        for question in chosen.bench.questions(item)
     ]
     lost = [replies.get(one) for one in wanted if not isinstance(replies.get(one), str)]
     if len(lost) > (1 - MIN_COVERAGE) * len(wanted):

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish import checkpoint, spread_checkpoint
+from burnish import checkpoint, sharded_checkpoint
 from burnish.checkpoint import Checkpoint
 from burnish.config import Config, ConfigError
 from burnish.optimizer_states import load_optimizer_state, optimizer_state
@@ -154,7 +154,7 @@ class State:
         state = {"optimizer": optimizer_state(self.optimizer)[1]}
         place, step, tensors = run.checkpoints, self.step, self.tensors()
         if rt.is_sharded:
-            spread_checkpoint.save(place, step, tensors, state, rt, keep=CHECKPOINTS)
+            sharded_checkpoint.save(place, step, tensors, state, rt, keep=CHECKPOINTS)
         elif rt.is_main:
             checkpoint.save(place, step, tensors, state, keep=CHECKPOINTS)
 
@@ -185,8 +185,8 @@ class State:
             # Moments have the number of their weight, and what they are.
             return ordered[int(key.partition(".")[0])] if group == "optimizer" else named[key]
 
-        if found.is_spread:
-            return spread_checkpoint.read(found.folder, owner)
+        if found.is_sharded:
+            return sharded_checkpoint.read(found.folder, owner)
         return {
             group: {key: like(tensor, owner(group, key)) for key, tensor in own.items()}
             for group, own in found.tensors.items()

@@ -23,7 +23,7 @@ from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
 from burnish.rewards.base import Place, RewardConfig
 from burnish.run_config import RunConfig
-from burnish.spread_checkpoint import FILE_BYTES
+from burnish.sharded_checkpoint import FILE_BYTES
 from burnish.training import StageConfig
 
 _RUNNING: tuple[Phase, ...] = PHASES[1:-1]
@@ -33,7 +33,7 @@ _FIELDS = 5
 
 
 def frozen_parts(
-    policy: Policy[Any, Any], *, is_gpu: bool, is_offloaded: bool, is_spread: bool = False
+    policy: Policy[Any, Any], *, is_gpu: bool, is_offloaded: bool, is_sharded: bool = False
 ) -> Iterator[Part]:
     """All of a policy that has weights."""
     kinds: dict[str, list[Tensor]] = {}
@@ -42,10 +42,10 @@ def frozen_parts(
         kinds.setdefault(f"{kind} ({_type(parameter)})", []).append(parameter)
     for kind, tensors in kinds.items():
         yield Part(name=f"transformer, {kind}", num_bytes=num_bytes(tensors), is_sharded=True)
-    if is_spread and is_gpu:
+    if is_sharded and is_gpu:
         size = max(map(num_bytes, _blocks(policy)), default=0)
         yield Part(name="a block, until it is spread", num_bytes=size, during=("loading",))
-    elif is_spread:
+    elif is_sharded:
         size = num_bytes(policy.transformer.parameters())
         name = "all weights, until they are spread"
         yield Part(name=name, num_bytes=size, during=("loading",))
@@ -190,7 +190,7 @@ def picture_bytes(policy: Policy[Any, Any]) -> int:
 
 
 def passing_parts(
-    config: RunConfig, policy: Policy[Any, Any], *, is_spread: bool = False
+    config: RunConfig, policy: Policy[Any, Any], *, is_sharded: bool = False
 ) -> Iterator[Part]:
     """What is in the machine's memory on its way to a GPU and back, and what every process is."""
     passing = {"transformer": policy.transformer} if config.policy.offload else policy.networks()
@@ -198,7 +198,7 @@ def passing_parts(
     size = _converted(config, passing)
     # One process after another reads its own.
     yield Part(name=name, num_bytes=size, during=("loading",), is_common=True)
-    if is_spread:
+    if is_sharded:
         whole = num_bytes(policy.transformer.parameters())
         name = "transformer, gathered to be written"
         yield Part(name=name, num_bytes=whole, during=("last look",), is_common=True)

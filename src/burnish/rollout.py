@@ -262,7 +262,6 @@ def _denoise(
             step,
             samples,
             latents=latents,
-            next_latents=next_latents,
             sigmas=sigma,
             sigmas_next=sigma_next,
             noise=noise,
@@ -327,8 +326,7 @@ def _trajectory(
 ) -> Trajectory:
     """The record of a finished path."""
     steps: dict[str, Tensor] = {
-        name: clean.new_zeros(0, *clean.shape)
-        for name in ("latents", "next_latents", "noise", *Guided._fields)
+        name: clean.new_zeros(0, *clean.shape) for name in ("latents", "noise", *Guided._fields)
     } | {name: clean.new_zeros(0) for name in ("sigmas", "sigmas_next")}
     if sample.kept:
         steps = {name: torch.stack([kept[name] for kept in sample.kept]) for name in steps}

@@ -30,7 +30,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from typing import Any
 
-from burnish.answering import Desk, Writer
+from burnish.answering import AnswerQueue, Writer
 from burnish.config import Config, ConfigError, ConfigT, parse
 from burnish.protocol import ChatRequest
 from burnish.rewards.vlm import Judge
@@ -69,25 +69,25 @@ def app(judge: Judge, *, name: str, token: str | None, limits: Limits | None = N
         limits: what one asker can cost.
     """
     limits = limits or Limits()
-    desk = Desk(Writer(judge), places=limits.waiting, batch=limits.batch)
-    # A processor of its own: the desk's thread sets how the other's tokenizer pads.
+    answers = AnswerQueue(Writer(judge), places=limits.waiting, batch=limits.batch)
+    # A processor of its own: the queue's thread sets how the other's tokenizer pads.
     translator = Translator(name, copy.deepcopy(judge.processor), limits)
-    door = _Door(translator, desk, token)
+    service = _Service(translator, answers, token)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        desk.open()
+        answers.open()
         yield
-        await asyncio.to_thread(desk.close)
+        await asyncio.to_thread(answers.close)
 
     served = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     served.add_exception_handler(Refusal, _problem)
-    served.add_api_route("/health", door.health, response_model=None)
-    guarded = [Depends(door.admit)]
+    served.add_api_route("/health", service.health, response_model=None)
+    guarded = [Depends(service.admit)]
     for path, handler, method in (
-        ("/v1/models", door.models, "GET"),
-        ("/tokenize", door.tokenize, "POST"),
-        ("/v1/chat/completions", door.chat, "POST"),
+        ("/v1/models", service.models, "GET"),
+        ("/tokenize", service.tokenize, "POST"),
+        ("/v1/chat/completions", service.chat, "POST"),
     ):
         served.add_api_route(
             path, handler, methods=[method], dependencies=guarded, response_model=None
@@ -157,11 +157,11 @@ def check_token(token: str | None, host: str, *, is_open: bool) -> None:
         )
 
 
-class _Door:
-    """Everything between a request and the desk."""
+class _Service:
+    """Everything between a request and the queue."""
 
-    def __init__(self, translator: Translator, desk: Desk, token: str | None) -> None:
-        self._translator, self._desk, self._limits = translator, desk, translator.limits
+    def __init__(self, translator: Translator, answers: AnswerQueue, token: str | None) -> None:
+        self._translator, self._answers, self._limits = translator, answers, translator.limits
         self._token = None if token is None else token.encode()
         self._inside = 0
         """Requests that were admitted and have no answer."""
@@ -207,13 +207,13 @@ class _Door:
 
     async def chat(self, request: Request) -> JSONResponse:
         """One answer to one question."""
-        if self._desk.is_full:
+        if self._answers.is_full:
             raise _full()
         asked = await self._body(ChatRequest, request)
         # Decoding takes a while, and the others should be heard meanwhile.
         question = await asyncio.to_thread(self._translator.question, asked)
         try:
-            future = self._desk.ask(question)
+            future = self._answers.ask(question)
         except queue.Full:
             raise _full() from None
         written = await _finished(request, future)

@@ -38,7 +38,7 @@ class Shards:
             ConfigError: prompts are read by the transformer once for all steps: those keys and
                 values leave a block behind its back.
         """
-        self._policy, self._is_spread = policy, rt.is_sharded
+        self._policy, self._is_sharded = policy, rt.is_sharded
         if not rt.is_sharded:
             return
         check_prefix(type(policy), share=policy.share_prefix)
@@ -53,7 +53,7 @@ class Shards:
         Args:
             is_needed: whether this process wants it; to the others the policy is lost.
         """
-        if not self._is_spread:
+        if not self._is_sharded:
             return
         policy: Any = self._policy
         plain, spread = self._plain, policy.transformer
@@ -69,7 +69,7 @@ class Shards:
                     tensor.copy_(whole)
         if is_needed:
             policy.transformer = policy.pipeline.transformer = plain
-        self._is_spread = False
+        self._is_sharded = False
 
 
 def frozen(policy: Policy[Any, Any], rt: Runtime) -> Policy[Any, Any]:

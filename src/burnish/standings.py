@@ -9,7 +9,7 @@ from burnish.arena.battles import read_battles
 from burnish.arena.board import rate
 from burnish.arena_page import write_arena_page
 from burnish.bench_page import write_bench_page
-from burnish.benching import Sources, Taken, read_replies, result
+from burnish.benching import ChosenBench, Sources, read_replies, result
 from burnish.config import ConfigError
 from burnish.run_config import BASE, RunConfig
 from burnish.run_folder import BATTLES, bench_places, is_complete, job_folder
@@ -33,7 +33,7 @@ def bench_results(
         if BASE not in done:
             continue
         try:
-            taken = Taken.of(settings)
+            chosen = ChosenBench.of(settings)
         except ConfigError:
             # A report is also written where the files of the bench are not.
             kept = folder / "benches" / f"{name}.json"
@@ -43,17 +43,17 @@ def bench_results(
             raise
         places = {policy: bench_places(folder, policy, name) for policy in done}
         replies = {
-            policy: read_replies(taken, pictures, place / taken.replies_folder)
+            policy: read_replies(chosen, pictures, place / chosen.replies_folder)
             for policy, (pictures, place) in places.items()
         }
         shown = {
-            policy: {item.id: pictures / path for item, k, path in taken.places() if k == 0}
+            policy: {item.id: pictures / path for item, k, path in chosen.places() if k == 0}
             for policy, (pictures, _) in places.items()
         }
-        own = result(taken, replies, base=BASE, judge=taken.judge)
+        own = result(chosen, replies, base=BASE, judge=chosen.judge)
         write_json(folder / "benches" / f"{name}.json", own)
-        write_bench_page(own, folder / "benches" / f"{name}.html", command, shown, taken.sources)
-        found[name] = (own, shown, taken.sources)
+        write_bench_page(own, folder / "benches" / f"{name}.html", command, shown, chosen.sources)
+        found[name] = (own, shown, chosen.sources)
     return found
 
 

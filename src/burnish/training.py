@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from burnish import runtime
 from burnish.adapters import LoraConfig, attach, detach, write_adapter
-from burnish.algorithms.base import AdvantagesConfig, Algorithm, SelfCheckError, Setting
+from burnish.algorithms.base import AdvantagesConfig, Algorithm, SelfCheckError, StageContext
 from burnish.config import Config, ConfigError
 from burnish.curation import SelectionConfig
 from burnish.guard import Guard, GuardConfig
@@ -214,7 +214,7 @@ def _made_ready(
     policy.transformer.requires_grad_(True)
     before = hash_module(policy.transformer) if rt.is_main else ""
     # Before factors are put in and weights restored: an algorithm may keep a copy of the start.
-    algorithm = config.algorithm.build(_setting(config, policy, rt, seed))
+    algorithm = config.algorithm.build(_context(config, policy, rt, seed))
     if config.lora is not None:
         with runtime.seeded(seed, "lora"):
             is_autocast = rt.dtype != torch.float32
@@ -269,12 +269,12 @@ def _looked(watch: Watch, state: State, run: Run, rt: Runtime) -> dict[str, floa
     return watch.look(state.policy, state.step, reward, rt)
 
 
-def _setting(config: StageConfig, policy: Policy[Any, Any], rt: Runtime, seed: int) -> Setting:
-    return Setting(
+def _context(config: StageConfig, policy: Policy[Any, Any], rt: Runtime, seed: int) -> StageContext:
+    return StageContext(
         policy=policy,
         guidance=config.rollout.guidance,
-        sampler_steps=config.rollout.num_steps,
-        num_steps=config.steps,
+        num_steps=config.rollout.num_steps,
+        steps=config.steps,
         kernel=config.rollout.kernel,
         noise_level=config.rollout.noise_level,
         num_updates=config.optimizer.num_updates,

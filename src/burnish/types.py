@@ -94,7 +94,6 @@ class Trajectory:
     seed: int
     latents: Float[Tensor, " step *latent"]
     """State at the start of each kept step."""
-    next_latents: Float[Tensor, " step *latent"]
     sigmas: Float[Tensor, " step"]
     sigmas_next: Float[Tensor, " step"]
     noise: Float[Tensor, " step *latent"]

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from burnish import checkpoint, spread_checkpoint
+from burnish import checkpoint, sharded_checkpoint
 from burnish.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -359,7 +359,7 @@ def test_spread_weights_resume_before_any_gradient_came(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         # That there is one process.
         warnings.simplefilter("ignore")
-        spread_checkpoint.save(run.checkpoints, 1, state.tensors(), facts, ALONE, keep=2)
+        sharded_checkpoint.save(run.checkpoints, 1, state.tensors(), facts, ALONE, keep=2)
         with torch.no_grad():
             for weight in weights:
                 weight.zero_()

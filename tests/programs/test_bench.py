@@ -26,7 +26,7 @@ from burnish import images
 from burnish.bench.base import Node
 from burnish.bench.geneval import Geneval
 from burnish.bench_tree import RESAMPLES, Scores, means, tabulate
-from burnish.benching import BenchChoice, Taken
+from burnish.benching import BenchChoice, ChosenBench
 from burnish.cli import main
 from burnish.cli.recipes import recipe_path
 from burnish.config import load, located, parse
@@ -107,8 +107,8 @@ def pictures(folder: Path, settings: Path, side: int = 32) -> Path:
     return folder
 
 
-def _taken(settings: Path) -> Taken:
-    return Taken.of(parse(BenchChoice, {"bench": yaml.safe_load(settings.read_text())}).bench)
+def _taken(settings: Path) -> ChosenBench:
+    return ChosenBench.of(parse(BenchChoice, {"bench": yaml.safe_load(settings.read_text())}).bench)
 
 
 @dataclass(frozen=True)

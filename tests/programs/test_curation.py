@@ -53,7 +53,7 @@ def group(scores: Mapping[str, Sequence[float | None]], name: str = "p") -> Grou
     none, states = torch.zeros(0), torch.zeros(0, 1)
     path = Trajectory(
         seed=0, image=torch.zeros(3, 1, 1), clean=torch.zeros(1), latents=states,
-        next_latents=states, sigmas=none, sigmas_next=none, noise=states, guided=states,
+        sigmas=none, sigmas_next=none, noise=states, guided=states,
         conditional=states, unconditional=states,
     )  # fmt: skip
     said: dict[str, tuple[Score, ...]] = {

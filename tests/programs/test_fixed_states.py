@@ -9,7 +9,7 @@ import torch
 from tests.looking import look
 
 from burnish import checkpoint, runtime
-from burnish.algorithms.base import Setting
+from burnish.algorithms.base import StageContext
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
 from burnish.config import ConfigError, located
 from burnish.fixed_states import FixedStates, FixedStatesConfig, FixedStatesWarning
@@ -54,11 +54,11 @@ def watch(
     config = DistillConfig(
         teachers={"t2i": TeacherConfig(path=str(teacher), guidance_scale=1.0)}, fixed_states=plan
     )
-    setting = Setting(
-        policy=policy, guidance=Guidance(), sampler_steps=3, num_steps=12, kernel="ode",
+    context = StageContext(
+        policy=policy, guidance=Guidance(), num_steps=3, steps=12, kernel="ode",
         noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
     )  # fmt: skip
-    found = Distill(config, setting).watch(folder, step, prompts())
+    found = Distill(config, context).watch(folder, step, prompts())
     assert isinstance(found, FixedStates)
     return found
 

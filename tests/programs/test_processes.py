@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tests import spread_teacher, spread_weights
+from tests import sharded_teacher, sharded_weights
 from tests.jobs import begin, distance, finish, run_together
 
-from burnish import checkpoint, images, launcher, spread_checkpoint
+from burnish import checkpoint, images, launcher, sharded_checkpoint
 from burnish.config import ConfigError, parse
 from burnish.launcher import JobError
 from burnish.preflight import check_inputs
@@ -126,7 +126,7 @@ def test_spread_weights_are_trained_as_whole_ones(models: dict[str, Path], tmp_p
     # A checkpoint is the same, however many processes wrote it.
     names = [p.name for p in sorted((alone / "checkpoints").glob("step-*"))]
     for group, tensors in checkpoint.load(alone / "checkpoints" / names[-1]).tensors.items():
-        theirs = spread_checkpoint.whole(together / "checkpoints" / names[-1])[group]
+        theirs = sharded_checkpoint.whole(together / "checkpoints" / names[-1])[group]
         assert tensors.keys() == theirs.keys()
         for name, tensor in tensors.items():
             assert float((tensor - theirs[name]).abs().max()) < TOLERANCE, name
@@ -188,7 +188,7 @@ def test_a_teacher_is_spread_like_its_student(models: dict[str, Path], tmp_path:
         for parameter in policy.transformer.parameters():
             parameter.mul_(1.5)
     policy.save(tmp_path / "teacher")
-    run_together(spread_teacher.__file__, 3, *map(str, (model, tmp_path / "teacher", answer)))
+    run_together(sharded_teacher.__file__, 3, *map(str, (model, tmp_path / "teacher", answer)))
     told = json.loads(answer.read_text())
     kept = [own["kept"] for own in told["processes"]]
     assert sum(kept) == told["whole"] and max(kept) < 0.36 * told["whole"]
@@ -201,18 +201,18 @@ def test_shares_are_read_by_any_number_of_processes(tmp_path: Path) -> None:
     """By more, by fewer, by one; what cannot be written leaves all as it was, and a share that is
     damaged is told as of any checkpoint, by whoever looks at it to all."""
     folder = str(tmp_path)
-    run_together(spread_weights.__file__, 3, "save", folder, "3")
-    run_together(spread_weights.__file__, 2, "read", folder, "3")
+    run_together(sharded_weights.__file__, 3, "save", folder, "3")
+    run_together(sharded_weights.__file__, 2, "read", folder, "3")
     assert checkpoint.steps(tmp_path) == [2, 3]
     found = checkpoint.latest(tmp_path)
     assert found is not None
-    told, expected = spread_checkpoint.whole(found.folder), spread_weights.wanted(3)
+    told, expected = sharded_checkpoint.whole(found.folder), sharded_weights.wanted(3)
     assert told.keys() == expected.keys()
     for group, own in expected.items():
         assert all(torch.equal(told[group][name], tensor) for name, tensor in own.items())
     file = sorted(found.folder.glob("shard-00002-*"))[0]
     file.write_bytes(file.read_bytes()[:-1] + b"?")
-    run_together(spread_weights.__file__, 2, "fail", folder, "2")
+    run_together(sharded_weights.__file__, 2, "fail", folder, "2")
     with pytest.warns(checkpoint.CheckpointWarning, match="shard-00002-.* was changed"):
         older = checkpoint.latest(tmp_path)
     assert older is not None and older.step == 2

@@ -23,7 +23,7 @@ import uvicorn
 from PIL import Image
 
 from burnish import images
-from burnish.answering import Desk, Writer
+from burnish.answering import AnswerQueue, Writer
 from burnish.config import ConfigError, located
 from burnish.judging import MARKER, Alphabet, question
 from burnish.prompts import read_prompts
@@ -147,7 +147,7 @@ def test_a_wrong_token_stops_the_asker(
     assert isinstance(reward.score(requests(1))[0], Scored)
 
 
-# --- The door --------------------------------------------------------------------------------
+# --- The service -----------------------------------------------------------------------------
 
 ROUTES = [("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/v1/chat/completions")]
 
@@ -373,12 +373,12 @@ def plain(text: str, **more: Any) -> Question:
 
 def test_questions_that_wait_are_written_together_and_poison_fails_alone() -> None:
     write = Blocked()
-    desk = Desk(write, places=8, batch=8)
-    desk.open()
-    first = desk.ask(plain("first"))
+    answers = AnswerQueue(write, places=8, batch=8)
+    answers.open()
+    first = answers.ask(plain("first"))
     assert write.begun.wait(30)
-    futures = [desk.ask(plain(text)) for text in ("a", "poison", "gone", "b")]
-    other = desk.ask(plain("c", top=3))
+    futures = [answers.ask(plain(text)) for text in ("a", "poison", "gone", "b")]
+    other = answers.ask(plain("c", top=3))
     assert futures[2].cancel()
     write.go.set()
     assert first.result(30).text == "FIRST"
@@ -388,7 +388,7 @@ def test_questions_that_wait_are_written_together_and_poison_fails_alone() -> No
         futures[1].result(30)
     assert write.batches[1] == ["a", "poison", "b"]
     assert all("gone" not in batch for batch in write.batches)
-    desk.close()
+    answers.close()
 
 
 def test_what_breaks_the_model_is_out_of_memory_before_the_next_question() -> None:
@@ -404,23 +404,23 @@ def test_what_breaks_the_model_is_out_of_memory_before_the_next_question() -> No
             raise torch.OutOfMemoryError("too large")
         return [Written(text="fine")]
 
-    desk = Desk(write, places=8, batch=8)
-    futures = [desk.ask(plain(text)) for text in ("a", "too large", "b")]
-    desk.open()
+    answers = AnswerQueue(write, places=8, batch=8)
+    futures = [answers.ask(plain(text)) for text in ("a", "too large", "b")]
+    answers.open()
     assert [futures[n].result(30).text for n in (0, 2)] == ["fine", "fine"]
     with pytest.raises(torch.OutOfMemoryError):
         futures[1].result(30)
-    desk.close()
+    answers.close()
     assert alive == [(3, 1), (1, 1), (1, 1), (1, 1)]
 
 
 def test_a_closed_desk_gives_up_what_waits() -> None:
     write = Blocked()
-    desk = Desk(write, places=8, batch=1)
-    desk.open()
-    first, second = desk.ask(plain("first")), desk.ask(plain("second"))
+    answers = AnswerQueue(write, places=8, batch=1)
+    answers.open()
+    first, second = answers.ask(plain("first")), answers.ask(plain("second"))
     assert write.begun.wait(30)
-    closing = threading.Thread(target=desk.close)
+    closing = threading.Thread(target=answers.close)
     closing.start()
     with pytest.raises(CancelledError):
         second.result(30)
@@ -522,11 +522,11 @@ def test_scores_of_more_askers_than_places_only_come_later(
 
 
 def test_a_full_desk_raises() -> None:
-    desk = Desk(Blocked(), places=1, batch=1)
-    desk.ask(plain("first"))
-    assert desk.is_full
+    answers = AnswerQueue(Blocked(), places=1, batch=1)
+    answers.ask(plain("first"))
+    assert answers.is_full
     with pytest.raises(queue.Full):
-        desk.ask(plain("second"))
+        answers.ask(plain("second"))
 
 
 def test_a_question_that_breaks_the_model_tells_nothing_of_it(

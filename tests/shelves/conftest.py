@@ -289,7 +289,6 @@ def grouped() -> Callable[[Prompt, Sequence[Tensor]], Group]:
                 Trajectory(
                     seed=number,
                     latents=steps,
-                    next_latents=steps,
                     sigmas=empty,
                     sigmas_next=empty,
                     noise=steps,

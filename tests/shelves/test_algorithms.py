@@ -12,15 +12,15 @@ from burnish.algorithms.base import (
     AdvantagesConfig,
     AlgorithmConfig,
     SelfCheckError,
-    Setting,
+    StageContext,
     reward_advantages,
 )
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig
 from burnish.algorithms.grpo import GrpoConfig
 from burnish.algorithms.nft import NftConfig
-from burnish.batches import evaluate_guided, stack
+from burnish.batches import guided_velocities, stack
 from burnish.config import ConfigError, located, parse, shelf
-from burnish.flow import KERNELS, log_ratio
+from burnish.flow import KERNELS, Transition, log_ratio
 from burnish.guidance import VelocityPair, compose
 from burnish.objectives import velocity_matching
 from burnish.policies.base import Policy
@@ -32,7 +32,7 @@ from burnish.rewards.oracle import OracleConfig
 from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import ALONE
-from burnish.types import Failed, Group, Guidance, Prompt, Scored
+from burnish.types import Failed, Group, Guidance, Prompt, Scored, Trajectory
 from burnish.updates import check_ratio
 
 GUIDANCE = 3.0
@@ -58,12 +58,12 @@ def prompts(task: str, count: int = 2) -> list[Prompt]:
     return [prompt for prompt in every if prompt.task == task][:count]
 
 
-def setting(policy: Policy[Any, Any], num_updates: int = 1) -> Setting:
-    return Setting(
+def context(policy: Policy[Any, Any], num_updates: int = 1) -> StageContext:
+    return StageContext(
         policy=policy,
         guidance=Guidance(GUIDANCE),
-        sampler_steps=3,
-        num_steps=10,
+        num_steps=3,
+        steps=10,
         kernel="precise",
         noise_level=1.5,
         num_updates=num_updates,
@@ -109,7 +109,7 @@ def build(kind: str, policy: QwenImage21Policy, folder: Path, num_updates: int =
             teachers={"t2i": TeacherConfig(path=str(folder), guidance_scale=GUIDANCE)}
         ),
     }
-    return configs[kind].build(setting(policy, num_updates))
+    return configs[kind].build(context(policy, num_updates))
 
 
 def test_a_plain_sum_lets_the_reward_with_the_larger_unit_rule(
@@ -252,7 +252,7 @@ MODES = ("residual", "detached", "conditional", "guided")
 
 
 def grpo(policy: Policy[Any, Any], num_updates: int = 1, **changes: Any) -> Any:
-    return GrpoConfig(**changes).build(setting(policy, num_updates))
+    return GrpoConfig(**changes).build(context(policy, num_updates))
 
 
 class TestGuidanceModes:
@@ -350,20 +350,17 @@ class TestGuidanceModes:
         signals, _ = algorithm.credit(drawn, 0)
         algorithm.loss(policy, stack(signals))
         paths = [t for group in drawn for t in group.trajectories]
-        steps = [
-            KERNELS["precise"](
-                t.latents,
-                t.guided if mode == "residual" else t.conditional,
-                sigma=t.sigmas,
-                sigma_next=t.sigmas_next,
-                noise_level=1.5,
-            )
-            for t in paths
-        ]
+
+        def step(path: Trajectory, velocity: torch.Tensor) -> Transition:
+            levels = {"sigma": path.sigmas, "sigma_next": path.sigmas_next}
+            return KERNELS["precise"](path.latents, velocity, **levels, noise_level=1.5)
+
         wanted = torch.cat(
             [
-                (t.next_latents - step.mean) / step.std.reshape(-1, 1, 1, 1)
-                for t, step in zip(paths, steps, strict=True)
+                step(t, t.guided if mode == "residual" else t.conditional).injected_noise(
+                    step(t, t.guided).advance(t.noise)
+                )
+                for t in paths
             ]
         )
         torch.testing.assert_close(scored[0], wanted, atol=2e-4, rtol=0)
@@ -410,14 +407,14 @@ def test_the_anchor_costs_nothing_at_the_start_and_pulls_back(
     config: Any, policy: QwenImage21Policy
 ) -> None:
     learner = policy.sibling()
-    algorithm = config.build(setting(learner))
+    algorithm = config.build(context(learner))
     signals, _ = algorithm.credit(groups(learner, config.kind), 0)
     batch = stack(signals)
     assert algorithm.loss(learner, batch).metrics["policy/velocity_kl"] < 1e-12
     with torch.no_grad():
         for parameter in learner.transformer.parameters():
             parameter += 0.01 * torch.randn_like(parameter)
-    free = config.model_copy(update={"kl_weight": 0.0}).build(setting(learner))
+    free = config.model_copy(update={"kl_weight": 0.0}).build(context(learner))
     moved, plain = algorithm.loss(learner, batch), free.loss(learner, batch)
     distance = moved.metrics["policy/velocity_kl"]
     assert distance > 0 and "policy/velocity_kl" not in plain.metrics
@@ -440,7 +437,7 @@ class TestNft:
     ) -> None:
         drawn = groups(policy, "nft")
         for anchor in ("conditional", "guided"):
-            algorithm = NftConfig(anchor=anchor).build(setting(policy))
+            algorithm = NftConfig(anchor=anchor).build(context(policy))
             signals, _ = algorithm.credit(drawn, 0)
             assert ("guided" in signals[0].fields) == (anchor == "guided")
             assert gradients(policy, algorithm, signals)
@@ -453,7 +450,7 @@ class TestDistill:
         config = DistillConfig(
             teachers={"t2i": TeacherConfig(path=str(folder), guidance_scale=1.0)}
         )
-        algorithm = Distill(config, setting(policy))
+        algorithm = Distill(config, context(policy))
         signals, _ = algorithm.credit(groups(policy, "distill"), 0)
         assert float(algorithm.loss(policy, stack(signals)).loss) < 1e-10
         assert max(float(g.abs().max()) for g in gradients(policy, algorithm, signals)) < 1e-6
@@ -464,7 +461,7 @@ class TestDistill:
         algorithm = build("distill", policy, folder)
         signals, _ = algorithm.credit(groups(policy, "distill"), 0)
         found = float(algorithm.loss(policy, stack(signals)).loss)
-        pairs = evaluate_guided(policy, signals, 64, Guidance(2.0))
+        pairs = guided_velocities(policy, signals, 64, Guidance(2.0))
         # guided - conditional at scale 2 is v_c - v_u.
         gap = torch.cat([guided - conditional for guided, conditional in pairs])
         expected = (GUIDANCE - 1) ** 2 * float(velocity_matching(gap, torch.zeros_like(gap)).mean())

@@ -13,7 +13,7 @@ from burnish import images
 from burnish.bench import qwen_image_bench
 from burnish.bench.base import OVERALL, BenchConfig, Node, ancestors
 from burnish.bench_tree import Scores, means, read
-from burnish.benching import BenchChoice, Taken, released
+from burnish.benching import BenchChoice, ChosenBench, released
 from burnish.config import ConfigError, parse, shelf
 from burnish.questions import Slot
 from burnish.types import Failed
@@ -23,12 +23,14 @@ KINDS = sorted(
 )
 
 
-def taken(folder: Path, kind: str, **changes: Any) -> Taken:
+def taken(folder: Path, kind: str, **changes: Any) -> ChosenBench:
     settings = CHECKOUTS[kind](folder) | changes
-    return Taken.of(parse(BenchChoice, {"bench": settings}).bench)
+    return ChosenBench.of(parse(BenchChoice, {"bench": settings}).bench)
 
 
-def values(found: Taken, replies: Mapping[tuple[str, int, str], str | Failed]) -> dict[Node, float]:
+def values(
+    found: ChosenBench, replies: Mapping[tuple[str, int, str], str | Failed]
+) -> dict[Node, float]:
     """The mean of every node that has one."""
     scores = read(found.bench, found.items, found.config.num_images, replies)
     numbers = means(found.bench, scores, _ones(scores))
@@ -54,7 +56,7 @@ GOOD: dict[str, str] = {
 }
 
 
-def good(kind: str, found: Taken, item: Any) -> str:
+def good(kind: str, found: ChosenBench, item: Any) -> str:
     """The best reply to a question about an item."""
     if kind == "unigenbench":
         count = len(item.facts["points"])
@@ -150,14 +152,14 @@ def test_a_picture_stays_in_its_folder_and_has_a_place_of_its_own(key: str, tmp_
     edits |= {key: first, "1000-1": first} if key == "1000" else {key: first}
     path.write_text(json.dumps(edits))
     with pytest.raises(ConfigError, match="need a place of its own for every picture"):
-        Taken.of(parse(BenchChoice, {"bench": settings | {"num_images": 2}}).bench)
+        ChosenBench.of(parse(BenchChoice, {"bench": settings | {"num_images": 2}}).bench)
 
 
 def test_a_bench_without_items_is_refused(tmp_path: Path) -> None:
     settings = CHECKOUTS["qwen_image_bench"](tmp_path)
     (tmp_path / "released.jsonl").write_text("")
     with pytest.raises(ConfigError, match="need items, got none"):
-        Taken.of(parse(BenchChoice, {"bench": settings}).bench)
+        ChosenBench.of(parse(BenchChoice, {"bench": settings}).bench)
 
 
 def test_items_of_one_id_are_refused(tmp_path: Path) -> None:
@@ -165,7 +167,7 @@ def test_items_of_one_id_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "released.jsonl"
     path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
     with pytest.raises(ConfigError, match="ids of their own, got '1' twice"):
-        Taken.of(parse(BenchChoice, {"bench": settings}).bench)
+        ChosenBench.of(parse(BenchChoice, {"bench": settings}).bench)
 
 
 def test_a_part_of_a_bench_has_another_key_and_so_has_another_judge(tmp_path: Path) -> None:
@@ -224,7 +226,7 @@ def test_a_trimmed_checklist_is_refused(tmp_path: Path) -> None:
 
     checkouts.qwen_image_bench(tmp_path, trimmed=True)
     with pytest.raises(ConfigError, match=r"5, 23, 56 .* got 5, \d+, \d+ .*trimmed"):
-        Taken.of(parse(BenchChoice, {"bench": settings}).bench)
+        ChosenBench.of(parse(BenchChoice, {"bench": settings}).bench)
 
 
 def test_large_pictures_are_squashed_and_small_ones_stay() -> None:

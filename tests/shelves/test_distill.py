@@ -20,7 +20,7 @@ from burnish.adapters import (
     read_adapter,
     write_adapter,
 )
-from burnish.algorithms.base import Setting
+from burnish.algorithms.base import StageContext
 from burnish.algorithms.distill import Distill, DistillConfig, TeacherConfig, weights
 from burnish.batches import stack
 from burnish.borrowing import borrowed
@@ -70,11 +70,11 @@ def groups(policy: QwenImage21Policy, task: str = "t2i", category: str = "portra
 
 def build(policy: QwenImage21Policy, teachers: dict[str, Path], **settings: Any) -> Distill:
     named = {n: TeacherConfig(path=str(f), guidance_scale=SCALE) for n, f in teachers.items()}
-    setting = Setting(
-        policy=policy, guidance=Guidance(), sampler_steps=STEPS, num_steps=10, kernel="ode",
+    context = StageContext(
+        policy=policy, guidance=Guidance(), num_steps=STEPS, steps=10, kernel="ode",
         noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
     )  # fmt: skip
-    return Distill(DistillConfig(teachers=named, **settings), setting)
+    return Distill(DistillConfig(teachers=named, **settings), context)
 
 
 def drawn_by(
@@ -516,12 +516,12 @@ def test_a_negative_prompt_is_part_of_the_teacher(
     (asked,) = prompts("t2i", "general", count=1)
     away = Guidance(SCALE, "a large red circle")
     teacher = TeacherConfig(path=str(folders["one"]), **away.settings())
-    setting = Setting(
-        policy=policy, guidance=Guidance(), sampler_steps=STEPS, num_steps=10, kernel="ode",
+    context = StageContext(
+        policy=policy, guidance=Guidance(), num_steps=STEPS, steps=10, kernel="ode",
         noise_level=0.0, num_updates=1, micro_batch=16, seed=0, rewards={},
     )  # fmt: skip
     plan = RolloutConfig(num_steps=STEPS, group_size=1, window=0, keep="all", guidance_scale=1.0)
-    algorithm = Distill(DistillConfig(teachers={"t2i": teacher}, states="teacher"), setting)
+    algorithm = Distill(DistillConfig(teachers={"t2i": teacher}, states="teacher"), context)
     (group,) = drawn_by(algorithm, policy, [asked], plan)
     (path,) = group.trajectories
     wanted = QwenImage21Policy.load(folders["one"], resolution=64).pipeline_latents(
@@ -535,7 +535,7 @@ def test_a_negative_prompt_is_part_of_the_teacher(
     (signal,), _ = algorithm.credit([group], 0)
     empty = build(policy, {"t2i": folders["one"]})
     (other,), _ = empty.credit([group], 0)
-    own = Distill(DistillConfig(teachers={"t2i": teacher}), setting)
+    own = Distill(DistillConfig(teachers={"t2i": teacher}), context)
     (same,), _ = own.credit([group], 0)
     torch.testing.assert_close(same.fields["target"], signal.fields["target"], atol=1e-4, rtol=1e-4)
     assert not torch.allclose(other.fields["target"], signal.fields["target"], atol=1e-3)

@@ -23,7 +23,7 @@ from burnish.advantages import (
     composite,
     group_advantages,
 )
-from burnish.batches import Batch, evaluate, evaluate_guided
+from burnish.batches import Batch, guided_velocities, velocities
 from burnish.borrowing import borrowed
 from burnish.config import Config
 from burnish.looks import Watch
@@ -113,11 +113,11 @@ class AlgorithmConfig(Config, ABC):
         Args:
             rollout: how the stage draws.
             micro_batch: states at once.
-            may_borrow: see `Setting`.
+            may_borrow: see `StageContext`.
         """
 
     @abstractmethod
-    def build(self, setting: "Setting") -> "Algorithm":
+    def build(self, context: "StageContext") -> "Algorithm":
         """The algorithm for one run."""
 
 
@@ -167,15 +167,15 @@ class AdvantagesConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class StageContext:
     """What an algorithm is told about the run it works in."""
 
     policy: Policy[Any, Any]
     guidance: Guidance
     """Of the rollouts."""
-    sampler_steps: int
-    """Of the rollouts."""
     num_steps: int
+    """Of the rollouts."""
+    steps: int
     """Of the stage."""
     kernel: str
     noise_level: float
@@ -196,19 +196,19 @@ class Setting:
 class KlReference:
     """A frozen copy of the policy at the start, and the price of leaving it."""
 
-    def __init__(self, config: KlConfig, setting: Setting) -> None:
-        self._weight, self._micro_batch = config.kl_weight, setting.micro_batch
+    def __init__(self, config: KlConfig, context: StageContext) -> None:
+        self._weight, self._micro_batch = config.kl_weight, context.micro_batch
         self._start: Policy[Any, Any] | None = None
         if config.kl_weight:
-            own = setting.policy
-            self._start = borrowed(own) if setting.may_borrow else frozen(own, setting.rt)
+            own = context.policy
+            self._start = borrowed(own) if context.may_borrow else frozen(own, context.rt)
 
     def mark(self, signals: Sequence[Signal]) -> list[Signal]:
         """The signals with the start's conditional velocity as the field `reference`."""
         if self._start is None:
             return list(signals)
         with whole(self._start):
-            found = evaluate(self._start, signals, self._micro_batch)
+            found = velocities(self._start, signals, self._micro_batch)
         return [
             s.with_fields(reference=velocity) for s, velocity in zip(signals, found, strict=True)
         ]
@@ -259,16 +259,16 @@ class Algorithm(ABC):
 
 
 def with_old(
-    setting: Setting, signals: Sequence[Signal], guidance: Guidance | None
+    context: StageContext, signals: Sequence[Signal], guidance: Guidance | None
 ) -> list[Signal]:
     """The signals with the conditional velocity that the policy has before the update as the field
     `old`, and with its guided one as `guided` if guidance is given."""
-    policy, count = setting.policy, setting.micro_batch
+    policy, count = context.policy, context.micro_batch
     with whole(policy):
         if guidance is None:
-            old = evaluate(policy, signals, count)
+            old = velocities(policy, signals, count)
             return [s.with_fields(old=v) for s, v in zip(signals, old, strict=True)]
-        pairs = evaluate_guided(policy, signals, count, guidance)
+        pairs = guided_velocities(policy, signals, count, guidance)
     return [
         s.with_fields(guided=guided, old=conditional)
         for s, (guided, conditional) in zip(signals, pairs, strict=True)

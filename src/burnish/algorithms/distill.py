@@ -20,8 +20,14 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from burnish.algorithms.base import Algorithm, AlgorithmConfig, Footprint, Setting, refuse_average
-from burnish.batches import Batch, evaluate_guided
+from burnish.algorithms.base import (
+    Algorithm,
+    AlgorithmConfig,
+    Footprint,
+    StageContext,
+    refuse_average,
+)
+from burnish.batches import Batch, guided_velocities
 from burnish.config import Config, ConfigError
 from burnish.fixed_states import FixedStates, FixedStatesConfig, chosen
 from burnish.looks import Watch
@@ -168,8 +174,8 @@ class DistillConfig(AlgorithmConfig):
             draws=min(micro_batch, fixed.num_prompts) if fixed else 0,
         )
 
-    def build(self, setting: Setting) -> "Distill":
-        return Distill(self, setting)
+    def build(self, context: StageContext) -> "Distill":
+        return Distill(self, context)
 
 
 def labels_of(prompts: Sequence[Prompt]) -> list[str]:
@@ -204,21 +210,21 @@ def weights(
 class Distill(Algorithm):
     """On-policy distillation; see the module."""
 
-    def __init__(self, config: DistillConfig, setting: Setting) -> None:
-        self._config, self._setting = config, setting
+    def __init__(self, config: DistillConfig, context: StageContext) -> None:
+        self._config, self._context = config, context
         self._guidance = {label: teacher.guidance for label, teacher in config.teachers.items()}
         sources = {
             label: Source(Path(t.path), None if t.lora is None else Path(t.lora))
             for label, t in config.teachers.items()
         }
         self._teachers = Teachers(
-            setting.policy, sources, setting.rt, may_borrow=setting.may_borrow
+            context.policy, sources, context.rt, may_borrow=context.may_borrow
         )
 
     def guidance(self, label: str, step: int) -> Guidance:
         """Of a teacher at a step: its own after the ramp."""
         own = self._guidance[label]
-        rising = self._config.guidance_ramp * self._setting.num_steps
+        rising = self._config.guidance_ramp * self._context.steps
         share = min(1.0, (step + 1) / rising) if rising else 1.0
         return own._replace(scale=1 + (own.scale - 1) * share)
 
@@ -249,8 +255,8 @@ class Distill(Algorithm):
             guidance={label: self._guidance[label] for label in sorted(labels)},
             prompts=prompts,
             label_of=self._config.label,
-            num_steps=self._setting.sampler_steps,
-            micro_batch=self._setting.micro_batch,
+            num_steps=self._context.num_steps,
+            micro_batch=self._context.micro_batch,
         )
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
@@ -264,10 +270,10 @@ class Distill(Algorithm):
             # It has said so already, when it drew.
             targets = [path.guided for _, path in paths]
         else:
-            count, guidance = self._setting.micro_batch, self.guidance(label, step)
+            count, guidance = self._context.micro_batch, self.guidance(label, step)
             read_ahead(teacher, [group.prompt for group in groups], guidance)
             with whole(teacher):
-                pairs = evaluate_guided(teacher, signals, count, guidance)
+                pairs = guided_velocities(teacher, signals, count, guidance)
             targets = [guided for guided, _ in pairs]
         found = [s.with_fields(target=t) for s, t in zip(signals, targets, strict=True)]
         return found, {f"teacher/is_{name}": float(name == label) for name in order}
@@ -283,7 +289,7 @@ class Distill(Algorithm):
         return labels.pop()
 
     def _signal(self, prompt: Prompt, path: Trajectory) -> Signal:
-        count = self._setting.sampler_steps
+        count = self._context.num_steps
         weight = weights(self._config.weight, path.sigmas, path.sigmas_next, count)
         return Signal(
             prompt=prompt, latents=path.latents, sigmas=path.sigmas, fields={"weight": weight}

@@ -27,7 +27,7 @@ from burnish.algorithms.base import (
     KlConfig,
     KlReference,
     SelfCheckError,
-    Setting,
+    StageContext,
     credited,
     refuse_average,
     reward_advantages,
@@ -105,22 +105,22 @@ class GrpoConfig(KlConfig):
             draw_scale=rollout.guidance_scale,
         )
 
-    def build(self, setting: Setting) -> "Grpo":
-        return Grpo(self, setting)
+    def build(self, context: StageContext) -> "Grpo":
+        return Grpo(self, context)
 
 
 class Grpo(Algorithm):
     """Group-relative policy optimisation; see the module."""
 
-    def __init__(self, config: GrpoConfig, setting: Setting) -> None:
-        self._config, self._setting = config, setting
+    def __init__(self, config: GrpoConfig, context: StageContext) -> None:
+        self._config, self._context = config, context
         self._use = unconditional_use(config.guidance)
-        self._reference = KlReference(config, setting)
+        self._reference = KlReference(config, context)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        setting = self._setting
+        context = self._context
         advantages, metrics = reward_advantages(
-            groups, setting.rewards, setting.advantages, setting.rt
+            groups, context.rewards, context.advantages, context.rt
         )
         signals = [
             Signal(
@@ -137,13 +137,13 @@ class Grpo(Algorithm):
             )
             for group, _, trajectory, advantage in credited(groups, advantages)
         ]
-        if step == 0 or setting.num_updates > 1:
+        if step == 0 or context.num_updates > 1:
             # By the trainer, because only then old and new differ by nothing but the update.
-            guidance = setting.guidance if self._use.has_gradient else None
-            recomputed = with_old(setting, signals, guidance)
+            guidance = context.guidance if self._use.has_gradient else None
+            recomputed = with_old(context, signals, guidance)
             if step == 0:
                 check_replay(groups, recomputed)
-            if setting.num_updates > 1:
+            if context.num_updates > 1:
                 signals = recomputed
         return self._reference.mark(signals), metrics
 
@@ -154,8 +154,8 @@ class Grpo(Algorithm):
 
     def loss(self, policy: Policy[Any, Any], batch: Batch) -> LossOutput:
         conditional, pair = self._velocities(policy, batch)
-        step = KERNELS[self._setting.kernel].coefficients(
-            batch.sigmas, batch.fields["sigmas_next"], self._setting.noise_level
+        step = KERNELS[self._context.kernel].coefficients(
+            batch.sigmas, batch.fields["sigmas_next"], self._context.noise_level
         )
         jacobian, std = (over(value, batch.latents) for value in (step.jacobian, step.std))
         # The sample was drawn around the guided mean; what is scored may have another.
@@ -186,7 +186,7 @@ class Grpo(Algorithm):
         """The conditional velocity, and new and old velocity of the policy that is scored."""
         guided, unconditional = batch.fields["guided"], batch.fields.get("unconditional")
         if self._use.has_gradient:
-            composed, conditional, unconditional = batch.guided(policy, self._setting.guidance)
+            composed, conditional, unconditional = batch.guided(policy, self._context.guidance)
             if "old" not in batch.fields:
                 # By the same operations as the new one, so that the first ratio is exactly 1.
                 guided = composed
@@ -198,7 +198,7 @@ class Grpo(Algorithm):
             conditional_old=batch.fields.get("old", conditional).detach(),
             guided_old=guided,
             unconditional=unconditional,
-            scale=self._setting.guidance.scale,
+            scale=self._context.guidance.scale,
             gain=self._config.gain,
             rescale=policy.rescales_guidance,
         )

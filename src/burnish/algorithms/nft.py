@@ -28,7 +28,7 @@ from burnish.algorithms.base import (
     Footprint,
     KlConfig,
     KlReference,
-    Setting,
+    StageContext,
     credited,
     reward_advantages,
     with_old,
@@ -82,29 +82,29 @@ class NftConfig(KlConfig):
             draw_scale=rollout.guidance_scale,
         )
 
-    def build(self, setting: Setting) -> "Nft":
-        return Nft(self, setting)
+    def build(self, context: StageContext) -> "Nft":
+        return Nft(self, context)
 
 
 class Nft(Algorithm):
     """Forward-process fine-tuning; see the module."""
 
-    def __init__(self, config: NftConfig, setting: Setting) -> None:
-        self._config, self._setting = config, setting
-        self._reference = KlReference(config, setting)
+    def __init__(self, config: NftConfig, context: StageContext) -> None:
+        self._config, self._context = config, context
+        self._reference = KlReference(config, context)
 
     def credit(self, groups: Sequence[Group], step: int) -> tuple[list[Signal], dict[str, float]]:
-        setting = self._setting
+        context = self._context
         advantages, metrics = reward_advantages(
-            groups, setting.rewards, setting.advantages, setting.rt
+            groups, context.rewards, context.advantages, context.rt
         )
         signals = []
         for group, place, trajectory, advantage in credited(groups, advantages):
             names = ("forward process", step, group.prompt.id, place)
-            draws = runtime.generator(self._setting.seed, *names)
+            draws = runtime.generator(self._context.seed, *names)
             signals.append(self._noised(group, trajectory.clean, advantage, draws))
         is_guided = self._config.anchor == "guided"
-        anchored = with_old(setting, signals, setting.guidance if is_guided else None)
+        anchored = with_old(context, signals, context.guidance if is_guided else None)
         return self._reference.mark(anchored), metrics
 
     def _noised(

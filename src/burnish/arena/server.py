@@ -59,13 +59,13 @@ def app(
         names: of hosts that it is reached by, beside `localhost` and addresses in numbers.
     """
     known = {"localhost", *map(_host_name, names)}
-    booth = _Booth(contest, ballots, title)
+    service = _VotingService(contest, ballots, title)
     served = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    served.add_api_route("/", booth.show, methods=["GET"], response_class=HTMLResponse)
-    served.add_api_route("/picture/{name}", booth.picture, methods=["GET"], response_model=None)
-    served.add_api_route("/source/{name}", booth.source, methods=["GET"], response_model=None)
-    served.add_api_route("/vote", booth.vote, methods=["POST"], response_model=None)
-    served.add_api_route("/undo", booth.undo, methods=["POST"], response_model=None)
+    served.add_api_route("/", service.show, methods=["GET"], response_class=HTMLResponse)
+    served.add_api_route("/picture/{name}", service.picture, methods=["GET"], response_model=None)
+    served.add_api_route("/source/{name}", service.source, methods=["GET"], response_model=None)
+    served.add_api_route("/vote", service.vote, methods=["POST"], response_model=None)
+    served.add_api_route("/undo", service.undo, methods=["POST"], response_model=None)
     served.middleware("http")(partial(_guarded, known))
     return served
 
@@ -119,7 +119,7 @@ async def _guarded(
     return response
 
 
-class _Booth:
+class _VotingService:
     """The routes."""
 
     def __init__(self, contest: Contest, ballots: Ballots, title: str) -> None:

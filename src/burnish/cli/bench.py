@@ -19,7 +19,7 @@ from burnish.wording import nearest
 if TYPE_CHECKING:
     from burnish.bench.base import BenchConfig
     from burnish.bench_tree import Replies
-    from burnish.benching import Taken
+    from burnish.benching import ChosenBench
     from burnish.exporting import Deployment
     from burnish.run_config import RunConfig
     from burnish.runtime import Runtime
@@ -83,19 +83,19 @@ def run(
     from burnish.bench_page import power
     from burnish.tracking import lock
 
-    taken = _taken(which)
-    folder = out or Path("bench") / taken.name
-    found = {name: _source(taken, place) for name, place in _models(places, taken).items()}
+    chosen = _chosen_bench(which)
+    folder = out or Path("bench") / chosen.name
+    found = {name: _source(chosen, place) for name, place in _models(places, chosen).items()}
     base = _base(base, list(found))
-    print(power(len(taken.items), _known_spread(folder, taken), taken.bench.scale))
+    print(power(len(chosen.items), _known_spread(folder, chosen), chosen.bench.scale))
     rt = runtime.start()
     if rt.is_main:
         # Or two would pay for the same replies.
         lock(folder)
     pictures = {
-        name: _pictures(taken, name, source, folder, rt, seed) for name, source in found.items()
+        name: _pictures(chosen, name, source, folder, rt, seed) for name, source in found.items()
     }
-    if taken.bench.judge() is None:
+    if chosen.bench.judge() is None:
         for name, place in pictures.items():
             print(f"Pictures of {name}: {place}")
         print("No judge: run the official program on them, then `burnish bench read` on its result")
@@ -104,12 +104,12 @@ def run(
         return
     replies, shown = {}, {}
     for name, place in pictures.items():
-        kept = folder / taken.replies_folder / name
-        benching.judge_pictures(taken, place, kept, rt, label=name, again=again)
-        replies[name] = benching.read_replies(taken, place, kept)
-        shown[name] = {i.id: place / path for i, number, path in taken.places() if not number}
+        kept = folder / chosen.replies_folder / name
+        benching.judge_pictures(chosen, place, kept, rt, label=name, again=again)
+        replies[name] = benching.read_replies(chosen, place, kept)
+        shown[name] = {i.id: place / path for i, number, path in chosen.places() if not number}
     advice = "ask what cannot be read with --again, or fix the judge"
-    _finish(taken, replies, taken.judge, folder, base, shown, as_json, advice)
+    _finish(chosen, replies, chosen.judge, folder, base, shown, as_json, advice)
 
 
 @bench.command(epilog="Example: burnish bench read geneval.yaml results.jsonl")
@@ -131,12 +131,12 @@ def read(
     from burnish import benching
     from burnish.ledger import digest_of
 
-    taken = _taken(which)
+    chosen = _chosen_bench(which)
     given = [(name if sign else None, Path(path if sign else name))
              for name, sign, path in (file.partition("=") for file in files)]  # fmt: skip
     found: dict[str, Replies] = {}
     for name, path in given:
-        own = benching.released(taken, path)
+        own = benching.released(chosen, path)
         if name is not None and len(own) > 1:
             raise ConfigError(f"need one model in {path} to call it {name}, got {len(own)}")
         for model, said in own.items():
@@ -145,10 +145,10 @@ def read(
                     f"need one file a model, got two for {name or model!r}; NAME=FILE"
                 )
             found[name or model] = said
-    folder = out or Path("bench") / f"{taken.name}-read"
+    folder = out or Path("bench") / f"{chosen.name}-read"
     judge = {"model": "official program", "file": digest_of([path for _, path in given])}
     advice = "take the result of a complete run of the official program"
-    _finish(taken, found, judge, folder, _base(base, list(found)), {}, as_json, advice)
+    _finish(chosen, found, judge, folder, _base(base, list(found)), {}, as_json, advice)
 
 
 def _kinds() -> dict[str, type["BenchConfig"]]:
@@ -159,9 +159,9 @@ def _kinds() -> dict[str, type["BenchConfig"]]:
     return {one.__module__.rpartition(".")[2]: one for one in shelf("burnish.bench", BenchConfig)}
 
 
-def _taken(which: str) -> "Taken":
+def _chosen_bench(which: str) -> "ChosenBench":
     """The bench that the command line names."""
-    from burnish.benching import BenchChoice, Taken
+    from burnish.benching import BenchChoice, ChosenBench
 
     if which.lower().endswith((".yaml", ".yml")):
         settings: Any = read_yaml(which)
@@ -178,14 +178,14 @@ def _taken(which: str) -> "Taken":
             raise ConfigError(
                 f"BENCH: {missing[0]}: need a value, got none; give '{{{example}}}' or a YAML file"
             )
-    return Taken.of(parse(BenchChoice, {"bench": settings}, where="BENCH").bench)
+    return ChosenBench.of(parse(BenchChoice, {"bench": settings}, where="BENCH").bench)
 
 
-def _models(places: list[str], taken: "Taken") -> dict[str, Path]:
+def _models(places: list[str], chosen: "ChosenBench") -> dict[str, Path]:
     """What the command line names: where each model or folder of pictures is, by name."""
     from burnish.run_config import BASE
 
-    tasks = {item.prompt.task for item in taken.items}
+    tasks = {item.prompt.task for item in chosen.items}
 
     def able(config: "RunConfig", folder: Path) -> dict[str, Path]:
         every = (BASE, *config.policies())
@@ -199,19 +199,19 @@ def _models(places: list[str], taken: "Taken") -> dict[str, Path]:
     return found
 
 
-def _source(taken: "Taken", place: Path) -> "Path | tuple[Path, Deployment]":
+def _source(chosen: "ChosenBench", place: Path) -> "Path | tuple[Path, Deployment]":
     """A folder of pictures that is complete, or a pipeline and how it draws."""
     from burnish import benching
     from burnish.exporting import deployed_model
 
     if place.is_dir() and not benching.is_model(place):
-        benching.check_pictures(taken, place)
+        benching.check_pictures(chosen, place)
         return place
     return deployed_model(str(place))
 
 
 def _pictures(
-    taken: "Taken",
+    chosen: "ChosenBench",
     name: str,
     source: "Path | tuple[Path, Deployment]",
     folder: Path,
@@ -231,9 +231,9 @@ def _pictures(
     drawing = benching.Drawing(deployed.guidance, deployed.num_steps, own, str(rt.dtype), sizes)
     facts = benching.model_facts(model, drawing)
     pictures = folder / "pictures" / name
-    if not benching.are_drawn(taken, pictures, facts):
+    if not benching.are_drawn(chosen, pictures, facts):
         policy = load_policy(deployed.policy.drawing(rt.dtype), model, rt)
-        benching.draw_pictures(taken, policy, rt, pictures, drawing, facts=facts, label=name)
+        benching.draw_pictures(chosen, policy, rt, pictures, drawing, facts=facts, label=name)
     return pictures
 
 
@@ -247,18 +247,18 @@ def _base(given: str | None, names: Sequence[str]) -> str:
     return given
 
 
-def _known_spread(folder: Path, taken: "Taken") -> float | None:
+def _known_spread(folder: Path, chosen: "ChosenBench") -> float | None:
     """How much prompts differ in the newest result of this bench there."""
     try:
         found = json.loads((folder / "bench.json").read_text(encoding="utf-8"))
         spread, key = found["spread"], found["key"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return spread if isinstance(spread, float) and key == taken.key(taken.judge) else None
+    return spread if isinstance(spread, float) and key == chosen.key(chosen.judge) else None
 
 
 def _finish(
-    taken: "Taken",
+    chosen: "ChosenBench",
     replies: "Mapping[str, Replies]",
     judge: Mapping[str, Any],
     folder: Path,
@@ -274,12 +274,12 @@ def _finish(
     from burnish.bench_page import heading, tree_table, why_invalid, write_bench_page
     from burnish.tracking import write_json, writing
 
-    found = benching.result(taken, replies, base=base, judge=judge)
+    found = benching.result(chosen, replies, base=base, judge=judge)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "bench.json", found)
     command = shlex.join(["burnish", *sys.argv[1:]])
-    page = write_bench_page(found, folder / "bench.html", command, pictures, taken.sources)
+    page = write_bench_page(found, folder / "bench.html", command, pictures, chosen.sources)
     print(heading(found))
     Console(width=None if sys.stdout.isatty() else 120).print(tree_table(found))
     print(f"Page: {page}")

@@ -12,7 +12,7 @@ import torch
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
-from burnish import checkpoint, spread_checkpoint
+from burnish import checkpoint, sharded_checkpoint
 from burnish.run_config import RunRuntimeConfig
 
 SHAPES = {"policy:a.weight": (7, 5), "policy:b": (1, 3), "average:a.weight": (7, 5)}
@@ -32,7 +32,7 @@ def wanted(step: int) -> dict[str, dict[str, torch.Tensor]]:
 def main(task: str, folder: Path, newest: int) -> None:
     rt = RunRuntimeConfig(device="cpu", threads=1, sharding="full").build()
     mesh = init_device_mesh("cpu", (rt.world_size,))
-    spread_checkpoint.FILE_BYTES = 60  # Two files of each process at least.
+    sharded_checkpoint.FILE_BYTES = 60  # Two files of each process at least.
 
     def spread(whole: torch.Tensor) -> torch.Tensor:
         return distribute_tensor(whole, mesh, [Shard(0)]) if whole.ndim else whole
@@ -40,7 +40,7 @@ def main(task: str, folder: Path, newest: int) -> None:
     if task == "save":
         for step in (1, 2, 3):
             own = {group: {n: spread(t) for n, t in o.items()} for group, o in wanted(step).items()}
-            spread_checkpoint.save(folder, step, own, {"step": step}, rt, keep=2)
+            sharded_checkpoint.save(folder, step, own, {"step": step}, rt, keep=2)
     if task == "fail":
         # One disk is full.
         if not rt.is_main:
@@ -48,15 +48,15 @@ def main(task: str, folder: Path, newest: int) -> None:
             mock.patch.object(HuggingFaceStorageWriter, "write_data", full).start()
         own = {"policy": {"w": spread(torch.zeros(100, 9))}}
         try:
-            spread_checkpoint.save(folder, 4, own, {}, rt, keep=2)
+            sharded_checkpoint.save(folder, 4, own, {}, rt, keep=2)
         except checkpoint.CheckpointError as error:
             assert "No space left on device" in str(error) and "\n" not in str(error)
         else:
             raise AssertionError("this must fail")
     found = checkpoint.latest(folder, rt)
-    assert found is not None and found.is_spread and found.step == found.state["step"] == newest
+    assert found is not None and found.is_sharded and found.step == found.state["step"] == newest
     expected = wanted(newest)
-    read = spread_checkpoint.read(found.folder, lambda group, name: spread(expected[group][name]))
+    read = sharded_checkpoint.read(found.folder, lambda group, name: spread(expected[group][name]))
     for group, own in expected.items():
         assert read[group].keys() == own.keys()
         for name, tensor in own.items():
