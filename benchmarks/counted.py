@@ -32,8 +32,8 @@ from device import (
 from grpo_step import shrink_sources
 
 from burnish.activations import GpuPrecision, Live, num_bytes, weights
-from burnish.dry_run import precision, ready
 from burnish.optimization import state_bytes
+from burnish.planning.dry_run import precision, ready
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.runtime import Runtime
 

@@ -31,8 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.activations import hollow, like
 from burnish.adapters import LoraConfig, attach
-from burnish.dry_run import ready
 from burnish.optimization import OptimizerConfig
+from burnish.planning.dry_run import ready
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.rollout import branches

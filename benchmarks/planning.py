@@ -33,8 +33,8 @@ from burnish.algorithms.distill import DistillConfig
 from burnish.cli.recipes import recipe_path
 from burnish.config import load, located
 from burnish.evaluation import measure
-from burnish.forecast import forecast
-from burnish.planning import PROCESS_BYTES
+from burnish.planning.forecast import forecast
+from burnish.planning.plan import PROCESS_BYTES
 from burnish.policies.base import Policy
 from burnish.policy_config import load_policy
 from burnish.prompts import read_prompts

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 from burnish import images
 from burnish.cli.recipes import recipe_path
 from burnish.config import load
-from burnish.forecast import forecast
-from burnish.planning import shown
+from burnish.planning.forecast import forecast
+from burnish.planning.plan import shown
 from burnish.run_config import RunConfig
 from burnish.shelves import policy_class
 

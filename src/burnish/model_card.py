@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from burnish import page
+from burnish import html
 from burnish.config import EMBEDDED, ConfigError, dump_yaml
 from burnish.ledger import digest_of
 from burnish.policies.base import Policy
@@ -123,7 +123,7 @@ def model_card(
         tags=["burnish", *(["lora"] if as_lora else [])],
         **terms.licence_facts,
     )
-    return page.template("card.md.j2").render(
+    return html.template("card.md.j2").render(
         front=front.to_yaml(),
         config=config,
         recipe=dump_yaml(config),

@@ -15,9 +15,9 @@ from burnish.adapters import read_adapter
 from burnish.bench.base import BenchConfig
 from burnish.config import ConfigError, located
 from burnish.contamination import ContaminationWarning, contamination
-from burnish.forecast import check_memory
 from burnish.guard import held_out
 from burnish.pipeline_folders import check_kin, check_parts, check_targets, check_there
+from burnish.planning.forecast import check_memory
 from burnish.policies.base import Policy
 from burnish.policy_config import check_kernels, check_steps
 from burnish.progress import track

@@ -1,7 +1,7 @@
 """What travels between a judge's server and whoever asks it: bodies and replies, no network.
 
 Both ends share these schemas: `burnish.rewards.remote` builds a `ChatRequest` and reads a
-`ChatReply`, `burnish.serving` does the reverse. The format is the chat completion of
+`ChatReply`, `burnish.serving.server` does the reverse. The format is the chat completion of
 OpenAI-compatible servers with the fields that vLLM added to it. Decided here:
 
 - Every field that changes what is sampled is sent, because servers fill in what is missing from

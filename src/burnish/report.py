@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish import page
-from burnish.arena_page import scale_of
-from burnish.bench_page import view
-from burnish.charts import Line, chart
+from burnish import html
 from burnish.config import dump_yaml
 from burnish.fixed_states import FOLDER as FIXED_STATES
-from burnish.galleries import TASKS, in_words, with_galleries
 from burnish.guard import FOLDER as GUARD
 from burnish.hacking import counts
 from burnish.looks import LOOKS
+from burnish.pages.arena import scale_of
+from burnish.pages.bench import view
+from burnish.pages.charts import Line, chart
+from burnish.pages.galleries import TASKS, in_words, with_galleries
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.standings import arena_results, bench_results
 from burnish.summary import Number, read_run, teachers, write_summary
@@ -41,7 +41,7 @@ _COLUMNS = {
 def write_report(folder: Path) -> Path:
     """Write `report.html` of the run in a folder, and its `summary.json`; returns the page."""
     config, summary = read_run(folder), write_summary(folder)
-    template = page.template("report.html.j2")
+    template = html.template("report.html.j2")
     command = f"burnish report {folder}"
     benches = bench_results(config, folder, command)
     arenas = arena_results(config, folder, command)

@@ -22,19 +22,20 @@ from pydantic import Field
 from torch import nn
 
 from burnish import runtime, vision_build
-from burnish.agreement import measured
 from burnish.algorithms.base import SelfCheckError
 from burnish.annotations.base import split
 from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError, located
-from burnish.judge_model import (
+from burnish.judges.agreement import measured
+from burnish.judges.lessons import Curriculum, SourceConfig, exercises, read_sources
+from burnish.judges.model import (
     TrainableJudge,
     longest_answer,
     read_trainable,
     stop_at,
     towards_start,
 )
-from burnish.judge_trainer import (
+from burnish.judges.trainer import (
     SCALE_NAME,
     JudgeTrainer,
     Objective,
@@ -45,7 +46,6 @@ from burnish.judge_trainer import (
 )
 from burnish.judging import Rubric
 from burnish.ledger import pin
-from burnish.lessons import Curriculum, SourceConfig, exercises, read_sources
 from burnish.progress import progress
 from burnish.rewards.vlm import Judge, judge_facts
 from burnish.runtime import Runtime, RuntimeConfig

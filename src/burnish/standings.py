@@ -7,10 +7,10 @@ from typing import Any
 
 from burnish.arena.battles import read_battles
 from burnish.arena.board import rate
-from burnish.arena_page import write_arena_page
-from burnish.bench_page import write_bench_page
 from burnish.benching import ChosenBench, Sources, read_replies, result
 from burnish.config import ConfigError
+from burnish.pages.arena import write_arena_page
+from burnish.pages.bench import write_bench_page
 from burnish.run_config import BASE, RunConfig
 from burnish.run_folder import BATTLES, bench_places, is_complete, job_folder
 from burnish.tracking import write_json

@@ -17,11 +17,12 @@ from tests.family_recipes import recipe
 from tests.jobs import distance, finish
 from torch import Tensor
 
-from burnish import images, planning
+from burnish import images
 from burnish.config import parse
-from burnish.forecast import forecast
 from burnish.jobs import run_job
 from burnish.optimization import OptimizerConfig
+from burnish.planning.forecast import forecast
+from burnish.planning.plan import PROCESS_BYTES
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.preflight import check_inputs
 from burnish.rewards.vlm import VlmConfig
@@ -128,7 +129,7 @@ def test_a_family_goes_from_teachers_to_a_student_in_the_planned_memory(
         run_job(config, tmp_path / "run", f"train/{name}", rt)
         held = torch.cuda.max_memory_allocated(gpu) - before
         plan = plans[f"train/{name}"]
-        planned = plan.needed - planning.PROCESS_BYTES["cuda"]
+        planned = plan.needed - PROCESS_BYTES["cuda"]
         # A real one has workspaces larger than a tiny model; `benchmarks/counted.py` has real ones.
         assert held < planned or not is_pretended, name
         file = tmp_path / "run" / "stages" / name / "metrics.jsonl"

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish import concordance
-from burnish.concordance import (
+from burnish.judges import concordance
+from burnish.judges.concordance import (
     calibration_error,
     interval,
     pair_accuracy,

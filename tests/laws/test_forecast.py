@@ -8,10 +8,10 @@ from burnish.algorithms.base import Footprint
 from burnish.algorithms.nft import NftConfig
 from burnish.cli.recipes import recipe_path
 from burnish.config import load
-from burnish.forecast import counts, forecast
 from burnish.optimization import OptimizerConfig
-from burnish.plan_parts import on_one_device
-from burnish.planning import PROCESS_BYTES, Part, Sharding
+from burnish.planning.forecast import counts, forecast
+from burnish.planning.parts import on_one_device
+from burnish.planning.plan import PROCESS_BYTES, Part, Sharding
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig

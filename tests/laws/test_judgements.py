@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from burnish.judgements import (
+from burnish.judges.judgements import (
     SMALLEST_STD,
     expected_score,
     expected_score_loss,

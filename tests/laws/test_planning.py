@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from burnish.config import ConfigError
-from burnish.planning import (
+from burnish.planning.plan import (
     FRAGMENTATION,
     GIBIBYTE,
     PHASES,

@@ -22,11 +22,11 @@ from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import HEADLINE, read_scores
 from burnish.exporting import deployed_model
-from burnish.forecast import forecast
-from burnish.galleries import galleries
 from burnish.jobs import run_job
 from burnish.model_card import Terms, model_card
+from burnish.pages.galleries import galleries
 from burnish.pipeline_folders import check_kin
+from burnish.planning.forecast import forecast
 from burnish.policies.parts.pipelines import PipelinePolicy
 from burnish.policy_config import PolicyConfig, load_policy
 from burnish.preflight import check_inputs, check_recipe

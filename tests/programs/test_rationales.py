@@ -13,10 +13,10 @@ from burnish import images, runtime
 from burnish.annotations.base import read_annotations, split, write_annotations
 from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.cli import main
+from burnish.judges.lessons import Collator, Curriculum, exercises
+from burnish.judges.rationales import chosen_evenly, write_rationales
 from burnish.judging import Rubric
 from burnish.ledger import read_ledger
-from burnish.lessons import Collator, Curriculum, exercises
-from burnish.rationales import chosen_evenly, write_rationales
 from burnish.rewards.vlm import Judge
 
 CPU = runtime.Runtime(device=torch.device("cpu"), dtype=torch.float32)

@@ -13,11 +13,11 @@ from PIL import Image
 from rich.console import Console
 
 from burnish import images
-from burnish.charts import chart
 from burnish.config import parse
 from burnish.contamination import contamination
 from burnish.evaluation import HEADLINE, Row, read_scores, write_rows
-from burnish.galleries import MAX_BYTES
+from burnish.pages.charts import chart
+from burnish.pages.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
 from burnish.report import write_report
 from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig

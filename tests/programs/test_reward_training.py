@@ -20,7 +20,11 @@ from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
 from burnish import images, runtime
-from burnish.agreement import (
+from burnish.annotations.base import write_annotations
+from burnish.annotations.schema import Annotation
+from burnish.cli import main
+from burnish.config import ConfigError, located, parse
+from burnish.judges.agreement import (
     FEWEST,
     KNOTS,
     agreement,
@@ -29,14 +33,7 @@ from burnish.agreement import (
     measured,
     request_of,
 )
-from burnish.annotations.base import write_annotations
-from burnish.annotations.schema import Annotation
-from burnish.cli import main
-from burnish.config import ConfigError, located, parse
-from burnish.judge_model import read_trainable
-from burnish.judge_trainer import Objective, judge_loss
-from burnish.judging import MARKER, Rubric, answer, question
-from burnish.lessons import (
+from burnish.judges.lessons import (
     AnnotationsWarning,
     Collator,
     Curriculum,
@@ -47,6 +44,9 @@ from burnish.lessons import (
     read_sources,
     spoken,
 )
+from burnish.judges.model import read_trainable
+from burnish.judges.trainer import Objective, judge_loss
+from burnish.judging import MARKER, Rubric, answer, question
 from burnish.miniature.annotated import PicturesPlan, annotated_pictures
 from burnish.miniature.eyes import CLASSES, EyesPlan, learn_to_recognise, to_recognise
 from burnish.miniature.judges import new_judge
@@ -666,7 +666,7 @@ def test_held_out_pictures_are_decoded_a_batch_at_a_time(
         most = max(most, len(alive))
         return request
 
-    monkeypatch.setattr("burnish.agreement.request_of", decoded)
+    monkeypatch.setattr("burnish.judges.agreement.request_of", decoded)
     some = [replace(annotation(n), dimension="alignment") for n in range(12)]
     judge = Judge.load(small_judge)
     found = measured(judge, some, limit=12, reasoning=False, batch_size=2)["held_out"]

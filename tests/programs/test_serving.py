@@ -23,15 +23,15 @@ import uvicorn
 from PIL import Image
 
 from burnish import images
-from burnish.answering import AnswerQueue, Writer
 from burnish.config import ConfigError, located
 from burnish.judging import MARKER, Alphabet, question
 from burnish.prompts import read_prompts
 from burnish.protocol import TOP, Asking, ImagePart, ImageUrl, Message, encoded, turn
 from burnish.rewards.remote import Remote, RemoteConfig
 from burnish.rewards.vlm import Judge, Vlm
-from burnish.serving import app, check_token, serve
-from burnish.translation import Limits, Question, Written
+from burnish.serving.answering import AnswerQueue, Writer
+from burnish.serving.server import app, check_token, serve
+from burnish.serving.translation import Limits, Question, Written
 from burnish.types import Failed, Scored, ScoreRequest
 
 TOKEN = "a-token-of-the-tests"
@@ -433,7 +433,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(
     judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = Blocked()
-    monkeypatch.setattr("burnish.serving.Writer", lambda _: write)
+    monkeypatch.setattr("burnish.serving.server.Writer", lambda _: write)
     limits = replace(LIMITS, waiting=1)
     running = Running(app(judge, name="small", token=None, limits=limits))
     asked = body(judge)
@@ -508,7 +508,7 @@ def test_scores_of_more_askers_than_places_only_come_later(
             time.sleep(0.2)
             return super().__call__(questions)
 
-    monkeypatch.setattr("burnish.serving.Writer", Slow)
+    monkeypatch.setattr("burnish.serving.server.Writer", Slow)
     limits = replace(LIMITS, waiting=2, batch=1)
     running = Running(app(judge, name="small", token=TOKEN, limits=limits))
     fields = {"concurrency": 5, "retries": 0, "failures": 6, "reasoning": False}
@@ -538,7 +538,7 @@ def test_a_question_that_breaks_the_model_tells_nothing_of_it(
     def broken(questions: Sequence[Question]) -> list[Written]:
         raise RuntimeError("/secret/path: out of memory")
 
-    monkeypatch.setattr("burnish.serving.Writer", lambda _: broken)
+    monkeypatch.setattr("burnish.serving.server.Writer", lambda _: broken)
     running = Running(app(judge, name="small", token=None, limits=LIMITS))
     try:
         url = f"{running.url}/v1/chat/completions"

@@ -7,11 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from burnish import revision, studies
+from burnish import revision
 from burnish.config import ConfigError, parse
-from burnish.courses import course, mean_course
 from burnish.curation import SelectionConfig
-from burnish.curves import Curve, budget, budgets
 from burnish.evaluation import Row, read_scores, write_rows
 from burnish.guard import FOLDER, GuardConfig
 from burnish.launcher import pending
@@ -19,7 +17,10 @@ from burnish.looks import LOOKS
 from burnish.prompts import write_prompts
 from burnish.run_config import BASE, BASES, BEST_OF, RunConfig
 from burnish.run_folder import is_complete, job_folder
-from burnish.study_table import markdown
+from burnish.studies.courses import course, mean_course
+from burnish.studies.curves import Curve, budget, budgets
+from burnish.studies.study import of_seed, seed_folder, share_base, tabulate, write_study
+from burnish.studies.table import markdown
 from burnish.summary import read_run
 from burnish.tracking import Run, RunError, write_atomic
 from burnish.types import Prompt
@@ -63,8 +64,8 @@ def score_rows(policy: str, seed: int) -> list[Row]:
 
 def make_run(folder: Path, seed: int, *, is_complete: bool = True) -> Path:
     """The run folder of one seed, with everything that a study reads."""
-    out = studies.seed_folder(folder / "study", seed)
-    config = studies.of_seed(make_config(folder), seed)
+    out = seed_folder(folder / "study", seed)
+    config = of_seed(make_config(folder), seed)
     write_prompts(folder / "held-out.jsonl", PROMPTS)
     Run.create(out, config, command="burnish study fake", environment={})
     for policy in (*BASES, "plain", "better"):
@@ -89,7 +90,7 @@ def result(found: dict[str, Any], arm: str) -> dict[str, Any]:
 def test_planted_gains_come_back_with_their_intervals_and_seeds(tmp_path: Path) -> None:
     for seed in (0, 1):
         make_run(tmp_path, seed)
-    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+    found = write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
     for arm in ("plain", "better"):
         row, planted = result(found, arm), GAINS[arm] + 0.005
         assert row["gain"]["low"] < planted < row["gain"]["high"]
@@ -108,7 +109,7 @@ def test_planted_gains_come_back_with_their_intervals_and_seeds(tmp_path: Path) 
 def test_the_table_says_the_question_the_command_and_the_seeds(tmp_path: Path) -> None:
     make_run(tmp_path, 0)
     make_run(tmp_path, 1, is_complete=False)
-    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+    found = write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
     text = (tmp_path / "study" / "study.md").read_text()
     assert text.startswith("# Which is better?\n\nClaim: The better one.\n")
     # A run that is not complete has no say.
@@ -179,16 +180,16 @@ def test_a_control_that_hardly_rises_makes_no_budget() -> None:
 def test_a_study_without_a_complete_run_has_no_table(tmp_path: Path) -> None:
     make_run(tmp_path, 0, is_complete=False)
     with pytest.raises(ConfigError, match="need a complete run"):
-        studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+        write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
 
 
 def test_the_base_is_measured_once(tmp_path: Path) -> None:
     """The copy is what the first run measured, and the job that would measure it is done."""
     first = make_run(tmp_path, 0)
-    config = studies.of_seed(make_config(tmp_path), 1)
-    second = studies.seed_folder(tmp_path / "study", 1)
+    config = of_seed(make_config(tmp_path), 1)
+    second = seed_folder(tmp_path / "study", 1)
     Run.create(second, config, command="burnish study fake", environment={})
-    studies.share_base(tmp_path / "study", (0, 1), 1)
+    share_base(tmp_path / "study", (0, 1), 1)
     for name in BASES:
         there, here = (run / "evaluation" / name / "scores.jsonl" for run in (first, second))
         assert there.read_bytes() == here.read_bytes()
@@ -198,16 +199,16 @@ def test_the_base_is_measured_once(tmp_path: Path) -> None:
     plain = config.evaluation.model_copy(update={"guidance_scale": 1.0})
     unguided = config.model_copy(update={"evaluation": plain})
     assert unguided.bases == (BASE, BEST_OF) and unguided.able("t2i")[1] != BASES[1]
-    third = studies.seed_folder(tmp_path / "study", 2)
-    Run.create(third, studies.of_seed(unguided, 2), command="burnish study", environment={})
-    studies.share_base(tmp_path / "study", (0, 2), 2)
+    third = seed_folder(tmp_path / "study", 2)
+    Run.create(third, of_seed(unguided, 2), command="burnish study", environment={})
+    share_base(tmp_path / "study", (0, 2), 2)
     assert {p.name for p in (third / "evaluation").iterdir()} == set(unguided.bases)
     assert BEST_OF in BASES and not (second / "evaluation" / "plain").exists()
 
 
 def test_only_arms_that_changed_are_run_again(tmp_path: Path) -> None:
     run = make_run(tmp_path, 0)
-    config = studies.of_seed(make_config(tmp_path), 0)
+    config = of_seed(make_config(tmp_path), 0)
     assert revision.take_up(config, run, arms=True) == [] and is_complete(run, "train/better")
     changed = config.stages["better"].model_copy(update={"steps": 30})
     stages = {"plain": config.stages["plain"], "new": changed, "better": changed}
@@ -238,7 +239,7 @@ def test_the_base_is_measured_again_on_a_task_that_an_arm_was_given(tmp_path: Pa
     better = config.stages["better"].model_copy(update={"prompts": prompts})
     given = config.model_copy(update={"stages": {**config.stages, "better": better}})
     for seed, run in enumerate((first, second)):
-        own = revision.with_later(studies.of_seed(given, seed), run)
+        own = revision.with_later(of_seed(given, seed), run)
         assert revision.take_up(own, run, arms=True) == ["better"]
         assert f"measure/{BASE}" in pending(run, own.jobs())
         assert is_complete(run, "measure/plain") and read_run(run) == own
@@ -246,7 +247,7 @@ def test_the_base_is_measured_again_on_a_task_that_an_arm_was_given(tmp_path: Pa
             assert not is_complete(run, f"bench/{BASE}") and is_complete(run, "bench/plain")
             write_rows(run / "evaluation" / BASE / "scores.jsonl", score_rows(BASE, 5))
             write_atomic(run / "evaluation" / BASE / "DONE", "")
-    studies.share_base(tmp_path / "study", (0, 1), 1)
+    share_base(tmp_path / "study", (0, 1), 1)
     assert is_complete(second, f"measure/{BASE}")
     assert read_scores(second / "evaluation" / BASE / "scores.jsonl") == score_rows(BASE, 5)
 
@@ -254,7 +255,7 @@ def test_the_base_is_measured_again_on_a_task_that_an_arm_was_given(tmp_path: Pa
 def test_a_shared_profile_stays_when_the_arm_that_had_it_changes(tmp_path: Path) -> None:
     """The other arm has it then, with what it kept of it, and is not run again; nor is an arm drawn
     for again that only trains otherwise."""
-    run, config = make_run(tmp_path, 0), studies.of_seed(make_config(tmp_path), 0)
+    run, config = make_run(tmp_path, 0), of_seed(make_config(tmp_path), 0)
     curated = {
         name: stage.model_copy(update={"curation": SelectionConfig()})
         for name, stage in config.stages.items()
@@ -299,9 +300,9 @@ def test_prompts_are_the_unit(tmp_path: Path) -> None:
     """Twice as many pictures of the same prompts make no narrower interval."""
     write_prompts(tmp_path / "held-out.jsonl", PROMPTS)
     config, rows = make_config(tmp_path), both_runs()
-    once = result(studies.tabulate(config, rows), "better")["gain"]
+    once = result(tabulate(config, rows), "better")["gain"]
     again = [*rows, *({**row, "seed": 1} for row in rows)]
-    assert once == result(studies.tabulate(config, again), "better")["gain"]
+    assert once == result(tabulate(config, again), "better")["gain"]
 
 
 def test_an_arm_is_compared_with_the_base_of_the_same_prompts(tmp_path: Path) -> None:
@@ -313,7 +314,7 @@ def test_an_arm_is_compared_with_the_base_of_the_same_prompts(tmp_path: Path) ->
         else row | {"metric": "failed", "value": None, "reason": "x"}
         for row in rows
     ]  # fmt: skip
-    row = result(studies.tabulate(config, kept), "better")
+    row = result(tabulate(config, kept), "better")
     assert row["gain"]["low"] < 0.155 < row["gain"]["high"]
     assert row["gain_of_each_seed"][1] == pytest.approx(0.16, abs=0.02)
     assert row["failed"] == len(easy) and not row["is_valid"]
@@ -327,7 +328,7 @@ def test_an_arm_without_scores_is_there_and_marked(tmp_path: Path) -> None:
         else row
         for row in both_runs()
     ]
-    found = studies.tabulate(config, rows)
+    found = tabulate(config, rows)
     row = result(found, "better")
     assert row["score"] is row["gain"] is None and row["gain_of_each_seed"] == [None, None]
     text = markdown(
@@ -355,10 +356,10 @@ def test_runs_of_other_settings_or_seeds_have_no_say(tmp_path: Path) -> None:
     make_run(tmp_path, 7)
     (tmp_path / "study" / "seed-0-old").mkdir()
     worded = make_config(tmp_path, study={"question": "Or is it?", "seeds": [0, 3]})
-    assert studies.write_study(worded, tmp_path / "study", "c")["seeds"] == [0]
+    assert write_study(worded, tmp_path / "study", "c")["seeds"] == [0]
     other = make_config(tmp_path, judge={"kind": "oracle", "floor": 0.5})
     with pytest.raises(ConfigError, match=r"need runs of these settings, got others in .*seed-0"):
-        studies.write_study(other, tmp_path / "study", "c")
+        write_study(other, tmp_path / "study", "c")
 
 
 def test_a_merge_is_an_arm_without_a_cost(tmp_path: Path) -> None:
@@ -371,9 +372,9 @@ def test_a_merge_is_an_arm_without_a_cost(tmp_path: Path) -> None:
         (run / "stages" / "soup").mkdir()
         write_atomic(run / "stages" / "soup" / "DONE", "")
         merges = {"soup": {"method": "average", "of": ["plain", "better"]}}
-        Run.open(run).rebind(studies.of_seed(make_config(tmp_path, merges=merges), seed))
+        Run.open(run).rebind(of_seed(make_config(tmp_path, merges=merges), seed))
     config = make_config(tmp_path, merges=merges)
-    found = studies.write_study(config, tmp_path / "study", "burnish study fake")
+    found = write_study(config, tmp_path / "study", "burnish study fake")
     assert result(found, "soup")["gain"] == result(found, "better")["gain"]
     assert list(found["cost"]) == ["plain", "better"] and found["arms"][-1] == "soup"
     assert "arm-2" in (tmp_path / "study" / "study.html").read_text()
@@ -385,7 +386,7 @@ def test_planted_differences_and_shares_come_back(tmp_path: Path) -> None:
         make_run(tmp_path, seed)
     study = {"question": "Which?", "seeds": [0, 1], "compare": [{"arm": "plain", "over": "better"}]}
     config = make_config(tmp_path, study=study)
-    found = studies.write_study(config, tmp_path / "study", "burnish study fake")
+    found = write_study(config, tmp_path / "study", "burnish study fake")
     (row,) = found["comparisons"]
     planted = GAINS["plain"] - GAINS["better"]
     assert row["difference"]["low"] < planted < row["difference"]["high"]
@@ -393,7 +394,7 @@ def test_planted_differences_and_shares_come_back(tmp_path: Path) -> None:
     assert row["share"]["low"] < share < row["share"]["high"]
     # The same prompts, whatever the order: the difference the other way round.
     study["compare"] = [{"arm": "better", "over": "plain", "categories": ["general"]}]
-    (turned,) = studies.write_study(
+    (turned,) = write_study(
         make_config(tmp_path, study=study), tmp_path / "study", "burnish study fake"
     )["comparisons"]
     assert turned["difference"]["mean"] == pytest.approx(-row["difference"]["mean"])
@@ -414,7 +415,7 @@ def test_what_was_made_of_a_changed_arm_is_made_again(tmp_path: Path) -> None:
     jobs = list(config.jobs())
     assert jobs.index("train/better") < jobs.index("merge/soup") < jobs.index("train/after")
     run = make_run(tmp_path, 0)
-    own = studies.of_seed(config, 0)
+    own = of_seed(config, 0)
     Run.open(run).rebind(own)
     for name in ("soup", "after"):
         (run / "stages" / name / "checkpoints").mkdir(parents=True)
@@ -444,10 +445,10 @@ def test_a_finished_run_is_given_benches_and_an_arena_later(tmp_path: Path) -> N
     for job in (*benches, "arena/t2i"):
         job_folder(run, job).mkdir(parents=True)
         write_atomic(job_folder(run, job) / "DONE", "")
-    own = revision.with_later(studies.of_seed(make_config(tmp_path), 0), run)
+    own = revision.with_later(of_seed(make_config(tmp_path), 0), run)
     assert own == given and revision.take_up(own, run, arms=True) == []
     assert pending(run, own.jobs()) == {}
-    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+    found = write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
     assert found["seeds"] == [0]
     # Other votes are cast again, and nothing else is done.
     later["arena"] = {"judge": {"kind": "oracle"}, "raters": {"count": 9}}
@@ -510,7 +511,7 @@ def test_a_training_that_nobody_looked_at_is_told_in_quarters(tmp_path: Path) ->
     run = make_run(tmp_path, 0)
     rows = [{"step": n, "reward/mean": float(n)} for n in range(20)]
     write_rows(run / "stages" / "better" / "metrics.jsonl", rows)
-    found = studies.write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
+    found = write_study(make_config(tmp_path), tmp_path / "study", "burnish study fake")
     assert [(row["step"], row["reward"]) for row in found["course"]] == [
         (5, 2.0), (10, 7.0), (15, 12.0), (20, 17.0)
     ]  # fmt: skip

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from burnish import concordance, images, trust
+from burnish import images
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
-from burnish.concordance import Interval, spearman, within_prompt
 from burnish.config import ConfigError
-from burnish.probes import PROBES
-from burnish.rewards.vlm import Judge
-from burnish.trust import (
+from burnish.judges import concordance, trust
+from burnish.judges.concordance import Interval, spearman, within_prompt
+from burnish.judges.probes import PROBES
+from burnish.judges.trust import (
     Examination,
     Reading,
     TrustConfig,
@@ -29,7 +29,8 @@ from burnish.trust import (
     _opinions,
     examine,
 )
-from burnish.trust_report import write_trust_report
+from burnish.pages.trust import write_trust_report
+from burnish.rewards.vlm import Judge
 from burnish.types import Failed, Scored
 
 

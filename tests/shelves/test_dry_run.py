@@ -16,9 +16,9 @@ from burnish import images
 from burnish.activations import GpuPrecision, Hollow, Live, Saved, hollow, num_bytes, weights
 from burnish.adapters import LoraConfig, attach
 from burnish.buckets import Buckets
-from burnish.dry_run import Counts, Measured, measure, measure_drawing, ready
 from burnish.optimization import Kind, OptimizerConfig, State, state_bytes
-from burnish.plan_parts import passing_parts
+from burnish.planning.dry_run import Counts, Measured, measure, measure_drawing, ready
+from burnish.planning.parts import passing_parts
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.runtime import Runtime
 from burnish.shelves import families, policy_class
@@ -256,9 +256,9 @@ def test_a_gpu_computes_in_float32_what_a_cpu_does_not(compute: Callable[[Tensor
 
 def test_all_figures_are_told() -> None:
     """None is left out of a plan by a later field."""
-    from burnish import plan_parts
+    from burnish.planning import parts
 
-    source = Path(plan_parts.__file__).read_text()
+    source = Path(parts.__file__).read_text()
     told = {name for name in Measured.__dataclass_fields__ if f'"{name}"' in source}
     assert told | {"latents", "saved"} == set(Measured.__dataclass_fields__)
 

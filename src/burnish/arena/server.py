@@ -19,7 +19,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from PIL import Image, ImageFilter
 
-from burnish import images, page
+from burnish import html, images
 from burnish.arena.ballots import RUINED, Ballots, Shown, VoteError
 from burnish.arena.contest import Contest
 from burnish.config import ConfigError
@@ -125,7 +125,7 @@ class _VotingService:
     def __init__(self, contest: Contest, ballots: Ballots, title: str) -> None:
         self._contest, self._ballots, self._title = contest, ballots, title
         self._prompts: dict[str, Prompt] = {prompt.id: prompt for prompt in contest.prompts}
-        self._template = page.template("vote.html.j2")
+        self._template = html.template("vote.html.j2")
 
     def show(self, request: Request) -> Response:
         """The battle of this voter."""

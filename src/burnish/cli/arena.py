@@ -68,7 +68,7 @@ def rate(
 
     from burnish.arena.battles import read_battles
     from burnish.arena.board import rate as rated
-    from burnish.arena_page import leaderboard, write_arena_page
+    from burnish.pages.arena import leaderboard, write_arena_page
 
     target = out or battles.with_suffix(".html")
     if target.resolve() == battles.resolve():

@@ -80,7 +80,7 @@ def run(
     pipeline draws as its run or its export says; pictures of yours are judged as they are.
     """
     from burnish import benching, runtime
-    from burnish.bench_page import power
+    from burnish.pages.bench import power
     from burnish.tracking import lock
 
     chosen = _chosen_bench(which)
@@ -271,7 +271,7 @@ def _finish(
     from rich.console import Console
 
     from burnish import benching
-    from burnish.bench_page import heading, tree_table, why_invalid, write_bench_page
+    from burnish.pages.bench import heading, tree_table, why_invalid, write_bench_page
     from burnish.tracking import write_json, writing
 
     found = benching.result(chosen, replies, base=base, judge=judge)

@@ -79,8 +79,10 @@ def _plan(
 ) -> None:
     """Show what every stage of a recipe needs, and refuse what a device does not have; or what it
     has room for."""
-    from burnish import micro_batches, planning, preflight
-    from burnish.forecast import forecast
+    from burnish import preflight
+    from burnish.planning import micro_batches
+    from burnish.planning.forecast import forecast
+    from burnish.planning.plan import check, table
     from burnish.run_config import RunConfig
 
     if devices is not None:
@@ -101,29 +103,31 @@ def _plan(
         return
     plans = forecast(config, device)
     for plan in plans:
-        print(planning.table(plan, available), end="\n\n")
+        print(table(plan, available), end="\n\n")
     if as_json:
         print(json.dumps({"plans": [plan.as_json(available) for plan in plans]}))
-    planning.check(plans, available, beside)
+    check(plans, available, beside)
 
 
 def _planned_for(device: str, memory: float | None) -> tuple[str, int | None, int | None]:
     """Device of a plan, bytes of it, and of the machine beside it; None is not known."""
-    from burnish import forecast, planning, runtime
+    from burnish import runtime
+    from burnish.planning.forecast import memory_beside
+    from burnish.planning.plan import GIBIBYTE
 
     if memory is not None:
         if not math.isfinite(memory):
             raise ConfigError(f"--memory: need a number of GiB, got {memory}; give what it has")
         # Of a GPU that is somewhere else nothing can be asked.
         name = device if device == "cuda" else runtime.choose_device(device).type
-        return name, round(memory * planning.GIBIBYTE), None
+        return name, round(memory * GIBIBYTE), None
     if device == "cuda" and not runtime.has_gpu():
         raise ConfigError(
             "need the memory of a GPU that is not here, got runtime.device=cuda alone; add "
             "--memory GiB"
         )
     place = runtime.choose_device(device)
-    return place.type, runtime.memory(place), forecast.memory_beside(place)
+    return place.type, runtime.memory(place), memory_beside(place)
 
 
 @miniature.command(epilog="Example: burnish miniature build --out /tmp/miniature --quick")

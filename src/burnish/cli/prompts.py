@@ -130,7 +130,7 @@ def curate(
     Started by torchrun, the processes share the prompts.
     """
     from burnish.curation import SelectionConfig, measure_prompts, read_profile, select, write_kept
-    from burnish.curation_page import write_curation_page
+    from burnish.pages.curation import write_curation_page
     from burnish.policy_config import load_policy
     from burnish.run_folder import model_folder
     from burnish.shelves import policy_class

@@ -79,11 +79,11 @@ def report(
     writes one page with the worst disagreements. With `held_out=false` all prompts of ANNOTATIONS
     are read, which is right for files that the judge was not trained on.
     """
+    from burnish.judges.trust import TrustConfig, examine, unseen
+    from burnish.pages.trust import write_trust_report
     from burnish.rewards.vlm import Judge, judge_facts
     from burnish.runtime import choose_device
     from burnish.tracking import writing
-    from burnish.trust import TrustConfig, examine, unseen
-    from burnish.trust_report import write_trust_report
 
     settings = parse(TrustConfig, {}, overrides or ())
     facts = judge_facts(folder)
@@ -137,8 +137,8 @@ def reason(
     the pictures; start the same command again to resume.
     """
     from burnish.annotations.base import check_place, write_annotations
+    from burnish.judges.rationales import RationalesConfig, seen, write_rationales
     from burnish.ledger import digest_of, pin
-    from burnish.rationales import RationalesConfig, seen, write_rationales
     from burnish.rewards.vlm import Judge, judge_facts
     from burnish.tracking import Run
 
@@ -199,16 +199,16 @@ def serve(
 
     # Before what needs the extra: without a judge nobody needs it.
     judge_facts(folder)
-    from burnish import serving
     from burnish.runtime import choose_device
-    from burnish.translation import Limits
+    from burnish.serving import server
+    from burnish.serving.translation import Limits
 
     token = os.environ.get(TOKEN)
-    serving.check_token(token, host, is_open=is_open)
+    server.check_token(token, host, is_open=is_open)
     judge = Judge.load(folder, choose_device("auto"))
     shown = name or folder.resolve().name
     print(f"serving {shown} on http://{host}:{port}", flush=True)
-    serving.serve(
+    server.serve(
         judge,
         name=shown,
         token=token,

@@ -175,7 +175,7 @@ def _finish(folder: Path, as_json: bool) -> None:
 
 def _invalid(folder: Path) -> Iterator[str]:
     """What the benches of a run do not say."""
-    from burnish.bench_page import why_invalid
+    from burnish.pages.bench import why_invalid
     from burnish.summary import read_run
 
     for name in read_run(folder).benches:

@@ -74,31 +74,38 @@ def _study(name: str, overrides: list[str], out: Path | None) -> dict[str, Any]:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from burnish import preflight, report, revision, studies
+    from burnish import preflight, report, revision
     from burnish.run_config import RunConfig
+    from burnish.studies.study import (
+        check_comparisons,
+        of_seed,
+        seed_folder,
+        share_base,
+        write_study,
+    )
 
     config = load(RunConfig, path, overrides)
     if config.study is None:
         raise ConfigError(
             f"need a recipe with `study:`, got {name}; the studies are {', '.join(known_studies())}"
         )
-    studies.check_comparisons(config)
+    check_comparisons(config)
     folder = out or Path("runs/studies") / config.name
     seeds = config.study.seeds
     for seed in seeds:
-        run = studies.seed_folder(folder, seed)
-        own = revision.with_later(studies.of_seed(config, seed), run)
+        run = seed_folder(folder, seed)
+        own = revision.with_later(of_seed(config, seed), run)
         look = partial(preflight.check_inputs, own)
         for arm in revision.take_up(own, run, arms=True, look=look):
             print(
                 f"burnish: note: {arm} of seed {seed} has other settings, it is run again",
                 file=sys.stderr,
             )
-        before = partial(studies.share_base, folder, seeds, seed)
+        before = partial(share_base, folder, seeds, seed)
         carry_out(own, run, before=before)
         report.write_report(run)
     command = shlex.join(["burnish", "study", name, *overrides])
-    found = studies.write_study(config, folder, command)
+    found = write_study(config, folder, command)
     Console(width=None if sys.stdout.isatty() else 160).print(
         Markdown((folder / "study.md").read_text(encoding="utf-8"))
     )

@@ -13,6 +13,7 @@ from typing import Any
 from burnish import checkpoint
 from burnish.annotations.base import read_annotations, split, write_annotations
 from burnish.annotations.schema import Annotation
+from burnish.judges.rationales import chosen_evenly, write_rationales
 from burnish.miniature.annotated import PicturesPlan, annotated_pictures
 from burnish.miniature.eyes import EyesPlan, learn_to_recognise
 from burnish.miniature.sight import SightPlan, learn_to_see, sample_texts
@@ -20,7 +21,6 @@ from burnish.miniature.tokenizer import build_tokenizer
 from burnish.policies.parts.qwen_assembly import assemble
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.progress import progress
-from burnish.rationales import chosen_evenly, write_rationales
 from burnish.reward_training import RewardTrainingConfig, SourceConfig, train_judge
 from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, seeded

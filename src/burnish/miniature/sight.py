@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from burnish.annotations.schema import Annotation
 from burnish.config import located
+from burnish.judges.lessons import END, pictures_of, spoken
 from burnish.judging import MARKER, Rubric, question
-from burnish.lessons import END, pictures_of, spoken
 from burnish.miniature.base_model import reconstructed
 from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import draw_edit, draw_scene, pixel_flaw, to_bytes

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from burnish.rewards.vlm import Judge
-from burnish.translation import Question, Written
+from burnish.serving.translation import Question, Written
 from burnish.vision_build import ensure_torchvision
 
 # Before the import below: it fails where torch and torchvision are unequal builds.

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 
-from burnish.judgements import (
+from burnish.judges.judgements import (
     expected_score,
     expected_score_loss,
     mass_penalty,
@@ -32,7 +32,7 @@ from burnish.judgements import (
     pair_loss,
     soft_label_loss,
 )
-from burnish.lessons import TARGETS
+from burnish.judges.lessons import TARGETS
 from burnish.progress import Progress
 from burnish.tracking import Run, RunError
 from burnish.vision_build import ensure_torchvision
@@ -50,7 +50,7 @@ from transformers import (  # noqa: E402
 from transformers.trainer_callback import PrinterCallback  # noqa: E402
 
 ScoreLoss = Literal["expected", "soft_label", "ordinal", "pairwise"]
-"""What is asked of the digit: see `burnish.judgements`."""
+"""What is asked of the digit: see `burnish.judges.judgements`."""
 SCALE_NAME = "pair_scale"
 """The parameter that holds the scale of the pairwise loss, and its file in a checkpoint."""
 SCALE_STEP = 0.01
@@ -130,7 +130,7 @@ class JudgeTrainer(Trainer):
 
         Args:
             objective: the loss.
-            given: its collator and data set are those of `burnish.lessons`.
+            given: its collator and data set are those of `burnish.judges.lessons`.
         """
         super().__init__(**given)
         self.remove_callback(PrinterCallback)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Template
 
-from burnish import images, page
+from burnish import html, images
 from burnish.config import located
 from burnish.evaluation import HEADLINE, Row
 from burnish.prompts import read_prompts, spaced
@@ -111,10 +111,10 @@ def _row(
     shots = []
     for policy in policies:
         path = _picture(folder, policy, prompt)
-        picture = page.embedded(images.read(path)) if path else None
+        picture = html.embedded(images.read(path)) if path else None
         score = scores.get((policy, prompt.id, metric))
         shots.append({"policy": policy, "picture": picture, "score": score})
-    sources = page.sources(prompt.sources, where=prompt.id)
+    sources = html.sources(prompt.sources, where=prompt.id)
     return {"text": prompt.text, "sources": sources, "shots": shots, "metric": metric}
 
 

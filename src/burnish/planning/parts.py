@@ -1,6 +1,6 @@
 """The parts of a plan: everything of a policy, a stage and its judges that needs memory or disk.
 
-What calls of the policy hold was measured by `burnish.dry_run`; the rest is counted here.
+What calls of the policy hold was measured by `burnish.planning.dry_run`; the rest is counted here.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from burnish.activations import num_bytes, weights
 from burnish.algorithms.base import Footprint
 from burnish.config import ConfigError, located
-from burnish.dry_run import Drawn, Measured
 from burnish.headers import stored_bytes
 from burnish.optimization import CHECKPOINTS, state_bytes
-from burnish.planning import PHASES, PROCESS_BYTES, Part, Phase, Sharding
+from burnish.planning.dry_run import Drawn, Measured
+from burnish.planning.plan import PHASES, PROCESS_BYTES, Part, Phase, Sharding
 from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
 from burnish.rewards.base import Place, RewardConfig

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from burnish import images, page
+from burnish import html, images
 from burnish.benching import Sources
 from burnish.images import ImageError
 from burnish.significance import MIN_COVERAGE, detectable
@@ -115,10 +115,10 @@ def write_bench_page(
         pictures: file of every item's first picture, by model and item.
         sources: of edits.
     """
-    text = page.template("bench.html.j2").render(
+    text = html.template("bench.html.j2").render(
         found=found,
         command=command,
-        colours=page.colours(list(found["models"])),
+        colours=html.colours(list(found["models"])),
         **view(found, path.parent, pictures, sources),
     )
     with writing(path):
@@ -168,10 +168,10 @@ def _example(
         picture = None
         # A broken one was counted as a failure, and is told as missing.
         with contextlib.suppress(ImageError):
-            picture = None if path is None else page.embedded(images.read(path))
+            picture = None if path is None else html.embedded(images.read(path))
         link = None if path is None else quote(os.path.relpath(path, folder))
         value = row["values"].get(name)
         shots.append({"model": name, "value": value, "picture": picture, "link": link})
     # Without pictures of the models a source would say nothing.
-    given = page.sources(sources(row["item"]) if pictures else (), where=row["item"])
+    given = html.sources(sources(row["item"]) if pictures else (), where=row["item"])
     return {"text": row["text"], "item": row["item"], "sources": given, "shots": shots}

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 
 from burnish.config import ConfigError, located, parse
 from burnish.evaluation import AT_ONCE
-from burnish.forecast import forecast, own_groups
-from burnish.planning import Phase, Plan, check, shown
+from burnish.planning.forecast import forecast, own_groups
+from burnish.planning.plan import Phase, Plan, check, shown
 from burnish.progress import progress
 from burnish.run_config import RunConfig
 from burnish.run_folder import with_folders

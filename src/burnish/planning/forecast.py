@@ -2,8 +2,8 @@
 is loaded.
 
 The model is built with hollow weights, made ready as training makes it ready, and asked as training
-asks it (`burnish.dry_run`). Each task is measured with its longest text and its largest source
-image, as if all prompts of a batch were like that.
+asks it (`burnish.planning.dry_run`). Each task is measured with its longest text and its largest
+source image, as if all prompts of a batch were like that.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from burnish import images, planning, runtime
+from burnish import images, runtime
 from burnish.activations import GpuPrecision
 from burnish.algorithms.base import Footprint
 from burnish.config import ConfigError, located
-from burnish.dry_run import Counts, Measured, Pictures, measure, measure_drawing, ready
 from burnish.evaluation import AT_ONCE
-from burnish.plan_parts import (
+from burnish.planning.dry_run import Counts, Measured, Pictures, measure, measure_drawing, ready
+from burnish.planning.parts import (
     copied_parts,
     disk_parts,
     drawing_parts,
@@ -36,7 +36,7 @@ from burnish.plan_parts import (
     trained_parts,
     training_parts,
 )
-from burnish.planning import Part, Plan, Sharding
+from burnish.planning.plan import Part, Plan, Sharding, check, table
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.policy_config import PolicyConfig
@@ -304,11 +304,11 @@ def check_memory(config: RunConfig) -> None:
     plans = forecast(config, device.type, on_machine=min(gpus, config.runtime.processes))
     beside = memory_beside(device)
     try:
-        planning.check(plans, available, beside)
+        check(plans, available, beside)
     except ConfigError:
         for plan in plans:
             if plan.shortage(available) or (beside and plan.host_shortage(beside)):
-                print(planning.table(plan, available), file=sys.stderr)
+                print(table(plan, available), file=sys.stderr)
         raise
 
 

@@ -19,9 +19,9 @@ _ENLARGED = 128  # Pictures of fewer pixels are enlarged without smoothing.
 
 
 def template(name: str) -> Template:
-    """A template beside this file, with the filter `plain` for numbers; only HTML is escaped."""
+    """A template of `templates/`, with the filter `plain` for numbers; only HTML is escaped."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=name.endswith(".html.j2"),
         undefined=StrictUndefined,
         trim_blocks=True,

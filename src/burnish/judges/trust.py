@@ -3,8 +3,8 @@
 Per dimension, on pictures of prompts that the judge's training held out and that it reads as a
 reward would: agreement with raters over all pictures and inside each prompt, calibration, failures
 and probability on the digits, the noise of asking again, and what the probes of
-`burnish.probes` do to a score. `ceiling` is the same correlation for a judge that knows what raters
-would say on average: raters differ, and nobody can agree with five of them better than that.
+`burnish.judges.probes` do to a score. `ceiling` is the same correlation for a judge that knows what
+raters would say on average: raters differ, and nobody can agree with five of them better than that.
 """
 
 import math
@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from burnish import concordance, images
-from burnish.agreement import (
+from burnish import images
+from burnish.annotations.schema import Annotation
+from burnish.config import Config, ConfigError
+from burnish.judges import concordance
+from burnish.judges.agreement import (
     by_prompt_hash,
     calibrated_apart,
     raw_of,
@@ -24,11 +27,9 @@ from burnish.agreement import (
     request_of,
     sides,
 )
-from burnish.annotations.schema import Annotation
-from burnish.concordance import Interval, Scores, Statistic, interval
-from burnish.config import Config, ConfigError
-from burnish.lessons import SourceConfig, comparison_group, prompt_group, read_sources
-from burnish.probes import PROBES
+from burnish.judges.concordance import Interval, Scores, Statistic, interval
+from burnish.judges.lessons import SourceConfig, comparison_group, prompt_group, read_sources
+from burnish.judges.probes import PROBES
 from burnish.progress import Progress, progress
 from burnish.rewards.vlm import Judge
 from burnish.types import Failed, Score, Scored, ScoreRequest

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from burnish.curves import told
 from burnish.evaluation import HEADLINE
-from burnish.page import plain
+from burnish.html import plain
+from burnish.studies.curves import told
 from burnish.tables import shown
 
 

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from burnish.config import ConfigError, located
-from burnish.courses import course, mean_course
-from burnish.curves import budgets
 from burnish.evaluation import HEADLINE, Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, ComparisonConfig, RunConfig
 from burnish.run_folder import all_scores, is_complete, spent
 from burnish.significance import MIN_COVERAGE
-from burnish.study_page import write_study_page
-from burnish.study_table import markdown
+from burnish.studies.courses import course, mean_course
+from burnish.studies.curves import budgets
+from burnish.studies.page import write_study_page
+from burnish.studies.table import markdown
 from burnish.summary import (
     KNOWLEDGE,
     Number,

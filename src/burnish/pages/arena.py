@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from burnish import page
+from burnish import html
 from burnish.tracking import write_atomic, writing
 
 
@@ -49,11 +49,11 @@ def write_arena_page(found: Mapping[str, Any], path: Path, command: str) -> Path
         command: that makes it again.
     """
     names = [row["model"] for row in found["board"]["rows"]]
-    text = page.template("arena.html.j2").render(
+    text = html.template("arena.html.j2").render(
         found=found,
         command=command,
         names=names,
-        colours=page.colours(names),
+        colours=html.colours(names),
         **scale_of(found),
         shade=shade,
         boards={name: own for name, own in found["categories"].items() if own["rows"]},

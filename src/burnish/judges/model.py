@@ -19,8 +19,8 @@ import torch
 from burnish import vision_build
 from burnish.annotations.schema import Annotation
 from burnish.config import ConfigError
+from burnish.judges.lessons import Collator, spoken
 from burnish.judging import MARKER, Rubric, question
-from burnish.lessons import Collator, spoken
 from burnish.policies.parts.qwen_tokens import CHAT_TEMPLATE
 from burnish.wording import brief
 

@@ -5,7 +5,7 @@ added (`burnish.protocol`), so a judge can move between this server and vLLM wit
 recipe. Decided here:
 
 - Bodies come from strangers: they are read up to a cap and within a time, and a field that is not
-  known is an error. What is inside them is the business of `burnish.translation`.
+  known is an error. What is inside them is the business of `burnish.serving.translation`.
 - Everything but `/health` needs the bearer token, compared in constant time. A server without a
   token starts only on loopback and only when told so. Encryption is the work of a proxy in front.
 - Few wait. Where the queue is full, or twice as many requests are inside, the answer is 503 with
@@ -30,11 +30,11 @@ from collections.abc import AsyncIterator
 from concurrent.futures import Future
 from typing import Any
 
-from burnish.answering import AnswerQueue, Writer
 from burnish.config import Config, ConfigError, ConfigT, parse
 from burnish.protocol import ChatRequest
 from burnish.rewards.vlm import Judge
-from burnish.translation import Limits, Refusal, Translator, Written
+from burnish.serving.answering import AnswerQueue, Writer
+from burnish.serving.translation import Limits, Refusal, Translator, Written
 
 try:
     import uvicorn

@@ -14,11 +14,11 @@ from typing import Any
 
 from pydantic import Field
 
-from burnish.agreement import by_prompt_hash, read_scores, request_of, sides
 from burnish.annotations.schema import Annotation, annotation_digest
 from burnish.config import Config, ConfigError
+from burnish.judges.agreement import by_prompt_hash, read_scores, request_of, sides
+from burnish.judges.lessons import SourceConfig, read_sources
 from burnish.ledger import Ledger, read_ledger
-from burnish.lessons import SourceConfig, read_sources
 from burnish.progress import progress
 from burnish.rewards.vlm import Judge
 from burnish.runtime import Runtime, RuntimeConfig

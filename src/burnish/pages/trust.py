@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish import images, page
+from burnish import html, images
+from burnish.judges.trust import CEILINGS, Examination, Reading
 from burnish.rewards.vlm import Judge
 from burnish.tracking import write_atomic, write_json, writing
-from burnish.trust import CEILINGS, Examination, Reading
 from burnish.types import Failed, Scored
 
 AGREEMENT = {
@@ -51,7 +51,7 @@ def write_trust_report(
         worst: disagreements of each dimension that are shown.
     """
     numbers = {examination.dimension: examination.to_json() for examination in found}
-    text = page.template("trust.html.j2").render(
+    text = html.template("trust.html.j2").render(
         name=name,
         numbers=numbers,
         lede=_lede(found),
@@ -89,7 +89,7 @@ def _warnings(numbers: Mapping[str, Mapping[str, Any]]) -> Any:
         for probe, words in PROBES.items():
             shift = found.get(f"probe_{probe}_shift", {}).get("value")
             if shift is not None and abs(shift) >= MOVED:
-                yield f"{dimension}: {words} moves the score by {page.plain(shift, 2, '+')} points."
+                yield f"{dimension}: {words} moves the score by {html.plain(shift, 2, '+')} points."
         if (failed := found["failed"]["value"]) > 0.01:
             yield f"{dimension}: {100 * failed:.1f} % of the pictures could not be judged."
 
@@ -126,7 +126,7 @@ def _worst(examination: Examination, count: int) -> list[dict[str, Any]]:
 def _shown(reading: Reading) -> dict[str, Any]:
     annotation, score = reading.annotation, reading.score
     pictures = [
-        page.embedded(images.decode(data, where=annotation.id))
+        html.embedded(images.decode(data, where=annotation.id))
         for data in (*annotation.sources, annotation.output)
     ]
     return {

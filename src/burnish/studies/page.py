@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish import page
-from burnish.charts import Line, chart
+from burnish import html
 from burnish.config import dump_yaml
-from burnish.curves import told
 from burnish.evaluation import HEADLINE
-from burnish.galleries import TASKS, with_galleries
+from burnish.pages.charts import Line, chart
+from burnish.pages.galleries import TASKS, with_galleries
 from burnish.run_config import BASE, RunConfig
+from burnish.studies.curves import told
 from burnish.summary import Number
 from burnish.tracking import read_rows, write_atomic, writing
 
@@ -36,8 +36,8 @@ def write_study_page(
         runs: complete run folders, one for each seed; the first shows its pictures.
         folder: of the study.
     """
-    template = page.template("study.html.j2")
-    colours = {BASE: "base", **page.colours(config.policies())}
+    template = html.template("study.html.j2")
+    colours = {BASE: "base", **html.colours(config.policies())}
     context = {
         "found": found,
         "headline": HEADLINE,

@@ -28,7 +28,7 @@ from burnish import images
 from burnish.annotations.base import pairs, read_annotations, reader
 from burnish.annotations.schema import Annotation
 from burnish.config import Config, ConfigError, located
-from burnish.judgements import soft_label
+from burnish.judges.judgements import soft_label
 from burnish.judging import SCALE, Alphabet, Rubric, answer, question
 from burnish.runtime import generator
 from burnish.types import Prompt

@@ -2,7 +2,7 @@
 
 Parts live in phases: some all the time, others only while groups are drawn or weights are updated.
 What is needed is the largest sum over the phases, with an allowance for what no count of tensors
-sees. Nothing here knows models or settings; `burnish.forecast` measures the parts.
+sees. Nothing here knows models or settings; `burnish.planning.forecast` measures the parts.
 
 Not counted apart, and covered by the allowance: fragmentation of the allocator, workspaces of
 matrix products and convolutions, the loss on velocities that are there. Not counted at all: other

@@ -18,10 +18,10 @@ from scipy.optimize import isotonic_regression
 from burnish import images
 from burnish.annotations.base import split
 from burnish.annotations.schema import HIGHEST, LOWEST, Annotation
-from burnish.concordance import spearman, within_prompt
 from burnish.config import ConfigError
+from burnish.judges.concordance import spearman, within_prompt
+from burnish.judges.lessons import compared, prompt_group, prompt_of
 from burnish.judging import Calibration
-from burnish.lessons import compared, prompt_group, prompt_of
 from burnish.progress import Progress, progress
 from burnish.rewards.vlm import Judge, Vlm
 from burnish.types import Score, Scored, ScoreRequest

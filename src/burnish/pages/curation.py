@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from burnish import page
+from burnish import html
 from burnish.curation import Profile
 from burnish.tracking import write_atomic, writing
 
@@ -30,7 +30,7 @@ def write_curation_page(
         found: as `curation.write_kept` returns it.
         command: that makes the page again.
     """
-    text = page.template("curation.html.j2").render(
+    text = html.template("curation.html.j2").render(
         stage=stage,
         found=found,
         charts=charts(rows, kept),

@@ -1,0 +1,1 @@
+"""How judges are taught, and how far they can be trusted."""

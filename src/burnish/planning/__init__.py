@@ -1,0 +1,1 @@
+"""What a stage needs of a device, before anything large is loaded."""

@@ -1,0 +1,1 @@
+"""A local judge behind HTTP, as vLLM would serve it."""
