@@ -365,6 +365,12 @@ def _reworded(root: type[Config], data: Any, details: ErrorDetails) -> str:
     message = " ".join(re.sub("^(Value error|Assertion failed), ", "", details["msg"]).split())
     if kind in ("value_error", "assertion_error"):
         return f"{path}: {message}" if path else message
+    context = details.get("ctx", {})
+    if kind == "too_short":
+        least = context["min_length"]
+        message = f"at least {least} entr{'y' if least == 1 else 'ies'}"
+    if kind == "string_pattern_mismatch":
+        message = f"text of the form {context['pattern']}"
     message = message.replace("an object", "a section of keys")
     needed = re.sub(r"^(Input should be|Input should|Value should|\w+ should be) ", "", message)
     needed = needed.split(", unable to parse")[0]

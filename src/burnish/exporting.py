@@ -87,7 +87,7 @@ def export(
 
 
 class Deployment(Config):
-    """How a model is drawn with."""
+    """How a model is drawn with; the defaults are for a pipeline that says nothing of it."""
 
     policy: PolicyConfig = PolicyConfig()
     num_steps: int = Field(default=40, ge=1)
@@ -102,6 +102,10 @@ class Deployment(Config):
     def guidance(self) -> Guidance:
         """Scale and negative prompt."""
         return Guidance(self.guidance_scale, self.negative_prompt)
+
+    def __str__(self) -> str:
+        sizes = ", ".join(self.policy.buckets.names)
+        return f"{sizes} pixels, {self.num_steps} steps, guidance {self.guidance_scale:g}"
 
     def changed(self, *, policy: Mapping[str, Any], **own: Any) -> "Deployment":
         """With other settings; None leaves one as it is.
@@ -178,9 +182,9 @@ def _deployed(text: str) -> tuple[Path, Deployment]:
         small = PolicyConfig(resolution=64)
         return folder, Deployment(policy=small, num_steps=6, guidance_scale=2.5)
     family = family_of(folder)
-    fixed = policy_class(family).fixed_steps(folder)
-    plain = Deployment(policy=PolicyConfig(family=family))
-    return folder, plain.changed(policy={}, num_steps=fixed)
+    kind, plain = policy_class(family), Deployment(policy=PolicyConfig(family=family))
+    steps, scale = kind.fixed_steps(folder), kind.fixed_guidance(folder)
+    return folder, plain.changed(policy={}, num_steps=steps, guidance_scale=scale)
 
 
 def _check(config: RunConfig, folder: Path, policy: str, out: Path, *, as_lora: bool) -> None:

@@ -97,7 +97,9 @@ def merge_adapters(
     """
     scales = scales or [1.0] * len(adapters)
     if len(scales) != len(adapters):
-        raise ConfigError(f"need {len(adapters)} scales, one for each LoRA, got {len(scales)}")
+        raise ConfigError(
+            f"need {len(adapters)} scales, one for each LoRA, got {len(scales)}; give as many"
+        )
     merged = {}
     for module in dict.fromkeys(name for own in adapters for name in own):
         pairs = [(s, own[module]) for s, own in zip(scales, adapters, strict=True) if module in own]
@@ -149,7 +151,9 @@ def task_arithmetic(
     """
     _check(base, teachers)
     if len(scales) != len(teachers):
-        raise ValueError(f"need {len(teachers)} scales, one for each teacher, got {len(scales)}")
+        raise ValueError(
+            f"need {len(teachers)} scales, one for each model, got {len(scales)}; give as many"
+        )
     return {
         name: _back(
             tensor,

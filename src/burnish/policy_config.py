@@ -104,6 +104,20 @@ def check_steps(family: str, folder: Path, num_steps: int) -> None:
         )
 
 
+def check_guidance(family: str, folder: Path, scale: float) -> None:
+    """Likewise, whether it can be drawn with guidance.
+
+    Raises:
+        ConfigError: it cannot, or not with this scale.
+    """
+    fixed = policy_class(family).fixed_guidance(folder)
+    if fixed not in (None, scale):
+        raise ConfigError(
+            f"need guidance_scale={fixed:g} for the step-distilled model in {folder}, got "
+            f"{scale:g}; take {fixed:g}, or its base model, which has guidance"
+        )
+
+
 def check_kernels(config: PolicyConfig) -> None:
     """Look, before weights are read, whether the kernel of attention can be had.
 

@@ -19,7 +19,7 @@ from burnish.guard import held_out
 from burnish.pipeline_folders import check_kin, check_parts, check_targets, check_there
 from burnish.planning.forecast import check_memory
 from burnish.policies.base import Policy
-from burnish.policy_config import check_kernels, check_steps
+from burnish.policy_config import check_guidance, check_kernels, check_steps
 from burnish.progress import track
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import GroupSampler, PromptsConfig, read_prompts, spaced
@@ -217,7 +217,7 @@ def _check_family(config: RunConfig) -> None:
         check_steps(family.family, base, config.evaluation.num_steps)
     for key, scale in scales.items():
         with _under(key):
-            family.check_guidance(base, scale)
+            check_guidance(family.family, base, scale)
 
 
 def _check_bench(key: str, config: BenchConfig) -> None:

@@ -105,10 +105,15 @@ def _lede(config: RunConfig, summary: Mapping[str, Any]) -> str:
     ]
     if counts:
         parts.append(
-            f"Every policy draws the same held-out prompts from the same seeds: {_and(counts)}, "
-            f"{config.evaluation.num_seeds} pictures each. Brackets: 95 % intervals over prompts."
+            f"Every policy draws the same {summary['prompts']} from the same seeds: "
+            f"{_and(counts)}, {_pictures(config.evaluation.num_seeds)} each. Brackets: 95 % "
+            "intervals over prompts."
         )
     return " ".join(parts)
+
+
+def _pictures(count: int) -> str:
+    return "1 picture" if count == 1 else f"{count} pictures"
 
 
 def _oracle(summary: Mapping[str, Any]) -> str:
@@ -156,9 +161,11 @@ def _panel(summary: Mapping[str, Any], task: str) -> dict[str, Any]:
     """The numbers of one task: tiles, and rows with the places of their interval marks."""
     results = [result for result in summary["results"] if result["task"] == task]
     headroom = next(space for space in summary["headroom"] if space["task"] == task)
+    base = next((r["score"] for r in results if r["policy"] == BASE), None)
+    best = _above(base, headroom["distance"])
     policies = {policy["policy"]: policy for policy in summary["policies"]}
     kept = {k["student"]: k for k in summary["distillation"] if k["label"] == task}
-    measured = [n for n in [*(r["score"] for r in results), headroom["best"]] if n is not None]
+    measured = [n for n in [*(r["score"] for r in results), best] if n is not None]
     # An axis that ends on round numbers and leaves no mark on its edge.
     step = 0.05
     low = math.floor(min((n["low"] for n in measured), default=0.0) / step - 0.1) * step
@@ -170,7 +177,6 @@ def _panel(summary: Mapping[str, Any], task: str) -> dict[str, Any]:
         ends = ("low", "mean", "high")
         return {end: round(100 * (number[end] - low) / (high - low), 2) for end in ends}
 
-    base = next((r["score"] for r in results if r["policy"] == BASE), None)
     rows = [
         {**r, **policies[r["policy"]], "place": place(r["score"]), "kept": kept.get(r["policy"])}
         for r in results
@@ -180,11 +186,21 @@ def _panel(summary: Mapping[str, Any], task: str) -> dict[str, Any]:
         "name": TASKS[task],
         "rows": rows,
         "headroom": headroom,
-        "best_place": place(headroom["best"]),
+        "best": best,
+        "best_place": place(best),
         "base_place": place(base),
         "axis": (low, high),
         "tiles": [row for row in rows if row["policy"] not in (BASE, UNGUIDED)],
     }
+
+
+def _above(base: Number, distance: Number) -> Number:
+    """What lies some way above the base. The best of many was drawn for some of the prompts, so
+    that only its distance, paired by prompt, can stand beside the scores of all of them."""
+    if base is None or distance is None:
+        return None
+    ends = {end: base["mean"] + distance[end] for end in ("mean", "low", "high")}
+    return ends | {"num_prompts": distance["num_prompts"]}
 
 
 def _charts(config: RunConfig, folder: Path, name: str) -> Iterator[dict[str, Any]]:

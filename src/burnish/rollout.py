@@ -95,6 +95,7 @@ def draw(
     guidance: Guidance,
     seeds: Sequence[int],
     micro_batch: int = 64,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[Float[Tensor, "3 _ _"]]:
     """One image for each prompt, of the size of its bucket, without injected noise.
 
@@ -105,6 +106,7 @@ def draw(
         guidance: scale 1 draws without.
         seeds: one for each prompt, of the initial noise, as the pipeline's generator would have it.
         micro_batch: images at once; changes no image.
+        on_step: called behind every step of a batch with the number of its images.
 
     Raises:
         ValueError: there is not one seed for each prompt.
@@ -130,7 +132,7 @@ def draw(
             samples = [
                 [_sample_of(policy, policy.buckets.size(prompts[row]), seeds[row])] for row in rows
             ]
-            paths = _trajectories(policy, block, samples, config)
+            paths = _trajectories(policy, block, samples, config, on_step=on_step)
             images |= {row: group[0].image for row, group in zip(rows, paths, strict=True)}
     return [images[row] for row in range(len(prompts))]
 
@@ -199,6 +201,7 @@ def _trajectories(
     config: RolloutConfig,
     *,
     is_decoded: bool = True,
+    on_step: Callable[[int], None] | None = None,
 ) -> list[list[Trajectory]]:
     """Paths of all samples, for prompts of one task and one size."""
     is_guided = config.guidance_scale != 1
@@ -209,7 +212,7 @@ def _trajectories(
     for first in range(0, len(flat), config.micro_batch):
         rows, batch = zip(*flat[first : first + config.micro_batch], strict=True)
         null_rows = None if null is None else null.take(rows)
-        clean = _denoise(policy, batch, prefix.take(rows), null_rows, config)
+        clean = _denoise(policy, batch, prefix.take(rows), null_rows, config, on_step)
         images = policy.decode(clean).cpu() if is_decoded else torch.zeros(len(rows), 3, 0, 0)
         for place, row in enumerate(rows):
             paths[row].append(_trajectory(batch[place], clean[place].cpu(), images[place]))
@@ -233,6 +236,7 @@ def _denoise(
     prefix: Prefix,
     null: Prefix | None,
     config: RolloutConfig,
+    on_step: Callable[[int], None] | None,
 ) -> Float[Tensor, "batch y x channel"]:
     """Clean latents; the wanted steps are left in the samples."""
     size = samples[0].size
@@ -268,6 +272,8 @@ def _denoise(
             **found._asdict(),
         )
         latents = next_latents
+        if on_step is not None:
+            on_step(len(samples))
     return latents
 
 

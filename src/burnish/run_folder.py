@@ -16,6 +16,7 @@ from burnish.config import located
 from burnish.curation import num_drawn
 from burnish.evaluation import Row, read_scores
 from burnish.run_config import BASE, BASES, STAGE, RunConfig, teachers_of
+from burnish.stability import norms, runaway
 from burnish.tracking import read_rows
 from burnish.training import StageConfig, is_unscored
 
@@ -108,7 +109,8 @@ def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
     """Steps, pictures drawn, network evaluations, and minutes of one stage of the run in a folder.
 
     `curated` are the pictures that chose its prompts; stages that share a profile all needed it.
-    `unscored` are steps that taught nothing because a reward failed.
+    `unscored` are steps that taught nothing because a reward failed; `runaway` tells where its
+    updates began to run away, if they did.
     """
     place = folder / "stages" / stage
     steps, times = read_rows(place / "metrics.jsonl"), read_rows(place / "timings.jsonl")
@@ -119,6 +121,7 @@ def spent(config: RunConfig, folder: Path, stage: str) -> dict[str, Any]:
     return {
         "steps": len(steps),
         "unscored": sum(map(is_unscored, steps)),
+        "runaway": str(found) if (found := runaway(norms(steps))) else None,
         "images": sum(drawn) if drawn else None,
         "evaluations": sum(asked) if asked else None,
         "curated": num_drawn(job_folder(folder, f"curate/{profile}")) if profile else 0,

@@ -8,7 +8,7 @@ because no reward asks for what they show; they say what a stage forgot.
 
 import statistics
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +16,14 @@ from typing import Any, cast
 import numpy as np
 
 from burnish.algorithms.distill import DistillConfig
-from burnish.config import ConfigError, located, parse
-from burnish.contamination import contamination
+from burnish.caveats import caveats
+from burnish.config import located, parse
 from burnish.evaluation import HEADLINE, Estimate, Row, best_of, by_prompt, estimate, gain
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
-from burnish.run_config import BASE, BASES, BEST_OF, STAGE, RunConfig, teachers_of
+from burnish.run_config import BASE, BEST_OF, STAGE, RunConfig, teachers_of
 from burnish.run_folder import all_scores, is_complete, spent
-from burnish.significance import MIN_COVERAGE, MIN_PROMPTS
+from burnish.significance import MIN_COVERAGE
 from burnish.tracking import Run, write_json
 from burnish.types import Task
 
@@ -152,8 +152,7 @@ def summarise(config: RunConfig, folder: Path, rows: Sequence[Row]) -> dict[str,
         "knowledge": list(_knowledge(config, cells, results)),
         "cost": [_cost(config, folder, cells, name) for name in config.stages],
     }
-    summary["missing"] = [*_missing(summary), *_not_held_out(config)]
-    return summary
+    return summary | caveats(config, summary)
 
 
 def knowledge_ids(config: RunConfig) -> frozenset[str]:
@@ -346,55 +345,5 @@ def _cost(config: RunConfig, folder: Path, cells: Cells, name: str) -> dict[str,
     }
 
 
-def _num_prompts(number: Number) -> int:
-    return number["num_prompts"] if number else 0
-
-
 def _scaled(number: Number, factor: float) -> Number:
     return number and {k: v if k == "num_prompts" else v * factor for k, v in number.items()}
-
-
-def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
-    """One sentence for every thing a complete run would have."""
-    for stage in summary["cost"]:
-        if not stage["is_complete"]:
-            done = f"{stage['steps']} of {stage['planned_steps']} steps"
-            yield f"The stage {stage['stage']} is not trained to its end ({done})."
-        if stage["unscored"]:
-            share = f"{stage['unscored']} of {stage['steps']} steps"
-            yield f"The stage {stage['stage']} learnt nothing in {share}, whose scores failed."
-    for result in summary["results"]:
-        where = f"{result['policy']} on {result['task']}"
-        if result["score"] is None:
-            yield f"There are no scores of {where}."
-        elif not result["is_valid"]:
-            name = BASE if result["policy"] in BASES else result["policy"]
-            again = f"without evaluation/{name}/DONE the same command measures again"
-            yield (
-                f"The scores of {where} are invalid: {result['num_failed']} pictures have none "
-                f"({again})."
-            )
-    for space in summary["headroom"]:
-        if space["best"] is None:
-            yield f"There is no best-of-{summary['best_of']} of the base on {space['task']}."
-    for kept in summary["distillation"]:
-        if kept["kept"] is None:
-            names = f"{kept['student']} keeps of {kept['teacher']} on {kept['label']}"
-            yield f"What {names} cannot be said: {kept['reason']}."
-    if not any(policy["role"] == "student" for policy in summary["policies"]):
-        yield "There is no student: the recipe has no stage that distills."
-    few = {r["task"] for r in summary["results"] if 0 < _num_prompts(r["score"]) < MIN_PROMPTS}
-    for task in sorted(few):
-        yield f"Brackets of {task} are too narrow: they are over fewer than {MIN_PROMPTS} prompts."
-    if not summary["knowledge"]:
-        yield "Nothing is known of forgetting: there are no scores on knowledge prompts."
-
-
-def _not_held_out(config: RunConfig) -> Iterator[str]:
-    """One sentence for every stage that is trained on what is measured."""
-    try:
-        trained = {name: stage.prompts.read() for name, stage in config.stages.items()}
-        for found in contamination(config, trained):
-            yield f"{found}."
-    except ConfigError as error:
-        yield f"Whether what is measured is held out is not known: {error}."

@@ -22,7 +22,7 @@ def shown(number: Number, *, signed: bool = False, digits: int = 3, scale: float
 
 def table(summary: Mapping[str, Any]) -> Table:
     """What a run prints at its end: scores, and gains and shares with their intervals."""
-    title = f"{summary['name']}: {summary['headline']} on held-out prompts, 95 % intervals"
+    title = f"{summary['name']}: {summary['headline']} on {summary['prompts']}, 95 % intervals"
     best = f"% to best-{summary['best_of']}"
     found = _table(title, ("policy",), ("NFE", "score", "gain over base", best, "% of teacher"))
     policies = {policy["policy"]: policy for policy in summary["policies"]}

@@ -35,6 +35,7 @@ from burnish.runtime import Runtime
 from burnish.samples import keep_samples
 from burnish.sharding import Shards, whole
 from burnish.shelves import AnyAlgorithm, AnyReward
+from burnish.stability import WINDOW, warn_of_runaway
 from burnish.tracking import Run, RunError, atomic_folder, writing
 from burnish.types import Failed, Group, Prompt, Scored
 from burnish.updates import update
@@ -170,6 +171,8 @@ def train(
             metrics = _step(config, algorithm, sampler, scorer, state, run, rt, seed)
             if rt.is_main:
                 run.log(state.step, metrics | (watch.looks.told(state.step) if watch else {}))
+                if (state.step + 1) % WINDOW == 0:
+                    warn_of_runaway(run.metrics(), label)
             unscored = _unscored(unscored, metrics, state.step, config.steps)
             state.step += 1
             is_unsaved |= state.step % config.save_every == 0

@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
+from burnish import runtime
 from burnish.algorithms.base import Footprint
 from burnish.algorithms.nft import NftConfig
 from burnish.cli.recipes import recipe_path
 from burnish.config import load
 from burnish.optimization import OptimizerConfig
+from burnish.planning import forecast as forecasts
 from burnish.planning.forecast import counts, forecast
 from burnish.planning.parts import on_one_device
 from burnish.planning.plan import PROCESS_BYTES, Part, Sharding
@@ -106,6 +108,32 @@ def test_processes_on_one_machine_share_its_memory() -> None:
     common = 2 * one - two
     assert 0 <= common < one
     assert four == common + 4 * (one - common) == beside(None)
+
+
+def test_only_small_models_at_small_sizes_start_without_a_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Few weights say nothing of what large pictures need."""
+
+    class Planned(Exception):
+        pass
+
+    def plan(*_: Any, **__: Any) -> None:
+        raise Planned
+
+    monkeypatch.setattr(forecasts, "forecast", plan)
+    monkeypatch.setattr(runtime, "memory", lambda device: 24 << 30)
+    small = load(RunConfig, recipe_path("smoke"), ["runtime.device=cpu"])
+    forecasts.check_memory(small)
+    with pytest.raises(Planned):
+        forecasts.check_memory(
+            small.model_copy(
+                update={"policy": small.policy.model_copy(update={"resolution": 1024})}
+            )
+        )
+    monkeypatch.setattr(runtime, "memory", lambda device: 4 << 30)
+    with pytest.raises(Planned):
+        forecasts.check_memory(small)
 
 
 def test_who_looks_on_draws_different_prompts() -> None:

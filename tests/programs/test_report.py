@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from burnish import images
+from burnish import images, report
 from burnish.config import parse
 from burnish.contamination import contamination
 from burnish.evaluation import HEADLINE, Row, read_scores, write_rows
@@ -415,6 +415,35 @@ def test_a_judge_that_knows_no_knowledge_has_its_score_there(tmp_path: Path) -> 
     assert found["judges"] == {"t2i": "vlm", "edit": "vlm"}
     assert any("Brackets of edit are too narrow" in line for line in told["missing"])
     assert not any("Brackets of t2i" in line for line in told["missing"])
+
+
+def test_updates_that_ran_away_are_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    path = folder / "stages" / "t2i-teacher" / "metrics.jsonl"
+    row = json.loads(path.read_text().splitlines()[0])
+    sizes = [0.2] * 20 + [3.0] * 10
+    rows = [row | {"step": n, "policy/grad_norm": size} for n, size in enumerate(sizes)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    told = "The updates of the stage t2i-teacher ran away: at step 29 its gradients were 15 times"
+    assert [line for line in write_summary(folder)["missing"] if line.startswith(told)]
+    assert told in write_report(folder).read_text(encoding="utf-8")
+
+
+def test_the_best_of_many_stands_as_far_above_the_base_as_on_its_own_prompts(
+    tmp_path: Path,
+) -> None:
+    """It was drawn for fewer prompts, whose scores need not be those of all."""
+    folder = make_run(tmp_path)
+    path = folder / "evaluation" / BEST_OF / "scores.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_rows(path, [row | {"value": row["value"] - 0.4} for row in rows])
+    summary = write_summary(folder)
+    bases = {r["task"]: r["score"] for r in summary["results"] if r["policy"] == BASE}
+    for space in summary["headroom"]:
+        base = bases[space["task"]]["mean"]
+        assert space["best"]["mean"] < base
+        shown = report._panel(summary, space["task"])["best"]
+        assert shown["mean"] == pytest.approx(base + DISTANCE)
 
 
 def test_names_that_differ_by_a_capital_are_two_on_the_page(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 
 from burnish import cli, launcher
-from burnish.cli import recipes
+from burnish.cli import program, recipes
 from burnish.config import load, located
 from burnish.contamination import ContaminationWarning
 from burnish.launcher import STOPPED, JobError, Stopped, launch
@@ -267,7 +267,7 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("nft name=../../evil", "name: need"),
         ("nft seed=-1", "seed: need"),
         ("nft runtime.threads=0", "runtime.threads: need"),
-        ("nft stages={}", "stages: need"),
+        ("nft stages={}", "stages: need at least 1 entry, got {}"),
         ("nft stages.teacher.prompts.limit=0", "prompts.limit: need"),
         ("nft stages.teacher.prompts.tasks=[]", "prompts.tasks: need"),
         ("nft stages.teacher.start=teachr", "need stages that come before 'teacher'"),
@@ -288,6 +288,10 @@ def test_a_category_without_weights_is_refused(refused: Refused) -> None:
         ("report .", "without run.json"),
         ("job . train/teacher", "without run.json"),
         ("sample cat --model missing", "got missing; check the path"),
+        ("sample cat --resolution 40", "--resolution: need a multiple of 32, got 40; take 32"),
+        ("sample cat --aspect 16x9", "--aspect: need an aspect of width to height"),
+        ("merge tise a b", "METHOD: need one of average, task_arithmetic, ties, lora"),
+        (f"run smoke --out {__file__}", "--out: need a folder, got the file"),
         ("sample cat --steps 0", "Invalid value for '--steps'"),
         ("sample cat --out cat.jpg", "ends in .png, got cat.jpg"),
         ("sample cat --source missing.png", "got missing.png: No such file"),
@@ -702,6 +706,19 @@ def test_the_doctor_finds_the_largest_micro_batches(recipe: Path, capsys: Any) -
     assert "for one at a time, got 102.4 MiB" in capsys.readouterr().err
 
 
+def test_too_little_memory_is_no_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a device or of the machine: one line that tells what to change."""
+    import torch
+
+    gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+    for error in (gpu, cpu, MemoryError()):
+        assert program._explained(error) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and "--fit" in said and "a fault of" not in said
+    assert program._explained(RuntimeError("else")) == 1
+
+
 def test_a_run_that_does_not_fit_is_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -742,16 +759,23 @@ def test_a_size_or_a_scale_that_a_folder_cannot_draw_is_refused(
 ) -> None:
     from burnish.shelves import policy_class
 
-    for family in ("stable_diffusion3", "flux2_klein"):
+    for family in ("stable_diffusion3", "flux2_klein", "qwen_image_edit"):
         policy_class(family).tiny().save(tmp_path / family)
     index = tmp_path / "flux2_klein" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"is_distilled": True}))
-    for family, said in (
-        ("stable_diffusion3", "need sides of at most"),
-        ("flux2_klein", "need guidance_scale=1"),
+    for asked, said in (
+        (["stable_diffusion3"], "need sides of at most"),
+        (["flux2_klein", "--guidance-scale", "4"], "need guidance_scale=1"),
+        (["qwen_image_edit"], "got t2i; add --source IMAGE"),
     ):
-        assert cli.main(["sample", "a cat", "--model", str(tmp_path / family)]) == 2
+        model = str(tmp_path / asked[0])
+        assert cli.main(["sample", "a cat", "--model", model, *asked[1:]]) == 2
         assert said in capsys.readouterr().err
+    # Without being told, it is drawn as it can be.
+    out = tmp_path / "cat.png"
+    own = ["--resolution", "64", "--steps", "1", "--count", "1", "--out", str(out)]
+    assert cli.main(["sample", "a cat", "--model", str(tmp_path / "flux2_klein"), *own]) == 0
+    assert out.is_file()
     assert cli.main(["sample", "a cat", "--guidance-scale", "0.5"]) == 2
 
 

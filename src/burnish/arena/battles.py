@@ -50,7 +50,8 @@ def read_battles(path: Path) -> list[Battle]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = brief(error)
-        raise ConfigError(f"need a JSONL file of battles, got {path} ({reason})") from None
+        needed = f"need a JSONL file of battles, got {path} ({reason}); check the path"
+        raise ConfigError(needed) from None
     found = list(_parsed(path, text))
     if not found:
         raise ConfigError(f"{path}: need at least one battle, got an empty file")
@@ -79,7 +80,8 @@ def _battle(line: str, where: str) -> Battle:
         # JSON can write half a character, which no page can hold.
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError):
-        raise ConfigError(f"{where}: need one JSON object a line, got {line[:60]!r}") from None
+        needed = f"{where}: need one JSON object a line, got {line[:60]!r}; fix the line"
+        raise ConfigError(needed) from None
     missing = [key for key in _KEYS if not isinstance(row, dict) or key not in row]
     if missing:
         raise ConfigError(
@@ -95,12 +97,12 @@ def _battle(line: str, where: str) -> Battle:
     winner = row["winner"]
     if winner not in get_args(Winner):
         near = nearest(str(winner), get_args(Winner))
-        hint = f"; did you mean {near!r}?" if near else ""
+        advice = f"did you mean {near!r}?" if near else "take one of them"
         raise ConfigError(
-            f"{where}: need a winner of {', '.join(get_args(Winner))}, got {winner!r}{hint}"
+            f"{where}: need a winner of {', '.join(get_args(Winner))}, got {winner!r}; {advice}"
         )
     if str(row["a"]) == str(row["b"]):
-        raise ConfigError(f"{where}: need two different models, got {row['a']!r} twice")
+        raise ConfigError(f"{where}: need two different models, got {row['a']!r} twice; fix it")
     return Battle(winner=winner, **{k: str(row[k]) for k in _KEYS if k != "winner"})
 
 

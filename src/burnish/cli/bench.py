@@ -194,7 +194,8 @@ def _models(places: list[str], chosen: "ChosenBench") -> dict[str, Path]:
     found = named(places, able)
     if not found:
         raise ConfigError(
-            f"need models that do {' and '.join(sorted(tasks))}, got none in {', '.join(places)}"
+            f"need models that do {' and '.join(sorted(tasks))}, got none in {', '.join(places)}; "
+            "name others, or a bench of what they do"
         )
     return found
 
@@ -233,7 +234,9 @@ def _pictures(
     pictures = folder / "pictures" / name
     if not benching.are_drawn(chosen, pictures, facts):
         policy = load_policy(deployed.policy.drawing(rt.dtype), model, rt)
-        benching.draw_pictures(chosen, policy, rt, pictures, drawing, facts=facts, label=name)
+        benching.draw_pictures(
+            chosen, policy, rt, pictures, drawing, facts=facts, label=f"{name} ({deployed})"
+        )
     return pictures
 
 

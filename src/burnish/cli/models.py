@@ -1,12 +1,13 @@
 """Commands that make one model of several."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from burnish.cli.program import app
 from burnish.config import ConfigError, located, parse
+from burnish.wording import nearest
 
 
 @app.command(
@@ -43,7 +44,7 @@ def merge(
     A run measures merges of its own stages if its recipe has `merges`.
     """
     from burnish.adapters import read_adapter, write_adapter
-    from burnish.merging import MergeConfig, merge_adapters, merge_into
+    from burnish.merging import MergeConfig, Method, merge_adapters, merge_into
     from burnish.residency import Source, Stored
     from burnish.shelves import family_of, policy_class
 
@@ -53,12 +54,21 @@ def merge(
         merged = merge_adapters([read_adapter(model) for model in models], scale)
         print(f"LoRA: {write_adapter(out, merged)}")
         return
+    if method not in (known := (*get_args(Method), "lora")):
+        near = nearest(method, known)
+        advice = f"did you mean {near}?" if near else "choose one of them"
+        raise ConfigError(f"METHOD: need one of {', '.join(known)}, got {method!r}; {advice}")
     settings = {"method": method, "density": density} | ({"scales": scale} if scale else {})
     config = parse(MergeConfig, settings)
     folders = [pipeline_folder(model) for model in models]
     start = located(base)
     # Nothing is drawn, so that any resolution does, and no device is needed.
     family = policy_class(family_of(start))
+    if (other := family_of(folders[0])) != family.family:
+        raise ConfigError(
+            f"--base: need the {other} that the models were trained from, got a {family.family} in "
+            f"{start}; give its folder"
+        )
     policy = family.load(start, dtype=Stored(Source(start)).dtype, resolution=64)
     merge_into(policy, folders, config)
     policy.save(out)
@@ -112,7 +122,11 @@ def export(
     """
     from burnish import exporting, runtime
     from burnish.model_card import Terms
+    from burnish.summary import read_run
 
+    if (model / "run.json").is_file() and (model / "stages").is_dir():
+        names = ", ".join(str(model / name) for name in read_run(model).policies())
+        raise ConfigError(f"need RUN/STAGE, got the run {model}; take one of {names}")
     folder, policy = model.parent, model.name
     # The folder of a stage serves too.
     folder = folder.parent if folder.name == "stages" else folder

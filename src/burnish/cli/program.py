@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 
 from burnish import __version__, launcher
 from burnish.launcher import STOPPED, JobError, Stopped
+from burnish.wording import brief
 
 # By name, because most of these modules load torch.
 _USER_ERRORS = {
@@ -86,9 +87,23 @@ def _explained(error: Exception) -> int:
         return _say(str(error), error.exit_code)
     if _USER_ERRORS & {f"{kind.__module__}.{kind.__name__}" for kind in type(error).__mro__}:
         return _say(str(error), 2)
+    if _is_out_of_memory(error):
+        reason = brief(error) or type(error).__name__
+        return _say(
+            f"need more memory than there is ({reason}); take smaller micro-batches, of which "
+            "`burnish doctor --recipe RECIPE --fit` finds the largest that a device holds, "
+            "and start the same command again",
+            2,
+        )
     if not os.environ.get("BURNISH_TRACEBACK"):
         traceback.print_exc()
     return _say(f"{type(error).__name__}: {error}; this is a fault of Burnish, please report it", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch has a type of its own for a GPU, and none for the memory of the machine."""
+    is_typed = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
+    return is_typed or "can't allocate memory" in str(error)
 
 
 def _say(text: str, exit_code: int) -> int:

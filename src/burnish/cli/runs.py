@@ -89,6 +89,8 @@ def _run(
 
     config = load(RunConfig, path, overrides or ())
     folder = (out or Path("runs") / config.name).resolve()
+    if folder.is_file():
+        raise ConfigError(f"--out: need a folder, got the file {folder}; name another place")
     if prepare:
         if force:
             raise ConfigError("need --prepare or --force, got both; run with --force to begin anew")

@@ -51,6 +51,8 @@ from burnish.types import Prompt
 
 _SMALL_SHARE = 0.5
 """Of the memory of the machine."""
+_SMALL_AREA = 256 * 256
+"""Pixels up to which what a state makes of the memory is less than the files of a small model."""
 _LOOKED_AT = 500
 """Prompts of a stage, evenly spread, among which the largest is looked for."""
 _LIKELIEST = 8
@@ -272,15 +274,20 @@ def _of_an_update(size: int, groups: int, processes: int, num_updates: int) -> i
 def largest(prompts: Sequence[Prompt]) -> Prompt:
     """A prompt with the longest text of all, and the largest source images."""
     longest = max(prompts, key=lambda prompt: len(prompt.text))
-    sources = {prompt.sources: prompt.id for prompt in prompts if prompt.sources}
-    if not sources:
+    with_sources = {prompt.sources: prompt for prompt in prompts if prompt.sources}
+    if not with_sources:
         return longest
-    likeliest = sorted(sources, key=lambda some: sum(map(len, some)))[-_LIKELIEST:]
+    likeliest = sorted(with_sources, key=lambda some: sum(map(len, some)))[-_LIKELIEST:]
+    widest = max((with_sources[some] for some in likeliest), key=_source_area)
+    return dataclasses.replace(longest, sources=widest.sources)
 
-    def area(some: tuple[bytes, ...]) -> int:
-        return sum(math.prod(images.decode(one, where=sources[some]).size) for one in some)
 
-    return dataclasses.replace(longest, sources=max(likeliest, key=area))
+def _source_area(prompt: Prompt) -> int:
+    """Pixels of all source images of a prompt."""
+    return sum(
+        math.prod(images.decode(one, where=f"source of prompt {prompt.id!r}").size)
+        for one in prompt.sources
+    )
 
 
 def memory_beside(device: torch.device) -> int | None:
@@ -314,9 +321,20 @@ def check_memory(config: RunConfig) -> None:
 
 def _is_small(config: RunConfig, available: int) -> bool:
     """Whether every state that is drawn or trained at once might weigh as much as all the files of
-    the model, many times what it does, and still a part of the memory would do."""
+    the model, many times what it does where pictures are small, and still a part of the memory
+    would do."""
     folder = located(config.policy.path)
     size = sum(file.stat().st_size for file in folder.glob("*/*.safetensors"))
     states = [max(s.rollout.micro_batch, s.optimizer.micro_batch) for s in config.stages.values()]
     most = max(*states, min(config.evaluation.micro_batch, AT_ONCE))
-    return config.runtime.processes * size * most < _SMALL_SHARE * available
+    is_light = config.runtime.processes * size * most < _SMALL_SHARE * available
+    return is_light and _widest(config) <= _SMALL_AREA
+
+
+def _widest(config: RunConfig) -> int:
+    """Pixels of the largest picture that is drawn, or of all sources that a prompt brings."""
+    plan = config.evaluation
+    sets = [stage.prompts.read() for stage in config.stages.values()]
+    sets += [read_prompts(located(path)) for path in (plan.prompts, plan.knowledge) if path]
+    looked = [largest(own) for one in sets if (own := spaced(one, _LOOKED_AT))]
+    return max(config.policy.buckets.largest.area, *map(_source_area, looked))

@@ -191,12 +191,9 @@ class Policy(ABC, Generic[ConditionT, PrefixT]):
         """
 
     @classmethod
-    def check_guidance(cls, folder: Path, scale: float) -> None:
-        """Look, before weights are read, whether a pipeline folder can be drawn with guidance.
-
-        Raises:
-            burnish.config.ConfigError: it cannot, and the scale is not 1.
-        """
+    def fixed_guidance(cls, folder: Path) -> float | None:
+        """The guidance scale that alone serves the pipeline of a folder; None if any does."""
+        return None
 
     @classmethod
     def fixed_steps(cls, folder: Path) -> int | None:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from burnish import runtime, vision_build
 from burnish.buckets import Size
-from burnish.config import ConfigError
 from burnish.policies.parts.joint import ATTENTION_TARGETS, JointPolicy, JointPrefix, pack
 from burnish.policies.parts.qwen_tokens import byte_tokenizer
 from burnish.policies.parts.reading import (
@@ -139,13 +138,10 @@ class Flux2KleinPolicy(JointPolicy):
         return FluxReader(self.pipeline, resolution=self.resolution, folder=cache_folder)
 
     @classmethod
-    def check_guidance(cls, folder: Path, scale: float) -> None:
+    def fixed_guidance(cls, folder: Path) -> float | None:
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-        if scale != 1 and index.get("is_distilled"):
-            raise ConfigError(
-                f"need guidance_scale=1 for the step-distilled model in {folder}, got {scale:g}; "
-                "take the base model, which has guidance, or leave guidance out"
-            )
+        # Its steps were distilled, and guidance with them.
+        return 1.0 if index.get("is_distilled") else None
 
     @classmethod
     def tiny(cls, seed: int = 0) -> "Flux2KleinPolicy":
