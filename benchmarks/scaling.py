@@ -24,7 +24,8 @@ import torch.distributed
 
 from burnish.config import parse
 from burnish.policy_config import load_policy
-from burnish.run_config import RunConfig, RunRuntimeConfig
+from burnish.run_config import RunConfig
+from burnish.runtime import RuntimeConfig
 from burnish.shelves import families, policy_class
 from burnish.tracking import Run
 from burnish.training import train
@@ -76,7 +77,7 @@ class Waiting:
 
 def work(family: str, model: str, sharding: Any, out: Path) -> None:
     """One process of the stage; leaves its times in a file."""
-    rt = RunRuntimeConfig(device="cpu", threads=1, sharding=sharding).build()
+    rt = RuntimeConfig(device="cpu", threads=1, sharding=sharding).build()
     config = recipe(family, model, rt.world_size)
     policy = load_policy(config.policy, Path(model), rt)
     stage = config.stages["stage"]

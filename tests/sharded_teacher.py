@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from burnish.residency import Source, Teachers
-from burnish.run_config import RunRuntimeConfig
+from burnish.runtime import RuntimeConfig
 from burnish.sharding import Shards, full, local, whole
 from burnish.shelves import policy_class
 from burnish.types import Prompt
@@ -33,7 +33,7 @@ def gradients(policy: Any) -> list[torch.Tensor]:
 
 
 def main(student: Path, teacher: Path, answer: Path) -> None:
-    rt = RunRuntimeConfig(device="cpu", threads=1, sharding="full").build()
+    rt = RuntimeConfig(device="cpu", threads=1, sharding="full").build()
     policy: Any = policy_class(FAMILY).load(student, resolution=64)
     wanted = gradients(policy.sibling())
     # Without the last stage of compiling, which takes minutes.

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from burnish import checkpoint, sharded_checkpoint
-from burnish.run_config import RunRuntimeConfig
+from burnish.runtime import RuntimeConfig
 
 SHAPES = {"policy:a.weight": (7, 5), "policy:b": (1, 3), "average:a.weight": (7, 5)}
 SHAPES |= {"optimizer:0.exp_avg": (7, 5)}
@@ -30,7 +30,7 @@ def wanted(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def main(task: str, folder: Path, newest: int) -> None:
-    rt = RunRuntimeConfig(device="cpu", threads=1, sharding="full").build()
+    rt = RuntimeConfig(device="cpu", threads=1, sharding="full").build()
     mesh = init_device_mesh("cpu", (rt.world_size,))
     sharded_checkpoint.FILE_BYTES = 60  # Two files of each process at least.
 

@@ -37,16 +37,17 @@ def bench_table(found: dict[str, Any]) -> str:
         f"{(row['node'] or ['overall'])[0]} ({row['models'][found['base']]['num_prompts']})"
         for row in rows
     ]
-    lines = [["model", *heads], ["---"] * (1 + len(rows))]
-    lines += [[model, *(cell(row, model) for row in rows)] for model in found["models"]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = [[model, *(cell(row, model) for row in rows)] for model in found["models"]]
+    head, *body = (f"| {' | '.join(line)} |" for line in (["model", *heads], *lines))
+    return "\n".join([head, "|" + "---|" * (1 + len(rows)), *body])
 
 
 def arena_table(found: dict[str, Any]) -> str:
     """Votes, and the board."""
     lines = [
         f"{found['votes']:,} votes of {len(found['voters'])} simulated raters on "
-        f"{found['prompts']} prompts; {found['ties']:.0%} ties, {found['both_bad']:.0%} both bad.",
+        f"{found['prompts']} prompts; {100 * found['ties']:.0f} % ties, "
+        f"{100 * found['both_bad']:.0f} % both bad.",
         "",
         "| model | Elo | 95 % interval | share of points |",
         "|---|---|---|---|",

@@ -10,11 +10,25 @@ from burnish.significance import MIN_PROMPTS
 
 
 def caveats(config: RunConfig, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`missing`, a sentence for each thing that the numbers of a run do not say, and `prompts`:
-    what the prompts that measure may be called."""
-    shared = list(_not_held_out(config))
-    called = "prompts that are not all held out" if shared else "held-out prompts"
-    return {"prompts": called, "missing": [*_missing(summary), *shared]}
+    """What belongs beside the numbers of a run.
+
+    Returns:
+        `missing`, a sentence for each thing that they do not say; `prompts`, what the prompts that
+        measure may be called; `shared`, the sentences about those that a stage is trained on, by
+        stage.
+    """
+    try:
+        trained = {name: stage.prompts.read() for name, stage in config.stages.items()}
+        shared = list(contamination(config, trained))
+    except ConfigError as error:
+        unknown = f"Whether what is measured is held out is not known: {error}."
+        return {"prompts": "prompts", "missing": [*_missing(summary), unknown], "shared": []}
+    is_held_out = all(found.key != "evaluation.prompts" for found in shared)
+    return {
+        "prompts": "held-out prompts" if is_held_out else "prompts that are not all held out",
+        "missing": [*_missing(summary), *(f"{found}." for found in shared)],
+        "shared": [{"stage": found.stage, "says": f"{found}."} for found in shared],
+    }
 
 
 def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -54,13 +68,3 @@ def _missing(summary: Mapping[str, Any]) -> Iterator[str]:
         yield f"Brackets of {task} are too narrow: they are over fewer than {MIN_PROMPTS} prompts."
     if not summary["knowledge"]:
         yield "Nothing is known of forgetting: there are no scores on knowledge prompts."
-
-
-def _not_held_out(config: RunConfig) -> Iterator[str]:
-    """One sentence for every stage that is trained on what is measured."""
-    try:
-        trained = {name: stage.prompts.read() for name, stage in config.stages.items()}
-        for found in contamination(config, trained):
-            yield f"{found}."
-    except ConfigError as error:
-        yield f"Whether what is measured is held out is not known: {error}."

@@ -116,7 +116,7 @@ class EmbeddedFaces:
             network.load_state_dict({name: value.float() for name, value in stored.items()})
             standard = Standard(**{name: float(facts["standard"][name]) for name in _NAMES})
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = brief(error)
+            reason = brief(error, names_file=True)
             raise ConfigError(
                 f"need a folder with {WEIGHTS} and {FACTS} of the embedded finder, got {folder}: "
                 f"{reason}; use embedded:weights/face"

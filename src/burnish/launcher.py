@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from burnish.run_config import RunConfig, RunRuntimeConfig
+    from burnish.run_config import RunConfig
+    from burnish.runtime import RuntimeConfig
 
 STOPPED = 75
 """Exit code of a program that was asked to stop and can be started again."""
@@ -84,7 +85,7 @@ def run_jobs(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
     )
 
 
-def command(settings: "RunRuntimeConfig", folder: Path, job: str) -> list[str]:
+def command(settings: "RuntimeConfig", folder: Path, job: str) -> list[str]:
     """The command line of a job; a training stage may have several processes."""
     start = [sys.executable, "-m"]
     if (ranks := _ranks(settings, job)) > 1:
@@ -92,7 +93,7 @@ def command(settings: "RunRuntimeConfig", folder: Path, job: str) -> list[str]:
     return [*start, "burnish", "job", str(folder), job]
 
 
-def _ranks(settings: "RunRuntimeConfig", job: str) -> int:
+def _ranks(settings: "RuntimeConfig", job: str) -> int:
     """Processes of a job."""
     return settings.processes if job.startswith("train/") else 1
 
@@ -113,7 +114,7 @@ def log_file(folder: Path, job: str) -> Path:
     return folder / "logs" / f"{job.replace('/', '-')}.txt"
 
 
-def places(config: "RunRuntimeConfig", jobs: Collection[str]) -> list[dict[str, str]]:
+def places(config: "RuntimeConfig", jobs: Collection[str]) -> list[dict[str, str]]:
     """The environment of each of the jobs that may run at once."""
     import torch
 

@@ -114,4 +114,4 @@ def _drawing(model: str) -> Finding:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {brief(error)}"
+    return f"{type(error).__name__}: {brief(error, names_file=True)}"

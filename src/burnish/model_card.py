@@ -6,7 +6,7 @@ words.
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from burnish.ledger import digest_of
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig
 from burnish.run_config import BASE, RunConfig
+from burnish.significance import MIN_PROMPTS
 from burnish.summary import teachers, write_summary
 from burnish.tables import shown
 
@@ -115,7 +116,7 @@ def model_card(
     summary = write_summary(folder)
     config = renamed(config, terms.base_model)
     call: Any = family.pipeline_class.__call__
-    tasks = config.tasks(policy)
+    tasks, ancestors = config.tasks(policy), list(_ancestors(config, folder, policy))
     front = ModelCardData(
         library_name="diffusers",
         pipeline_tag=_TASKS[tasks[0]],
@@ -149,7 +150,8 @@ def model_card(
         results=list(_results(config, summary, policy)),
         kept=[row for row in summary["distillation"] if row["student"] == policy and row["kept"]],
         knowledge=[r for r in summary["knowledge"] if r["policy"] == policy and r["points"]],
-        ancestors=list(_ancestors(config, folder, policy)),
+        ancestors=ancestors,
+        limits=list(_limits(summary, {one["name"] for one in ancestors}, tasks)),
         shown=shown,
     )
 
@@ -174,6 +176,21 @@ def _results(
     for row in summary["results"]:
         if row["policy"] in (BASE, policy) and row["task"] in config.tasks(policy):
             yield {**row, "guidance": config.deployed(row["policy"]).scale}
+
+
+def _limits(
+    summary: Mapping[str, Any], names: Collection[str], tasks: Sequence[str]
+) -> Iterator[str]:
+    """What a reader of the numbers must know of the policy and those that it was made of."""
+    yield from (found["says"] for found in summary["shared"] if found["stage"] in names)
+    for stage in summary["cost"]:
+        if stage["stage"] in names and stage["runaway"]:
+            yield f"The updates of {stage['stage']} ran away: {stage['runaway']}."
+    counts = [
+        r["score"]["num_prompts"] for r in summary["results"] if r["task"] in tasks and r["score"]
+    ]
+    if min(counts, default=MIN_PROMPTS) < MIN_PROMPTS:
+        yield f"Brackets over fewer than {MIN_PROMPTS} prompts are too narrow."
 
 
 def _ancestors(config: RunConfig, folder: Path, policy: str) -> Iterator[dict[str, Any]]:

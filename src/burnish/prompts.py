@@ -222,8 +222,6 @@ def _pictures(row: Mapping[str, Any]) -> list[Any]:
 def _prompt(row: Mapping[str, Any], where: str, folder: Path, default_id: str) -> Prompt:
     if not isinstance(row.get("text"), str):
         raise ConfigError(f'{where}: need an object with a "text", got {shown(row)}; fix the line')
-    if not row["text"].strip():
-        raise ConfigError(f"{where}: need some text, got none; write it, or leave the line out")
     for key in row.keys() - set(_KEYS):
         raise ConfigError(
             f"{where}: need keys of {', '.join(_KEYS)}, got {key!r}; "

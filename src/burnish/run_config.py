@@ -16,7 +16,7 @@ from burnish.evaluation import EvaluationConfig
 from burnish.merging import MergeConfig
 from burnish.policy_config import PolicyConfig
 from burnish.rewards.base import RewardConfig
-from burnish.runtime import Runtime, RuntimeConfig, start
+from burnish.runtime import RuntimeConfig
 from burnish.shelves import AnyBench, AnyReward
 from burnish.training import StageConfig
 from burnish.types import Guidance, Task
@@ -32,6 +32,7 @@ BASES = (BASE, UNGUIDED, BEST_OF)
 """The ways in which a base may be measured."""
 PLACE = ("processes", "check_memory")
 """Settings of `runtime` that a run may be given at any time, as they decide no result."""
+_DEFAULTS = RuntimeConfig().model_dump()
 STAGE = "stage:"
 """Prefix of a path that means the result of a stage of the same run."""
 
@@ -76,22 +77,6 @@ class RunMergeConfig(MergeConfig):
     """It is measured with; None is that of its first stage: a merge has no guidance folded in."""
 
 
-class RunRuntimeConfig(RuntimeConfig):
-    """Device, precision, threads and processes of a run."""
-
-    processes: int = Field(default=1, ge=1)
-    """Of each training stage, on a GPU each if there are any; the groups of a step are dealt out to
-    them. A run may go on with another number."""
-    sharding: Literal["none", "full"] = "none"
-    """`full` spreads the weights of what is trained over the processes of a stage (FSDP2)."""
-    check_memory: bool = True
-    """Refuse a run that is planned to need more than its device has; a plan may count too much."""
-
-    def build(self) -> Runtime:
-        """Set up this process, and join the others if torchrun started it."""
-        return start(self, is_sharded=self.sharding == "full")
-
-
 class RunConfig(Config):
     """One complete run; recipes are files of this."""
 
@@ -101,7 +86,7 @@ class RunConfig(Config):
     evidence: Literal["measured", "runs", "untested"] = "untested"
     """What is known of this recipe: numbers in the repository, that it runs, or nothing."""
     policy: PolicyConfig = PolicyConfig()
-    runtime: RunRuntimeConfig = RunRuntimeConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
     stages: Mapping[str, StageConfig] = Field(min_length=1)
     merges: Mapping[str, RunMergeConfig] = {}
     """Policies made of the weights of stages; they are measured, and stages may start there."""
@@ -279,10 +264,8 @@ class RunConfig(Config):
             stage=name,
             seed=self.seed,
             policy=self.policy,
-            # How the stages are trained would make another profile of the same.
-            runtime=RuntimeConfig(
-                device=self.runtime.device, dtype=self.runtime.dtype, threads=self.runtime.threads
-            ),
+            # Those would make another profile of the same.
+            runtime=self.runtime.model_copy(update={name: _DEFAULTS[name] for name in PLACE}),
             prompts=stage.prompts,
             rollout=stage.rollout,
             rewards=stage.rewards,

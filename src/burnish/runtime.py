@@ -45,13 +45,23 @@ _PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "peft", "safet
 
 
 class RuntimeConfig(Config):
-    """Device, precision and threads of a program."""
+    """Device, precision and threads of a run."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the matrix products; `auto` is bfloat16 on a GPU, float32 elsewhere."""
+
+    processes: int = Field(default=1, ge=1)
+    """Of each training stage, on a GPU each if there are any; the groups of a step are dealt out to
+    them. A run may go on with another number."""
+
+    sharding: Literal["none", "full"] = "none"
+    """`full` spreads the weights of what is trained over the processes of a stage (FSDP2)."""
+
+    check_memory: bool = True
+    """Refuse a run that is planned to need more than its device has; a plan may count too much."""
 
     threads: int | None = Field(default=None, ge=1)
     """Threads of torch on the CPU; None keeps OMP_NUM_THREADS, or else takes the usable cores."""
@@ -218,13 +228,8 @@ ALONE = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 """One process on the CPU."""
 
 
-def start(config: RuntimeConfig | None = None, *, is_sharded: bool = False) -> Runtime:
-    """Set up threads, allocator, device and processes, once at the start of a program.
-
-    Args:
-        config: None takes what there is.
-        is_sharded: spread what is trained over the processes, if there are several.
-    """
+def start(config: RuntimeConfig | None = None) -> Runtime:
+    """Set up threads, allocator, device and processes, once at the start of a program."""
     config = config or RuntimeConfig()
     set_threads(config.threads)
     keep_freed_memory()
@@ -236,7 +241,7 @@ def start(config: RuntimeConfig | None = None, *, is_sharded: bool = False) -> R
         rank=rank,
         world_size=world_size,
         local_rank=_from_environment("LOCAL_RANK", 0),
-        is_sharded=is_sharded and world_size > 1,
+        is_sharded=config.sharding == "full" and world_size > 1,
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -11,12 +12,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def brief(error: BaseException, limit: int = 160) -> str:
-    """What an error of a library or of the system says: one line, at most `limit` characters.
+def brief(error: BaseException, *, names_file: bool = False) -> str:
+    """What an error of a library or of the system says: one line, at most 160 characters.
 
-    The path in an error of the system is left out, as the message around it names the file.
+    Args:
+        error: the error.
+        names_file: add the name of the file that the system told of; without, its path is left out,
+            for messages that name it themselves.
     """
-    return " ".join(str(getattr(error, "strerror", None) or error).split())[:limit]
+    text = " ".join(str(getattr(error, "strerror", None) or error).split())[:160]
+    file = getattr(error, "filename", None)
+    return f"{text}: {Path(str(file)).name}" if names_file and file else text
 
 
 def nearest(name: object, choices: Sequence[object]) -> str | None:

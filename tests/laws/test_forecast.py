@@ -1,14 +1,17 @@
 """How much a stage has on a device at once, from its settings."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from burnish import runtime
 from burnish.algorithms.base import Footprint
 from burnish.algorithms.nft import NftConfig
 from burnish.cli.recipes import recipe_path
-from burnish.config import load
+from burnish.config import ConfigError, load
 from burnish.optimization import OptimizerConfig
 from burnish.planning import forecast as forecasts
 from burnish.planning.forecast import counts, forecast
@@ -111,7 +114,7 @@ def test_processes_on_one_machine_share_its_memory() -> None:
 
 
 def test_only_small_models_at_small_sizes_start_without_a_plan(
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Few weights say nothing of what large pictures need."""
 
@@ -131,6 +134,15 @@ def test_only_small_models_at_small_sizes_start_without_a_plan(
                 update={"policy": small.policy.model_copy(update={"resolution": 1024})}
             )
         )
+    picture, path = Image.new("RGB", (640, 480)), tmp_path / "edits.jsonl"
+    picture.save(tmp_path / "a.png")
+    path.write_text(json.dumps({"text": "make it blue", "task": "edit", "source": "a.png"}))
+    edits = ["runtime.device=cpu", f"evaluation.prompts={path}"]
+    with pytest.raises(Planned):
+        forecasts.check_memory(load(RunConfig, recipe_path("smoke"), edits))
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with pytest.raises(ConfigError, match=r"evaluation\.prompts: .*a\.png"):
+        forecasts.check_memory(load(RunConfig, recipe_path("smoke"), edits))
     monkeypatch.setattr(runtime, "memory", lambda device: 4 << 30)
     with pytest.raises(Planned):
         forecasts.check_memory(small)

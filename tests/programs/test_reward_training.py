@@ -23,7 +23,7 @@ from burnish import images, runtime
 from burnish.annotations.base import write_annotations
 from burnish.annotations.schema import Annotation
 from burnish.cli import main
-from burnish.config import ConfigError, located, parse
+from burnish.config import ConfigError, located
 from burnish.judges.agreement import (
     FEWEST,
     KNOTS,
@@ -499,13 +499,6 @@ def test_a_faulty_configuration_is_one_line(
     assert "\n" not in str(caught.value)
     # A typing error does not make the folder its own: the same command, corrected, may use it.
     assert not (tmp_path / "run").exists()
-
-
-def test_what_only_the_stages_of_a_run_have_is_no_setting_of_a_judge() -> None:
-    """A setting that nothing reads would promise what is not done."""
-    for name in ("processes", "sharding", "check_memory"):
-        with pytest.raises(ConfigError, match=f"need a known key, got `runtime.{name}`"):
-            parse(RewardTrainingConfig, {}, [f"runtime.{name}=2"])
 
 
 THINKING = (

@@ -712,7 +712,8 @@ def test_too_little_memory_is_no_fault_of_ours(capsys: pytest.CaptureFixture[str
 
     gpu = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     cpu = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-    for error in (gpu, cpu, MemoryError()):
+    others = RuntimeError("CUDA error: out of memory"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
+    for error in (gpu, cpu, MemoryError(), *others):
         assert program._explained(error) == 2
         said = capsys.readouterr().err
         assert said.count("\n") == 1 and "--fit" in said and "a fault of" not in said
@@ -784,27 +785,26 @@ def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     from burnish import runtime
-    from burnish.run_config import RunRuntimeConfig
 
-    cpu = RunRuntimeConfig(device="cpu")
+    cpu = runtime.RuntimeConfig(device="cpu")
     monkeypatch.setattr(runtime, "usable_cores", lambda: 4)
     many = [f"train/{number}" for number in range(9)]
     assert [p["OMP_NUM_THREADS"] for p in launcher.places(cpu, many)] == ["1"] * 4
     assert len(launcher.places(cpu, many[:3])) == 3
-    two = launcher.places(RunRuntimeConfig(device="cpu", threads=2), many)
+    two = launcher.places(runtime.RuntimeConfig(device="cpu", threads=2), many)
     assert [p["OMP_NUM_THREADS"] for p in two] == ["2", "2"]
     assert "OMP_NUM_THREADS" not in launcher.places(cpu, many[:1])[0]
     # Training has processes of its own, measuring has one.
-    pairs = RunRuntimeConfig(device="cpu", processes=2)
+    pairs = runtime.RuntimeConfig(device="cpu", processes=2)
     assert len(launcher.places(pairs, many)) == 2
     assert len(launcher.places(pairs, ["measure/base", "measure/a", "measure/b"])) == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = launcher.places(RunRuntimeConfig(), many)
+    gpus = launcher.places(runtime.RuntimeConfig(), many)
     assert gpus == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert launcher.places(RunRuntimeConfig(), many)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert launcher.places(runtime.RuntimeConfig(), many)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
 
 
 def test_what_depends_on_a_new_result_is_made_again(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def _check_size(resolution: int | None, aspect: str | None) -> None:
     from burnish.buckets import MULTIPLE, aspect_ratio
 
     if resolution is not None and resolution % MULTIPLE:
-        near = max(1, round(resolution / MULTIPLE)) * MULTIPLE
+        near = min(4096, max(1, round(resolution / MULTIPLE)) * MULTIPLE)
         raise ConfigError(
             f"--resolution: need a multiple of {MULTIPLE}, got {resolution}; take {near}"
         )

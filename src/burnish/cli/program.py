@@ -29,6 +29,9 @@ _USER_ERRORS = {
     "burnish.tracking.RunError",
 }
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What errors say that have no type for it."""
+
 _FIRST = ("run", "recipes", "report", "sample")
 
 
@@ -90,9 +93,9 @@ def _explained(error: Exception) -> int:
     if _is_out_of_memory(error):
         reason = brief(error) or type(error).__name__
         return _say(
-            f"need more memory than there is ({reason}); take smaller micro-batches, of which "
-            "`burnish doctor --recipe RECIPE --fit` finds the largest that a device holds, "
-            "and start the same command again",
+            f"need more memory than there is ({reason}); take fewer or smaller pictures at once, "
+            "in a run smaller micro-batches in another folder (--out), of which `burnish doctor "
+            "--recipe RECIPE --fit` finds the largest",
             2,
         )
     if not os.environ.get("BURNISH_TRACEBACK"):
@@ -101,9 +104,9 @@ def _explained(error: Exception) -> int:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Torch has a type of its own for a GPU, and none for the memory of the machine."""
+    """Torch has a type of its own for what its allocator lacks, and texts for all else."""
     is_typed = type(error).__name__ in ("OutOfMemoryError", "MemoryError")
-    return is_typed or "can't allocate memory" in str(error)
+    return is_typed or any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
 def _say(text: str, exit_code: int) -> int:

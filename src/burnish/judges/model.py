@@ -72,7 +72,7 @@ def read_trainable(
         )
         processor = AutoProcessor.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
-        reason = brief(error)
+        reason = brief(error, names_file=True)
         raise ConfigError(f"path: need {needed}, got {path}: {reason}") from None
     if not _is_continued_as_begun(processor):
         processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE

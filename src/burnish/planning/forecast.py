@@ -11,6 +11,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -333,8 +334,15 @@ def _is_small(config: RunConfig, available: int) -> bool:
 
 def _widest(config: RunConfig) -> int:
     """Pixels of the largest picture that is drawn, or of all sources that a prompt brings."""
-    plan = config.evaluation
-    sets = [stage.prompts.read() for stage in config.stages.values()]
-    sets += [read_prompts(located(path)) for path in (plan.prompts, plan.knowledge) if path]
-    looked = [largest(own) for one in sets if (own := spaced(one, _LOOKED_AT))]
-    return max(config.policy.buckets.largest.area, *map(_source_area, looked))
+    found, plan = [config.policy.buckets.largest.area], config.evaluation
+    sets = {f"stages.{name}.prompts": stage.prompts.read for name, stage in config.stages.items()}
+    for key, path in (("prompts", plan.prompts), ("knowledge", plan.knowledge)):
+        if path is not None:
+            sets[f"evaluation.{key}"] = partial(read_prompts, located(path))
+    for key, read in sets.items():
+        try:
+            if looked := spaced(read(), _LOOKED_AT):
+                found.append(_source_area(largest(looked)))
+        except (ConfigError, images.ImageError) as error:
+            raise ConfigError(f"{key}: {error}") from None
+    return max(found)

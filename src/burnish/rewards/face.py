@@ -180,4 +180,4 @@ def _check(floor: float, ceiling: float) -> None:
 
 
 def _told(what: str, error: Exception) -> str:
-    return f"{what}: {type(error).__name__}: {brief(error)}"
+    return f"{what}: {type(error).__name__}: {brief(error, names_file=True)}"

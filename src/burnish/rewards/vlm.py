@@ -118,7 +118,7 @@ class Judge:
             processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
             rubrics = {path.stem: Rubric.read(path) for path in sorted(folder.glob("rubrics/*.md"))}
         except (OSError, ValueError, SafetensorError) as error:
-            reason = brief(error)
+            reason = brief(error, names_file=True)
             raise ConfigError(
                 f"need a judge's folder with a Qwen-VL model and rubrics, got {folder}: {reason}; "
                 "restore the folder"

@@ -310,7 +310,7 @@ def _read(pipeline_class: Any, folder: Path, **settings: Any) -> Any:
     try:
         return pipeline_class.from_pretrained(folder, **settings)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = brief(error)
+        reason = brief(error, names_file=True)
         raise ConfigError(
             f"need a whole pipeline in {folder}, got {reason}; write or copy it again"
         ) from error
@@ -337,7 +337,7 @@ def _hollow_network(folder: Path, library: str, name: str, dtype: torch.dtype) -
         config = kind.config_class.from_pretrained(folder, local_files_only=True)
         return activations.hollow(lambda: kind(config), dtype).eval()
     except (OSError, ValueError) as error:
-        reason = brief(error)
+        reason = brief(error, names_file=True)
         raise ConfigError(
             f"need a {name} with its config.json in {folder}, got {reason}; write or copy it again"
         ) from error
