@@ -122,14 +122,8 @@ def export(
     """
     from burnish import exporting, runtime
     from burnish.model_card import Terms
-    from burnish.summary import read_run
 
-    if (model / "run.json").is_file() and (model / "stages").is_dir():
-        names = ", ".join(str(model / name) for name in read_run(model).policies())
-        raise ConfigError(f"need RUN/STAGE, got the run {model}; take one of {names}")
-    folder, policy = model.parent, model.name
-    # The folder of a stage serves too.
-    folder = folder.parent if folder.name == "stages" else folder
+    folder, policy = _policy_of_run(model)
     target = out or Path("exports") / f"{folder.resolve().name}-{policy}"
     exporting.export(
         folder,
@@ -140,6 +134,21 @@ def export(
         as_lora=lora,
     )
     print(f"Model: {target}\nCard: {target / 'README.md'}")
+
+
+def _policy_of_run(place: Path) -> tuple[Path, str]:
+    """The folder of the run, and the name of its policy; the folder of a stage serves, too.
+
+    Raises:
+        ConfigError: it is a run's.
+    """
+    from burnish.summary import read_run
+
+    if (place / "run.json").is_file() and (place / "stages").is_dir():
+        names = ", ".join(str(place / name) for name in read_run(place).policies())
+        raise ConfigError(f"need RUN/POLICY, got the run {place}; take one of {names}")
+    folder = place.parent
+    return folder.parent if folder.name == "stages" else folder, place.name
 
 
 def pipeline_folder(place: Path) -> Path:

@@ -10,6 +10,8 @@ from burnish.cli.program import app
 from burnish.config import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from burnish.exporting import Deployment
     from burnish.types import Prompt
 
@@ -31,7 +33,7 @@ def sample(
         str | None, typer.Option(help="What guidance leads away from; a stage's own if left out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Sampler steps.")] = None,
-    resolution: Annotated[int | None, typer.Option(min=32, help="Pixels a side.")] = None,
+    resolution: Annotated[int | None, typer.Option(min=32, max=4096, help="Pixels a side.")] = None,
     aspect: Annotated[
         str | None, typer.Option(help="Width to height, in place of a bucket.", metavar="16:9")
     ] = None,
@@ -47,10 +49,8 @@ def sample(
     """
     if out.suffix.lower() != ".png":
         raise ConfigError(f"need a file name that ends in .png, got {out}; change --out")
-    from burnish import images, rollout, runtime, tracking
+    from burnish import images, tracking
     from burnish.exporting import deployed_model
-    from burnish.policy_config import load_policy
-    from burnish.progress import progress
 
     _check_size(resolution, aspect)
     model_folder, defaults = deployed_model(model)
@@ -62,17 +62,8 @@ def sample(
     )
     asked = [prompt for prompt in _asked(prompts, source or ()) for _ in range(count)]
     _check(plan, model_folder, asked)
-    rt = runtime.start()
-    drawer = load_policy(plan.policy.drawing(rt.dtype), model_folder, rt)
-    with rt.autocast(), progress(f"draw ({plan})", len(asked) * plan.num_steps) as bar:
-        drawn = rollout.draw(
-            drawer,
-            asked,
-            num_steps=plan.num_steps,
-            guidance=plan.guidance,
-            seeds=[seed + place for _ in prompts for place in range(count)],
-            on_step=bar.advance,
-        )
+    seeds = [seed + place for _ in prompts for place in range(count)]
+    drawn = _draw(plan, model_folder, asked, seeds)
     sheet = images.grid([images.to_pil(image) for image in drawn], count)
     with tracking.writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,12 +71,33 @@ def sample(
     print(out)
 
 
+def _draw(
+    plan: "Deployment", folder: Path, prompts: "Sequence[Prompt]", seeds: Sequence[int]
+) -> "list[Tensor]":
+    """A picture of each prompt."""
+    from burnish import rollout, runtime
+    from burnish.policy_config import load_policy
+    from burnish.progress import progress
+
+    rt = runtime.start()
+    policy = load_policy(plan.policy.drawing(rt.dtype), folder, rt)
+    with rt.autocast(), progress(f"draw ({plan})", len(prompts) * plan.num_steps) as bar:
+        return rollout.draw(
+            policy,
+            prompts,
+            num_steps=plan.num_steps,
+            guidance=plan.guidance,
+            seeds=seeds,
+            on_step=bar.advance,
+        )
+
+
 def _check_size(resolution: int | None, aspect: str | None) -> None:
     """What is wrong with the options, in their own words."""
     from burnish.buckets import MULTIPLE, aspect_ratio
 
     if resolution is not None and resolution % MULTIPLE:
-        near = min(4096, max(1, round(resolution / MULTIPLE)) * MULTIPLE)
+        near = round(resolution / MULTIPLE) * MULTIPLE
         raise ConfigError(
             f"--resolution: need a multiple of {MULTIPLE}, got {resolution}; take {near}"
         )
