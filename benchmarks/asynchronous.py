@@ -63,7 +63,7 @@ class SlowJudge(Reward):
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, float]]:
     """One row for each share: seconds of a step, and what the delay added to it."""
-    rt = runtime.start(runtime.RuntimeConfig(threads=arguments.threads, dtype="bfloat16"))
+    rt = runtime.start(runtime.RuntimeConfig(threads=arguments.threads))
     images = arguments.prompts * arguments.group_size
     judge = SlowJudge(images)
     stage = StageConfig.model_validate(

@@ -35,8 +35,9 @@ from burnish.optimization import OptimizerConfig
 from burnish.planning.dry_run import ready
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
+from burnish.precision import choose_dtype
 from burnish.rollout import branches
-from burnish.runtime import Runtime, choose_device, choose_dtype
+from burnish.runtime import Runtime, choose_device
 from burnish.shelves import policy_class
 from burnish.types import Task
 

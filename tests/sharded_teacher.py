@@ -33,7 +33,7 @@ def gradients(policy: Any) -> list[torch.Tensor]:
 
 
 def main(student: Path, teacher: Path, answer: Path) -> None:
-    rt = RuntimeConfig(device="cpu", threads=1, sharding="full").build()
+    rt = RuntimeConfig(device="cpu", threads=1, dtype="float32", sharding="full").build()
     policy: Any = policy_class(FAMILY).load(student, resolution=64)
     wanted = gradients(policy.sibling())
     # Without the last stage of compiling, which takes minutes.

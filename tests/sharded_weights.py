@@ -30,7 +30,7 @@ def wanted(step: int) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def main(task: str, folder: Path, newest: int) -> None:
-    rt = RuntimeConfig(device="cpu", threads=1, sharding="full").build()
+    rt = RuntimeConfig(device="cpu", threads=1, dtype="float32", sharding="full").build()
     mesh = init_device_mesh("cpu", (rt.world_size,))
     sharded_checkpoint.FILE_BYTES = 60  # Two files of each process at least.
 

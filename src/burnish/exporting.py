@@ -20,11 +20,12 @@ from burnish.config import EMBEDDED, Config, ConfigError, located, parse, read_y
 from burnish.model_card import SAMPLES, Terms, model_card, renamed
 from burnish.pipeline_folders import check_parts
 from burnish.policy_config import PolicyConfig, load_policy
+from burnish.precision import DTYPES
 from burnish.prompts import read_prompts
 from burnish.residency import Source, Stored
 from burnish.run_config import BASE, STAGE, RunConfig
 from burnish.run_folder import is_complete, model_folder
-from burnish.runtime import ALONE, DTYPES, Runtime
+from burnish.runtime import ALONE, Runtime
 from burnish.shelves import family_of, policy_class
 from burnish.summary import read_run
 from burnish.tracking import RunError, atomic_folder, write_atomic, write_json, writing

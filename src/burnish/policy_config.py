@@ -15,7 +15,8 @@ from burnish.policies.parts.execution import (
     checkpoint_blocks,
     set_attention,
 )
-from burnish.runtime import DTYPES, Runtime
+from burnish.precision import DTYPES
+from burnish.runtime import Runtime
 from burnish.shelves import Family, policy_class
 
 

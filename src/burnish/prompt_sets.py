@@ -7,7 +7,7 @@ gets prompts, each read at that moment and kept by nobody.
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol, overload
+from typing import TYPE_CHECKING, NamedTuple, Protocol, overload, runtime_checkable
 
 from burnish.config import ConfigError
 from burnish.types import Labelled, Prompt, Task
@@ -19,6 +19,7 @@ else:
     _Prompts = Sequence
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Where prompts are read from, by their row."""
 

@@ -18,7 +18,7 @@ import platform
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -32,9 +32,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from burnish.config import Config, ConfigError
+from burnish.precision import choose_dtype
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""By the names that recipes use."""
 _GIBIBYTE = 1 << 30
 _PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: one may measure or write alone."""
@@ -51,7 +50,8 @@ class RuntimeConfig(Config):
     """`auto` takes a GPU where there is one."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Precision of the matrix products; `auto` is bfloat16 on a GPU, float32 elsewhere."""
+    """Precision of the matrix products; `auto` is bfloat16 where the device has instructions for
+    it: on GPUs, and on processors with AVX512-BF16 or AMX. Elsewhere it is float32."""
 
     processes: int = Field(default=1, ge=1)
     """Of each training stage, on a GPU each if there are any; the groups of a step are dealt out to
@@ -228,6 +228,11 @@ ALONE = Runtime(device=torch.device("cpu"), dtype=torch.float32)
 """One process on the CPU."""
 
 
+def quick() -> Runtime:
+    """Likewise, in the precision in which this processor is fastest."""
+    return replace(ALONE, dtype=choose_dtype("auto", ALONE.device))
+
+
 def start(config: RuntimeConfig | None = None) -> Runtime:
     """Set up threads, allocator, device and processes, once at the start of a program."""
     config = config or RuntimeConfig()
@@ -268,13 +273,6 @@ def choose_device(name: str = "auto", local_rank: int = 0) -> torch.device:
 def own_device(name: str = "auto") -> torch.device:
     """Likewise, for this process."""
     return choose_device(name, _from_environment("LOCAL_RANK", 0))
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype of a name in `auto`, `float32`, `bfloat16`."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
 
 
 def memory(device: torch.device) -> int | None:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from burnish import runtime, vision_build
+from burnish import precision, runtime, vision_build
 from burnish.config import ConfigError
 from burnish.runtime import RuntimeConfig, derived_seed, generator, seeded
 
@@ -86,6 +86,29 @@ def test_autocast_follows_the_dtype() -> None:
             assert (value @ value).dtype == dtype
 
 
+@pytest.mark.parametrize(
+    ("known", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+    ],
+)
+def test_a_processor_computes_in_bfloat16_only_where_it_has_instructions_for_it(
+    known: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes five to ten times as long elsewhere."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert precision.choose_dtype("auto", torch.device("cpu")) == dtype
+    assert runtime.start(RuntimeConfig(device="cpu", threads=1)).dtype == dtype
+    assert precision.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    for name, asked in precision.DTYPES.items():
+        assert precision.choose_dtype(name, torch.device("cpu")) == asked
+    # Releases of torch that do not tell.
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert precision.choose_dtype("auto", torch.device("cpu")) == torch.float32
+
+
 def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not a traceback from the driver."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -95,7 +118,6 @@ def test_a_missing_gpu_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert runtime.choose_device("auto", 1) == torch.device("cuda", 1)
-    assert runtime.choose_dtype("auto", torch.device("cuda")) == torch.bfloat16
     with pytest.raises(ConfigError, match="need 3 CUDA devices for device=auto, found 2"):
         runtime.choose_device("auto", 2)
 

@@ -16,7 +16,7 @@ from burnish.optimization import OptimizerConfig
 from burnish.planning import forecast as forecasts
 from burnish.planning.forecast import counts, forecast
 from burnish.planning.parts import on_one_device
-from burnish.planning.plan import PROCESS_BYTES, Part, Sharding
+from burnish.planning.plan import PROCESS_BYTES, Part, Plan, Sharding
 from burnish.prompts import PromptsConfig
 from burnish.rewards.oracle import OracleConfig
 from burnish.rollout_config import RolloutConfig
@@ -110,7 +110,8 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch: pytest.MonkeyPat
         return found[0]
 
     monkeypatch.setattr(forecasts, "measure", once)
-    monkeypatch.setattr(forecasts, "_evaluation_plan", lambda *_: None)
+    nothing = Plan(stage="evaluation", key="evaluation", device="cuda", parts=[])
+    monkeypatch.setattr(forecasts, "_evaluation_plan", lambda *_: nothing)
 
     def beside(on_machine: int | None) -> int:
         (plan, *_) = forecast(config, "cuda", on_machine=on_machine)

@@ -27,6 +27,7 @@ from burnish.types import Prompt
 
 pytestmark = pytest.mark.slow
 TOLERANCE = 1e-5
+RUNTIME = {"device": "cpu", "threads": 1, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def recipe(
     data = {
         "name": "several",
         "policy": {"path": str(model), "resolution": 64, **(policy or {})},
-        "runtime": {"device": "cpu", "threads": 1, "processes": processes, "sharding": sharding},
+        "runtime": RUNTIME | {"processes": processes, "sharding": sharding},
         "stages": {"stage": stage},
         "judge": {"kind": "oracle"},
     }

@@ -220,13 +220,14 @@ def _pictures(
     seed: int | None,
 ) -> Path:
     """The folder of a model's pictures, which are drawn where they are not there."""
-    from burnish import benching, runtime
+    from burnish import benching
     from burnish.policy_config import load_policy
+    from burnish.precision import choose_dtype
 
     if isinstance(source, Path):
         return source
     model, deployed = source
-    rt = replace(rt, dtype=runtime.choose_dtype(deployed.dtype, rt.device))
+    rt = replace(rt, dtype=choose_dtype(deployed.dtype, rt.device))
     own = deployed.seed if seed is None else seed
     sizes = deployed.policy.buckets.names
     drawing = benching.Drawing(deployed.guidance, deployed.num_steps, own, str(rt.dtype), sizes)

@@ -138,11 +138,12 @@ def carry_out(
 def make_folder(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
     """Make the folder of a run, or take it up, after checking all that can be checked."""
     from burnish import preflight, revision, runtime
+    from burnish.precision import choose_dtype
     from burnish.tracking import Run
 
     preflight.check_inputs(config, launcher.pending(folder, config.jobs(), force=force))
     device = runtime.choose_device(config.runtime.device)
-    dtype = runtime.choose_dtype(config.runtime.dtype, device)
+    dtype = choose_dtype(config.runtime.dtype, device)
     here = runtime.Runtime(device=device, dtype=dtype).describe()
     # Absolute, because the settings of a stage hold the folders of its teachers.
     folder = folder.resolve()

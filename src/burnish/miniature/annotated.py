@@ -30,7 +30,7 @@ from burnish.miniature.prompt_sets import edit_prompt, scene_prompt
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.progress import track
 from burnish.rollout import draw
-from burnish.runtime import derived_seed
+from burnish.runtime import derived_seed, quick
 from burnish.tracking import writing
 from burnish.types import Guidance, Prompt
 from burnish.world.edits import Edit
@@ -205,7 +205,7 @@ def _sampled(
     prompts = [subject.prompt for subject in block]
     rounds = []
     for _ in range(plan.members):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with quick().autocast():
             drawn = draw(
                 base,
                 prompts,

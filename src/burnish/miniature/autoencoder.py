@@ -137,7 +137,7 @@ def _fit(
     )
     for step in steps:
         batch = to_input(draw(plan.batch_size))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with runtime.autocast():
             mean = vae.encode(batch, return_dict=False)[0].mean
             noisy = mean + plan.latent_noise * torch.randn_like(mean)
             output = vae.decode(noisy, return_dict=False)[0].float()

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import Example, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
-from burnish.runtime import Runtime, derived_seed, generator
+from burnish.runtime import Runtime, derived_seed, generator, quick
 
 SIZES = {"num_layers": 6, "num_attention_heads": 6, "attention_head_dim": 32}
 """The transformer: 3.2 million parameters."""
@@ -53,7 +53,7 @@ def encode_pool(policy: QwenImage21Policy, pixels: np.ndarray, chunk: int = 64) 
     parts = []
     for start in range(0, len(pixels), chunk):
         images = torch.from_numpy(pixels[start : start + chunk]).permute(0, 3, 1, 2).float() / 255
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with quick().autocast():
             parts.append(policy.encode_images(images).float())
     return torch.cat(parts)
 
@@ -63,7 +63,7 @@ def reconstructed(policy: QwenImage21Policy, pixels: np.ndarray, chunk: int = 64
     """What the policy's autoencoder makes of uint8 pictures `picture 64 64 3`."""
     parts = []
     for latents in encode_pool(policy, pixels, chunk).split(chunk):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with quick().autocast():
             decoded = policy.decode(latents)
         parts.append(to_bytes(decoded.float().clamp(0, 1).permute(0, 2, 3, 1).numpy()))
     return np.concatenate(parts)
@@ -156,7 +156,7 @@ def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan, step: int) -> T
     choice = pool.clean if step < plan.clean_steps else range(len(pool.examples))
     rows = [choice[n] for n in torch.randint(len(choice), (plan.batch_size,)).tolist()]
     dropped = (torch.rand(plan.batch_size) < plan.drop_prompt).tolist()
-    with torch.autocast("cpu", dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with quick().autocast(), sdpa_kernel(SDPBackend.MATH):
         return flow_matching_loss(policy, pool, rows, dropped, plan.noise_levels)
 
 

@@ -127,8 +127,6 @@ def _build_judges(out: Path, folder: Path, rt: Runtime, *, quick: bool) -> dict[
         )
         eyes, sight = EyesPlan(steps=4, batch_size=8), SightPlan(steps=4, batch_size=8, texts=50)
         changes = {"steps": 4, "batch_size": 8, "held_out": 0.2, "reasoning": False}
-    # bfloat16 pays on processors that have it.
-    rt = replace(rt, dtype=torch.bfloat16)
     found = {}
     for name, settings in JUDGES.items():
         trained = train_miniature_judge(

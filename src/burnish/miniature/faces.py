@@ -24,7 +24,7 @@ from burnish.miniature.base_model import reconstructed
 from burnish.miniature.pictures import pixel_flaw, to_bytes
 from burnish.policies.qwen_image21 import QwenImage21Policy
 from burnish.progress import track
-from burnish.runtime import derived_seed, generator, seeded
+from burnish.runtime import derived_seed, generator, quick, seeded
 from burnish.world.render import render
 from burnish.world.scenes import DOMAINS, LOOK, Scene, Value, is_held_out, sample_scene
 
@@ -155,7 +155,7 @@ def train_faces(
     for step in range(plan.steps):
         chosen = _batch(known, rows, plan, rng)
         pixels = _jittered(pool.pixels[chosen], generator(plan.seed, "faces", step))
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with quick().autocast():
             vectors, presence = network(pixels)
         shown = [pool.looks[row] for row in chosen]
         loss = _loss(vectors.float(), presence.float(), shown, heads, plan.temperature)

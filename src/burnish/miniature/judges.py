@@ -116,7 +116,7 @@ def train_miniature_judge(
         out: made if missing; gets `annotations/`, `sighted/` (what judges start from), and the runs
             of the judge, `NAME-first` and `NAME`.
         base_folder: the base model, as its pipeline is written.
-        rt: precision and ranks; bfloat16 pays on processors that have it.
+        rt: precision and ranks.
         name: of the last run's folder.
         pictures: how many annotated pictures.
         eyes: how its vision tower learns to recognise.

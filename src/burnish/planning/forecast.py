@@ -41,11 +41,12 @@ from burnish.planning.plan import Part, Plan, Sharding, check, table
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.policy_config import PolicyConfig
+from burnish.precision import DTYPES, choose_dtype
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
 from burnish.run_config import BASE, RunConfig
 from burnish.run_folder import may_borrow, with_folders
-from burnish.runtime import DTYPES, Runtime, choose_dtype
+from burnish.runtime import Runtime
 from burnish.shelves import policy_class
 from burnish.training import StageConfig
 from burnish.types import Prompt
