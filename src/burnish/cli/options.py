@@ -7,7 +7,7 @@ import typer
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings to change, e.g. seed=1."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings to change, as dotted.key=value."),
 ]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Run folder; runs/NAME if left out.", metavar="DIR")

@@ -59,7 +59,7 @@ def grpo(
     _run("grpo", overrides, out, force, as_json)
 
 
-@app.command(epilog="Example: burnish nft policy.path=MODEL policy.resolution=512")
+@app.command(epilog="Example: burnish nft stages.teacher.steps=20 --out runs/nft-short")
 def nft(
     overrides: Overrides = None, out: Out = None, force: Force = False, as_json: Json = False
 ) -> None:
