@@ -31,12 +31,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from burnish.activations import hollow, like
 from burnish.adapters import LoraConfig, attach
+from burnish.batches import branches
 from burnish.optimization import OptimizerConfig
 from burnish.planning.dry_run import ready
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.precision import choose_dtype
-from burnish.rollout import branches
 from burnish.runtime import Runtime, choose_device
 from burnish.shelves import policy_class
 from burnish.types import Task

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from burnish.policies.base import Guided, Policy
+from burnish.policies.base import Guided, Policy, Prefix
 from burnish.types import Guidance, Prompt, Signal
 
 
@@ -35,16 +35,30 @@ class Batch:
         return policy.velocity(self.latents, self.sigmas, self.prefix(policy))
 
     def guided(self, policy: Policy[Any, Any], guidance: Guidance) -> Guided:
-        """Both branches of the policy, and their composition, at every state."""
-        null = policy.prefix(policy.encode_null(self.prompts, guidance.negative_prompt)).take(
-            self.rows
-        )
-        prefix = self.prefix(policy)
-        return policy.guided(self.latents, self.sigmas, prefix, null, guidance.scale)
+        """Both branches of the policy, and their composition, at every state; without guidance the
+        conditional one is all of them."""
+        if guidance.scale == 1:
+            return Guided(*[self.velocity(policy)] * 3)
+        away = policy.encode_null(self.prompts, guidance.negative_prompt)
+        prefix, null = branches(policy, policy.encode(self.prompts), away)
+        assert null is not None
+        rows = prefix.take(self.rows), null.take(self.rows)
+        return policy.guided(self.latents, self.sigmas, *rows, guidance.scale)
 
     def prefix(self, policy: Policy[Any, Any]) -> Any:
         """One prefix row per state."""
         return policy.prefix(policy.encode(self.prompts)).take(self.rows)
+
+
+def branches(policy: Policy[Any, Any], condition: Any, away: Any) -> tuple[Prefix, Prefix | None]:
+    """Prefix of some prompts, and of what guidance leads away from, so that rows of both join again
+    for free; None where `away` is None, which is without guidance."""
+    prefix = policy.prefix(condition)
+    if away is None:
+        return prefix, None
+    both = policy.join([prefix, policy.prefix(away)])
+    count = prefix.num_rows
+    return both.take(range(count)), both.take(range(count, 2 * count))
 
 
 def stack(signals: Sequence[Signal], device: torch.device | str = "cpu") -> Batch:

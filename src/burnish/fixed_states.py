@@ -28,7 +28,7 @@ from burnish.batches import guided_velocities, velocities
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.folding import folding
-from burnish.looks import LOOKS, Look, Looks, Watch, best_of
+from burnish.looks import LEVELS, LOOKS, Look, Looks, Watch, best_of
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts
@@ -40,8 +40,6 @@ from burnish.sharding import whole
 from burnish.tracking import read_rows, writing
 from burnish.types import Guidance, Labelled, Prompt, Signal
 
-_LEVELS = (0.9, 0.6, 0.3)
-"""Noise levels of the pictures; as many states are taken of each path."""
 _FIELDS = ("start", "start_guided", "target")
 """Velocities at a state: of the start, of the start guided, of the teacher."""
 FOLDER = "fixed-states"
@@ -279,7 +277,7 @@ class FixedStates(Watch):
             **self._guidance[label].settings(),
             group_size=1,
             window=0,
-            keep=min(len(_LEVELS), self._num_steps),
+            keep=min(len(LEVELS), self._num_steps),
             micro_batch=self._micro_batch,
         )
         return [
@@ -298,9 +296,9 @@ class FixedStates(Watch):
             pixels = images.to_tensor(picture.convert("RGB").resize((size.width, size.height)))
             with torch.no_grad():
                 clean = policy.encode_images(pixels[None].to(policy.device)).float().cpu()
-            clean = clean.expand(len(_LEVELS), *clean.shape[1:])
+            clean = clean.expand(len(LEVELS), *clean.shape[1:])
             draws = runtime.generator(0, "fixed states", prompt.id)
-            sigmas = torch.tensor(_LEVELS)
+            sigmas = torch.tensor(LEVELS)
             latents = add_noise(clean, torch.randn(clean.shape, generator=draws), sigmas)
             found.append(Signal(prompt=prompt, latents=latents, sigmas=sigmas))
         return found

@@ -25,11 +25,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from burnish import runtime, traits
+from burnish.batches import guided_velocities
 from burnish.config import Config, ConfigError, located
 from burnish.flow import add_noise
 from burnish.guidance import absorption
 from burnish.hacking import MIN_COVERAGE, is_better, verdict
-from burnish.looks import Look, Looks, Watch
+from burnish.looks import LEVELS, Look, Looks, Watch
 from burnish.policies.base import Policy
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
@@ -39,12 +40,10 @@ from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime
 from burnish.shelves import AnyReward
 from burnish.tracking import RunError, writing
-from burnish.types import Failed, Prompt, Scored, ScoreRequest, Task
+from burnish.types import Failed, Prompt, Scored, ScoreRequest, Signal, Task
 
 FOLDER = "guard"
 """Of the looks, in the folder of the stage's run."""
-_LEVELS = (0.9, 0.6, 0.3)
-"""Noise levels at which absorption is measured."""
 _STATES = 8
 """Pictures on which it is."""
 
@@ -271,7 +270,7 @@ class Guard(Watch):
         # One call has one task and one size.
         kinds = [(prompt.task, policy.buckets.size(prompt)) for prompt in self._prompts]
         rows = [row for row, kind in enumerate(kinds) if kind == kinds[0]][:_STATES]
-        prompts = [self._prompts[row] for row in rows] * len(_LEVELS)
+        prompts = [self._prompts[row] for row in rows] * len(LEVELS)
         path = self.looks.folder / "start.safetensors"
         if not self.looks.rows:
             first = [pictures[row * self._config.num_seeds] for row in rows]
@@ -294,28 +293,23 @@ class Guard(Watch):
     ) -> dict[str, Tensor]:
         """A picture each of some prompts, noised to each level."""
         clean = policy.encode_images(pictures.to(policy.device)).cpu()
-        clean = clean.float().repeat(len(_LEVELS), 1, 1, 1)
+        clean = clean.float().repeat(len(LEVELS), 1, 1, 1)
         draws = runtime.generator(0, "guard", "states")
-        sigmas = torch.tensor(_LEVELS).repeat_interleave(len(pictures))
+        sigmas = torch.tensor(LEVELS).repeat_interleave(len(pictures))
         noise = torch.randn(clean.shape, generator=draws)
         return {"latents": add_noise(clean, noise, sigmas).contiguous(), "sigmas": sigmas}
 
-    @torch.no_grad()
     def _velocities(
         self, policy: Policy[Any, Any], prompts: Sequence[Prompt], states: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """(guided, conditional) at the states."""
-        null = policy.encode_null(prompts, self._rollout.negative_prompt)
-        both = policy.join([policy.prefix(policy.encode(prompts)), policy.prefix(null)])
-        rows = range(len(prompts))
-        guided, conditional, _ = policy.guided(
-            states["latents"].to(policy.device),
-            states["sigmas"].to(policy.device),
-            both.take(rows),
-            both.take([row + len(prompts) for row in rows]),
-            self._rollout.guidance_scale,
+        each = zip(prompts, states["latents"].split(1), states["sigmas"].split(1), strict=True)
+        signals = [Signal(prompt=p, latents=latents, sigmas=sigma) for p, latents, sigma in each]
+        found = guided_velocities(
+            policy, signals, self._rollout.micro_batch, self._rollout.guidance
         )
-        return guided.float().cpu().contiguous(), conditional.float().cpu().contiguous()
+        guided, conditional = (torch.cat(own).float() for own in zip(*found, strict=True))
+        return guided.contiguous(), conditional.contiguous()
 
 
 class _Retention:

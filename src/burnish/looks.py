@@ -27,6 +27,8 @@ LOOKS = "looks.jsonl"
 """Name of the file of the rows."""
 Look = dict[str, Any]
 """A row: `step`, what was seen, and `told`, the part of it that is logged."""
+LEVELS = (0.9, 0.6, 0.3)
+"""Noise levels at which looks ask for velocities."""
 IsBetter = Callable[[Look, Look], bool]
 """Whether the first of two looks is better than the second."""
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Generator, Tensor
 
 from burnish import runtime
+from burnish.batches import branches
 from burnish.buckets import Size
 from burnish.flow import KERNELS
 from burnish.policies.base import Guided, Policy, Prefix
@@ -217,17 +218,6 @@ def _trajectories(
         for place, row in enumerate(rows):
             paths[row].append(_trajectory(batch[place], clean[place].cpu(), images[place]))
     return paths
-
-
-def branches(policy: Policy[Any, Any], condition: Any, away: Any) -> tuple[Prefix, Prefix | None]:
-    """Prefix of some prompts, and of what guidance leads away from, so that rows of both join again
-    for free; None where `away` is None, which is without guidance."""
-    prefix = policy.prefix(condition)
-    if away is None:
-        return prefix, None
-    both = policy.join([prefix, policy.prefix(away)])
-    count = prefix.num_rows
-    return both.take(range(count)), both.take(range(count, 2 * count))
 
 
 def _denoise(

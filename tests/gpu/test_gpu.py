@@ -18,6 +18,7 @@ from tests.jobs import distance, finish
 from torch import Tensor
 
 from burnish import images
+from burnish.batches import branches
 from burnish.config import parse
 from burnish.jobs import run_job
 from burnish.optimization import OptimizerConfig
@@ -26,7 +27,6 @@ from burnish.planning.plan import PROCESS_BYTES
 from burnish.policies.parts.execution import checkpoint_blocks
 from burnish.preflight import check_inputs
 from burnish.rewards.vlm import VlmConfig
-from burnish.rollout import branches
 from burnish.run_config import RunConfig
 from burnish.runtime import Runtime
 from burnish.shelves import families, policy_class

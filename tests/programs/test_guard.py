@@ -215,6 +215,32 @@ class TestGuard:
         assert [row["verdict"] for row in rows] == ["fine", "fine", "hacked"]
         assert [len(row["scores"]) for row in rows] == [16, 16, 16]
 
+    def test_absorbed_guidance_is_the_same_in_calls_of_any_size(
+        self, policy: QwenImage21Policy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And no call has more pictures, in both branches, than drawing has."""
+        found, largest = [], []
+        real = QwenImage21Policy.velocity
+
+        def asked(self: QwenImage21Policy, latents: Any, sigmas: Any, prefix: Any) -> Any:
+            largest.append(len(latents))
+            return real(self, latents, sigmas, prefix)
+
+        monkeypatch.setattr(QwenImage21Policy, "velocity", asked)
+        for micro_batch in (64, 2):
+            largest.clear()
+            learner = policy.sibling()
+            learner.transformer.requires_grad_(True)
+            rollout = ROLLOUT.model_copy(update={"micro_batch": micro_batch})
+            config = GuardConfig(judge=OracleConfig(), num_prompts=8, every=4)
+            watch = Guard(config, rollout, ["t2i"], tmp_path / str(micro_batch), step=0)
+            watch._judge = Scripted([0.2, 0.6])
+            look(watch, learner, 0, None, CPU)
+            shake(learner, 1)
+            found.append(look(watch, learner, 4, 1.0, CPU)["guard/absorbed_guidance"])
+            assert max(largest) <= 2 * micro_batch
+        assert found[0] == pytest.approx(found[1], rel=1e-4)
+
     def test_what_others_say_and_what_is_still_known_is_told_beside_the_rule(
         self, policy: QwenImage21Policy, tmp_path: Path
     ) -> None:

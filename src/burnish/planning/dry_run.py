@@ -15,8 +15,8 @@ from torch import Tensor
 
 from burnish.activations import GpuPrecision, Hollow, Live, Saved, emptied, like, on_meta, weights
 from burnish.adapters import LoraConfig, attach
+from burnish.batches import branches
 from burnish.policies.base import Policy
-from burnish.rollout import branches
 from burnish.runtime import Runtime
 from burnish.types import Prompt
 
