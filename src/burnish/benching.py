@@ -30,7 +30,7 @@ from burnish.questions import Asked, Item, Question
 from burnish.rollout import draw
 from burnish.runtime import Runtime, derived_seed
 from burnish.shelves import AnyBench
-from burnish.tracking import write_atomic, writing
+from burnish.tracking import write_atomic
 from burnish.types import Failed, Guidance
 
 _BLOCK = 64  # Pictures that are drawn before they are written.
@@ -193,9 +193,7 @@ def draw_pictures(
     pin(folder, "drawn", facts)
     wanted, ledger = missing(chosen, folder), Ledger(folder, _PICTURES, rt)
     for path, content in chosen.bench.companions(chosen.items):
-        with writing(folder / path):
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(folder / path, content)
+        write_atomic(folder / path, content)
     with progress(f"draw {label}", len(wanted)) as bar:
         for first in range(0, len(wanted), _BLOCK):
             block = wanted[first : first + _BLOCK]
@@ -216,10 +214,7 @@ def draw_pictures(
                     micro_batch=micro_batch,
                 )
             for (_, _, name), image in zip(block, drawn, strict=True):
-                path = folder / name
-                with writing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomic(path, images.encode_png(images.to_pil(image)))
+                write_atomic(folder / name, images.encode_png(images.to_pil(image)))
             ledger.add(
                 {"path": name, "item": chosen.digest_of_item(item)} for item, _, name in block
             )

@@ -37,7 +37,7 @@ from burnish.rollout import sample
 from burnish.rollout_config import RolloutConfig
 from burnish.runtime import Runtime, RuntimeConfig
 from burnish.shelves import AnyReward
-from burnish.tracking import write_json, writing
+from burnish.tracking import write_json
 from burnish.types import Failed, Group, Prompt
 
 Profile = dict[str, Any]
@@ -270,9 +270,8 @@ def write_kept(
     kept = set(select(rows, rule))
     summary = {"rule": rule.model_dump(mode="json"), **summarise(rows, kept)}
     kept_file, summary_file = (target / name for name in KEPT)
-    with writing(kept_file):
-        write_prompts(kept_file, PromptSet.of(prompts).select(lambda p: p.id in kept))
-        write_json(summary_file, summary)
+    write_prompts(kept_file, PromptSet.of(prompts).select(lambda p: p.id in kept))
+    write_json(summary_file, summary)
     return summary
 
 

@@ -5,7 +5,6 @@ bootstrap over prompts, because prompts, not pictures, are what a claim is meant
 Differences between two policies are paired by prompt.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from burnish.progress import progress
 from burnish.rewards.base import Reward
 from burnish.rollout import draw
 from burnish.runtime import Runtime
-from burnish.tracking import write_atomic, writing
+from burnish.tracking import write_atomic
 from burnish.types import Failed, Guidance, NotApplicable, Prompt, Scored, ScoreRequest
 
 Row = dict[str, Any]
@@ -137,10 +136,8 @@ def measure(
 
 
 def save_picture(path: Path, request: ScoreRequest) -> None:
-    """Write one picture, enlarged without smoothing so that it can be seen in a page."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(images.encode_webp(images.to_pil(request.image), quality=None))
+    """Write the picture of a request as it is."""
+    write_atomic(path, images.encode_webp(images.to_pil(request.image), quality=None))
 
 
 def _rows(
@@ -175,18 +172,6 @@ def _cell(name: str, prompt: Prompt, seed: int) -> Row:
         "category": prompt.category,
         "seed": seed,
     }
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """One JSON object a line."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_scores(path: Path) -> list[Row]:
-    """The rows that `write_rows` wrote."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def by_prompt(rows: Iterable[Row], **wanted: str) -> dict[str, list[float]]:

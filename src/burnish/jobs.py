@@ -22,7 +22,7 @@ from burnish.benching import (
 )
 from burnish.config import ConfigError, located
 from burnish.curation import measure_prompts, write_kept
-from burnish.evaluation import HEADLINE, Row, measure, write_rows
+from burnish.evaluation import HEADLINE, Row, measure
 from burnish.ledger import pin_files
 from burnish.merging import merge_into
 from burnish.policies.base import Policy
@@ -36,13 +36,14 @@ from burnish.run_folder import (
     bench_places,
     contestants,
     job_folder,
+    mark_complete,
     model_folder,
     start_folder,
     with_folders,
 )
 from burnish.runtime import ALONE, Runtime
 from burnish.significance import MIN_COVERAGE
-from burnish.tracking import Run, RunError, write_atomic
+from burnish.tracking import Run, RunError, write_rows
 from burnish.training import StageConfig, train
 from burnish.types import Failed
 
@@ -60,7 +61,7 @@ def run_job(config: RunConfig, folder: Path, job: str, rt: Runtime) -> None:
     }[kind]
     work(config, folder, name, rt)
     if rt.is_main:
-        write_atomic(job_folder(folder, job) / "DONE", "")
+        mark_complete(folder, job)
 
 
 def _curate(config: RunConfig, folder: Path, name: str, rt: Runtime) -> None:

@@ -10,7 +10,6 @@ loads torch only where it must, so that the command line starts quickly.
 import contextlib
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -72,10 +71,14 @@ def run_jobs(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
         JobError: a job failed; the others have been stopped.
         Stopped: by a signal; the jobs have been stopped.
     """
+    from burnish.run_folder import drop_result, is_complete
+
     jobs = config.jobs()
     todo = pending(folder, jobs, force=force)
     for job in todo:
-        _drop_result(folder, job, everything=force)
+        # What a job may resume from stays.
+        if force or is_complete(folder, job):
+            drop_result(folder, job)
     launch(
         todo,
         command=lambda job: command(config.runtime, folder, job),
@@ -136,17 +139,6 @@ def places(config: "RuntimeConfig", jobs: Collection[str]) -> list[dict[str, str
     count = max(1, min(runtime.usable_cores() // (threads * ranks), len(jobs)))
     limits = {"OMP_NUM_THREADS": str(threads)} if count * ranks > 1 else {}
     return [{**_KEEP_FREED, **limits} for _ in range(count)]
-
-
-def _drop_result(folder: Path, job: str, *, everything: bool) -> None:
-    """Remove a result that is no longer wanted; what a job may resume from stays."""
-    from burnish.run_folder import is_complete, job_folder
-
-    target = job_folder(folder, job)
-    if target.exists() and (everything or is_complete(folder, job)):
-        # First the marker: a kill in between must not leave a complete job without its files.
-        (target / "DONE").unlink(missing_ok=True)
-        shutil.rmtree(target)
 
 
 # --- Processes -------------------------------------------------------------------------------

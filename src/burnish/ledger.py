@@ -65,9 +65,7 @@ def pin(folder: Path, name: str, facts: Mapping[str, str]) -> None:
     """
     path = folder / f"{name}.json"
     if not path.is_file():
-        with writing(path):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, facts)
+        write_json(path, facts)
         return
     known = read_pin(folder, name)
     changed = sorted(key for key in known.keys() | facts.keys() if known.get(key) != facts.get(key))

@@ -9,7 +9,6 @@ are kept, so that a stage that is resumed goes on as if it had never stopped.
 """
 
 import functools
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 from burnish import checkpoint
 from burnish.policies.base import Policy
 from burnish.runtime import Runtime
-from burnish.tracking import RunError, read_rows, write_atomic, writing
+from burnish.tracking import RunError, read_rows, write_rows
 
 LOOKS = "looks.jsonl"
 """Name of the file of the rows."""
@@ -144,8 +143,7 @@ class Looks:
             needed = self._needed()
             kept = checkpoint.steps(self.folder)
             checkpoint.drop(self.folder, [old for old in kept if old not in needed])
-        with writing(self._path):
-            write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        write_rows(self._path, self.rows)
 
     def _needed(self) -> set[int]:
         """Steps whose weights may be asked for: of the best look now, and of the best as it was at

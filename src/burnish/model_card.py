@@ -20,8 +20,9 @@ from burnish.ledger import digest_of
 from burnish.policies.base import Policy
 from burnish.rewards.base import RewardConfig
 from burnish.run_config import BASE, RunConfig
+from burnish.run_folder import all_scores
 from burnish.significance import MIN_PROMPTS
-from burnish.summary import teachers, write_summary
+from burnish.summary import summarise, teachers
 from burnish.tables import shown
 
 SAMPLES = "samples.png"
@@ -113,7 +114,7 @@ def model_card(
         as_lora: the model is a LoRA on its base.
         has_pictures: there are pictures beside the card.
     """
-    summary = write_summary(folder)
+    summary = summarise(config, folder, all_scores(config, folder))
     config = renamed(config, terms.base_model)
     call: Any = family.pipeline_class.__call__
     tasks, ancestors = config.tasks(policy), list(_ancestors(config, folder, policy))

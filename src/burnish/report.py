@@ -24,7 +24,7 @@ from burnish.pages.galleries import TASKS, in_words, with_galleries
 from burnish.run_config import BASE, UNGUIDED, RunConfig
 from burnish.standings import arena_results, bench_results
 from burnish.summary import Number, read_run, teachers, write_summary
-from burnish.tracking import Run, read_rows, write_atomic, writing
+from burnish.tracking import Run, read_rows, write_atomic
 
 _PICTURES = (6, 4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
 _TAUGHT = ("student", "teacher", "merge", *(f"arm-{place}" for place in range(3, 10)))
@@ -67,8 +67,7 @@ def write_report(folder: Path) -> Path:
     }
     text = with_galleries(template, context, config, folder, _PICTURES)
     path = folder / "report.html"
-    with writing(path):
-        write_atomic(path, text)
+    write_atomic(path, text)
     return path
 
 

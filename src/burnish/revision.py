@@ -9,15 +9,20 @@ arm that has changed is run again alone; with the base, where all of them do oth
 profile of prompts that several of them share stays as long as one draws the same.
 """
 
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from burnish.curation import KEPT
 from burnish.run_config import BASE, PLACE, RunConfig, drawn
-from burnish.run_folder import job_folder
+from burnish.run_folder import (
+    drop_result,
+    is_complete,
+    job_folder,
+    mark_complete,
+    mark_incomplete,
+)
 from burnish.summary import read_run
-from burnish.tracking import Run, lock, write_atomic
+from burnish.tracking import Run, lock
 
 _FREE = ("study", "evidence", "benches", "arena")
 """Settings that a run may be given at any time."""
@@ -68,7 +73,8 @@ def take_up(
     if stale and look is not None:
         look(stale)
     _hand_on(config, folder, _profiles(before, config))
-    _drop(folder, stale)
+    for job in stale:
+        drop_result(folder, job)
     for job in {*before.jobs(), *config.jobs()}:
         kind, name = job.split("/", 1)
         # Pictures and replies stay: whatever has not changed in a bench is not asked again.
@@ -76,7 +82,7 @@ def take_up(
             kind == "arena" and before.arena != config.arena
         )
         if is_stale:
-            (job_folder(folder, job) / "DONE").unlink(missing_ok=True)
+            mark_incomplete(folder, job)
     Run.open(folder).rebind(config)
     return changed
 
@@ -119,25 +125,17 @@ def _profiles(before: RunConfig, config: RunConfig) -> dict[str, str]:
 def _hand_on(config: RunConfig, folder: Path, profiles: Mapping[str, str]) -> None:
     """Give stages the profiles that others had; what each keeps of it stays its own."""
     for name, other in profiles.items():
-        source, target = (job_folder(folder, f"curate/{n}") for n in (other, name))
+        jobs = [f"curate/{n}" for n in (other, name)]
+        source, target = (job_folder(folder, job) for job in jobs)
         if name == other or not (source / "run.json").is_file():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        is_done = (source / "DONE").is_file()
-        (source / "DONE").unlink(missing_ok=True)
+        is_done = is_complete(folder, jobs[0])
+        mark_incomplete(folder, jobs[0])
         for path in source.glob("[!.]*"):
             if path.name not in ("run.json", *KEPT):
                 path.replace(target / path.name)
         Run(target, Run.open(source).facts).rebind(config.curated(name))
         (source / "run.json").unlink()
         if is_done:
-            write_atomic(target / "DONE", "")
-
-
-def _drop(folder: Path, jobs: Collection[str]) -> None:
-    """The results of jobs."""
-    for job in jobs:
-        place = job_folder(folder, job)
-        # First the marker: a kill in between must not leave a complete job without its files.
-        (place / "DONE").unlink(missing_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
+            mark_complete(folder, jobs[1])

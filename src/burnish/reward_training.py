@@ -376,8 +376,7 @@ def _write(
             reasoning=config.reasoning,
             batch_size=4 * config.batch_size,
         )
-        with writing(folder):
-            write_json(unfinished / "judge.json", facts | found)
+        write_json(unfinished / "judge.json", facts | found)
 
 
 def _compare(trained: nn.Module, written: nn.Module) -> None:

@@ -8,19 +8,23 @@ arena/<task>/         battles.jsonl
 summary.json          the table of the report
 """
 
+import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
 from burnish.algorithms.distill import DistillConfig, TeacherConfig
 from burnish.config import located
 from burnish.curation import num_drawn
-from burnish.evaluation import Row, read_scores
+from burnish.evaluation import Row
 from burnish.run_config import BASE, BASES, STAGE, RunConfig, teachers_of
 from burnish.stability import norms, runaway
-from burnish.tracking import read_rows
+from burnish.tracking import read_rows, write_atomic, writing
 from burnish.training import StageConfig, is_unscored
 
 BATTLES = "battles.jsonl"
+DONE = "DONE"
+"""The file that says that a job's result is whole."""
 _FOLDERS = {
     "curate": "curation",
     "train": "stages",
@@ -35,7 +39,26 @@ PARTS = ("rollout", "credit", "update")
 
 def is_complete(folder: Path, job: str) -> bool:
     """Whether a job has left its result."""
-    return (job_folder(folder, job) / "DONE").is_file()
+    return (job_folder(folder, job) / DONE).is_file()
+
+
+def mark_complete(folder: Path, job: str) -> None:
+    """Say that the result of a job is whole: last, as all else must be there before."""
+    write_atomic(job_folder(folder, job) / DONE, "")
+
+
+def mark_incomplete(folder: Path, job: str) -> None:
+    """Take that back; what the job has left stays."""
+    (job_folder(folder, job) / DONE).unlink(missing_ok=True)
+
+
+def drop_result(folder: Path, job: str) -> None:
+    """Remove what a job has left."""
+    # First the marker: a kill in between must not leave a complete job without its files.
+    mark_incomplete(folder, job)
+    place = job_folder(folder, job)
+    with writing(place), contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(place)
 
 
 def job_folder(folder: Path, job: str) -> Path:
@@ -134,4 +157,4 @@ def all_scores(config: RunConfig, folder: Path) -> list[Row]:
     """The rows of every policy measured so far."""
     names = (*BASES, *config.policies())
     files = [folder / "evaluation" / name / "scores.jsonl" for name in names]
-    return [row for file in files if file.is_file() for row in read_scores(file)]
+    return [row for file in files if file.is_file() for row in read_rows(file)]

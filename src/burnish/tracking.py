@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,8 @@ class Run:
     def rebind(self, config: Config) -> "Run":
         """Give the folder to another configuration; the caller vouches for what is in it."""
         facts = {**self.facts, "config_hash": config_hash(config)}
-        with writing(self.folder):
-            write_atomic(self.folder / "config.yaml", dump_yaml(config))
-            write_json(self.folder / "run.json", facts)
+        write_atomic(self.folder / "config.yaml", dump_yaml(config))
+        write_json(self.folder / "run.json", facts)
         return Run(self.folder, facts)
 
     @property
@@ -154,8 +153,7 @@ class Run:
             lines = path.read_bytes().splitlines(keepends=True)
             kept = [line for line in lines if _step_of(line, step + 1) <= step]
             if len(kept) < len(lines):
-                with writing(path):
-                    write_atomic(path, b"".join(kept))
+                write_atomic(path, b"".join(kept))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of `metrics.jsonl` in order; a last row that was cut short is left out."""
@@ -181,11 +179,9 @@ class Run:
         if not name or name != Path(name).name or name.startswith("."):
             raise RunError(f"need a plain file name for a sample, got {name!r}; drop the slashes")
         path = self.folder / "samples" / f"step-{step:06d}" / f"{name}.webp"
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, encode_webp(image))
-            if record is not None:
-                write_json(path.with_suffix(".json"), record)
+        write_atomic(path, encode_webp(image))
+        if record is not None:
+            write_json(path.with_suffix(".json"), record)
         return path
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -208,17 +204,24 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is there whole or not at all, even after a power cut."""
+    """Write a file, in a folder that is made if missing, so that it is there whole or not at all,
+    even after a power cut.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -241,6 +244,11 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, indented for readers."""
     write_atomic(path, json.dumps(data, indent=2, default=str) + "\n")
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a JSONL file atomically, an object a line."""
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from tests.family_recipes import DRAW, recipe
 from burnish import checkpoint, cli, images, jobs, runtime
 from burnish.adapters import read_adapter
 from burnish.config import ConfigError, located, parse
-from burnish.evaluation import HEADLINE, read_scores
+from burnish.evaluation import HEADLINE
 from burnish.exporting import deployed_model
 from burnish.jobs import run_job
 from burnish.model_card import Terms, model_card
@@ -37,7 +37,7 @@ from burnish.run_config import RunConfig
 from burnish.run_folder import all_scores, is_complete
 from burnish.shelves import families, policy_class
 from burnish.summary import summarise
-from burnish.tracking import Run, RunError
+from burnish.tracking import Run, RunError, read_rows
 from burnish.types import Failed, Prompt, ScoreRequest
 
 # Stages of a step teach nobody anything.
@@ -267,7 +267,7 @@ def test_prompts_of_several_shapes_are_drawn_scored_trained_on_and_measured(
     last = (96, 32) if task == "edit" else (64, 64)
     for prompt, size in zip(prompts, [(64, 64), (96, 32), (32, 96), last] * 2, strict=True):
         assert images.read(drawn / f"{prompt.id}.webp").size == size
-    rows = read_scores(run / "evaluation/student/scores.jsonl")
+    rows = read_rows(run / "evaluation/student/scores.jsonl")
     assert {row["prompt"] for row in rows} == {prompt.id for prompt in prompts}
     assert sum(row["metric"] == "diversity" for row in rows) == len(prompts)
     # Whatever the judge is, its score is what the run is told by.

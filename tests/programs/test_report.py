@@ -15,7 +15,7 @@ from rich.console import Console
 from burnish import images, report
 from burnish.config import parse
 from burnish.contamination import contamination
-from burnish.evaluation import HEADLINE, Row, read_scores, write_rows
+from burnish.evaluation import HEADLINE, Row
 from burnish.pages.charts import chart
 from burnish.pages.galleries import MAX_BYTES
 from burnish.prompts import write_prompts
@@ -24,7 +24,7 @@ from burnish.run_config import BASE, BEST_OF, UNGUIDED, RunConfig
 from burnish.run_folder import all_scores
 from burnish.summary import KNOWLEDGE, Cells, ratio, read_run, summarise, write_summary
 from burnish.tables import cost_table, table
-from burnish.tracking import Run
+from burnish.tracking import Run, read_rows, write_rows
 from burnish.types import Prompt
 
 CATEGORIES = ("general", "portrait", "landscape", "typography")
@@ -492,7 +492,7 @@ def test_a_merge_is_a_policy_like_the_others(tmp_path: Path) -> None:
     Run.open(folder).rebind(merged)
     place = folder / "evaluation"
     shutil.copytree(place / "student", place / "soup")
-    rows = read_scores(place / "student" / "scores.jsonl")
+    rows = read_rows(place / "student" / "scores.jsonl")
     write_rows(place / "soup" / "scores.jsonl", [row | {"policy": "soup"} for row in rows])
     page, found = write_report(folder).read_text(), write_summary(folder)
     own = next(row for row in found["policies"] if row["policy"] == "soup")

@@ -10,7 +10,7 @@ import pytest
 from burnish import revision
 from burnish.config import ConfigError, parse
 from burnish.curation import SelectionConfig
-from burnish.evaluation import Row, read_scores, write_rows
+from burnish.evaluation import Row
 from burnish.guard import FOLDER, GuardConfig
 from burnish.launcher import pending
 from burnish.looks import LOOKS
@@ -22,7 +22,7 @@ from burnish.studies.curves import Curve, budget, budgets
 from burnish.studies.study import of_seed, seed_folder, share_base, tabulate, write_study
 from burnish.studies.table import markdown
 from burnish.summary import read_run
-from burnish.tracking import Run, RunError, write_atomic
+from burnish.tracking import Run, RunError, read_rows, write_atomic, write_rows
 from burnish.types import Prompt
 
 GAINS = {BASE: 0.0, "plain": 0.05, "better": 0.15}
@@ -118,7 +118,7 @@ def test_the_table_says_the_question_the_command_and_the_seeds(tmp_path: Path) -
     page = (tmp_path / "study" / "study.html").read_text()
     assert "Which is better?" in page and "<script" not in page and "arm-1" in page
     assert page.count("38,400") == 2 and 'href="#budget"' not in page
-    rows = read_scores(tmp_path / "study" / "scores.jsonl")
+    rows = read_rows(tmp_path / "study" / "scores.jsonl")
     assert {row["arm"] for row in rows} == {*BASES, "plain", "better"}
     assert all(row["study"] == "fake" and row["seed"] == 0 for row in rows)
 
@@ -249,7 +249,7 @@ def test_the_base_is_measured_again_on_a_task_that_an_arm_was_given(tmp_path: Pa
             write_atomic(run / "evaluation" / BASE / "DONE", "")
     share_base(tmp_path / "study", (0, 1), 1)
     assert is_complete(second, f"measure/{BASE}")
-    assert read_scores(second / "evaluation" / BASE / "scores.jsonl") == score_rows(BASE, 5)
+    assert read_rows(second / "evaluation" / BASE / "scores.jsonl") == score_rows(BASE, 5)
 
 
 def test_a_shared_profile_stays_when_the_arm_that_had_it_changes(tmp_path: Path) -> None:

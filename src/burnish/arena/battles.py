@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from burnish.config import ConfigError
-from burnish.tracking import write_atomic, writing
+from burnish.tracking import write_rows
 from burnish.wording import brief, nearest
 
 Winner = Literal["a", "b", "tie", "both_bad"]
@@ -108,9 +108,7 @@ def _battle(line: str, where: str) -> Battle:
 
 def write_battles(path: Path, battles: Sequence[Battle]) -> None:
     """Write votes as `read_battles` reads them."""
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(json.dumps(asdict(battle)) + "\n" for battle in battles))
+    write_rows(path, (asdict(battle) for battle in battles))
 
 
 def by_category(battles: Sequence[Battle]) -> dict[str, list[Battle]]:

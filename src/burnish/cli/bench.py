@@ -276,12 +276,10 @@ def _finish(
 
     from burnish import benching
     from burnish.pages.bench import heading, tree_table, why_invalid, write_bench_page
-    from burnish.tracking import write_json, writing
+    from burnish.tracking import write_json
 
     found = benching.result(chosen, replies, base=base, judge=judge)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "bench.json", found)
+    write_json(folder / "bench.json", found)
     command = shlex.join(["burnish", *sys.argv[1:]])
     page = write_bench_page(found, folder / "bench.html", command, pictures, chosen.sources)
     print(heading(found))

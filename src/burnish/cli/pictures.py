@@ -66,9 +66,7 @@ def sample(
     seeds = [seed + place for _ in prompts for place in range(count)]
     drawn = _draw(plan, model_folder, asked, seeds)
     sheet = images.grid([images.to_pil(image) for image in drawn], count)
-    with tracking.writing(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        tracking.write_atomic(out, images.encode_png(sheet))
+    tracking.write_atomic(out, images.encode_png(sheet))
     print(out)
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from burnish import html
-from burnish.tracking import write_atomic, writing
+from burnish.tracking import write_atomic
 
 
 def leaderboard(found: Mapping[str, Any]) -> Table:
@@ -60,9 +60,7 @@ def write_arena_page(found: Mapping[str, Any], path: Path, command: str) -> Path
         refused={name: own for name, own in found["categories"].items() if not own["rows"]},
         radar=radar(found, names),
     )
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+    write_atomic(path, text)
     return path
 
 

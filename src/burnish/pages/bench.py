@@ -16,7 +16,7 @@ from burnish.benching import Sources
 from burnish.images import ImageError
 from burnish.significance import MIN_COVERAGE, detectable
 from burnish.tables import shown
-from burnish.tracking import write_atomic, writing
+from burnish.tracking import write_atomic
 
 WHOLE = "Overall"
 """Name of the top of the tree."""
@@ -121,9 +121,7 @@ def write_bench_page(
         colours=html.colours(list(found["models"])),
         **view(found, path.parent, pictures, sources),
     )
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
+    write_atomic(path, text)
     return path
 
 

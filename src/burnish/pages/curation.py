@@ -7,7 +7,7 @@ from typing import Any
 
 from burnish import html
 from burnish.curation import Profile
-from burnish.tracking import write_atomic, writing
+from burnish.tracking import write_atomic
 
 _SIDE = 240.0  # Of a plot, in its own units.
 
@@ -39,8 +39,7 @@ def write_curation_page(
         command=command,
     )
     path = folder / "curation.html"
-    with writing(path):
-        write_atomic(path, text)
+    write_atomic(path, text)
     return path
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from burnish import html, images
 from burnish.judges.trust import CEILINGS, Examination, Reading
 from burnish.rewards.vlm import Judge
-from burnish.tracking import write_atomic, write_json, writing
+from burnish.tracking import write_atomic, write_json
 from burnish.types import Failed, Scored
 
 AGREEMENT = {
@@ -65,10 +65,8 @@ def write_trust_report(
         rubrics={e.dimension: judge.rubric(e.dimension) for e in found},
     )
     path = folder / "report.html"
-    with writing(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, text)
-        write_json(folder / "report.json", {"judge": name, "dimensions": numbers})
+    write_atomic(path, text)
+    write_json(folder / "report.json", {"judge": name, "dimensions": numbers})
     return path
 
 

@@ -14,7 +14,7 @@ from burnish.pages.galleries import TASKS, with_galleries
 from burnish.run_config import BASE, RunConfig
 from burnish.studies.curves import told
 from burnish.summary import Number
-from burnish.tracking import read_rows, write_atomic, writing
+from burnish.tracking import read_rows, write_atomic
 
 _PICTURES = (4, 2, 1)  # Prompts of each category, the first number whose page is small enough.
 _CURVES = {
@@ -52,8 +52,7 @@ def write_study_page(
     }
     text = with_galleries(template, context, config, runs[0], _PICTURES)
     path = folder / "study.html"
-    with writing(path):
-        write_atomic(path, text)
+    write_atomic(path, text)
     return path
 
 

@@ -26,7 +26,7 @@ from burnish.evaluation import HEADLINE, Row, by_prompt, differences, estimate
 from burnish.fixed_states import folded
 from burnish.prompts import read_prompts
 from burnish.run_config import BASE, ComparisonConfig, RunConfig
-from burnish.run_folder import all_scores, is_complete, spent
+from burnish.run_folder import DONE, all_scores, is_complete, mark_complete, spent
 from burnish.significance import MIN_COVERAGE
 from burnish.studies.courses import course, mean_course
 from burnish.studies.curves import budgets
@@ -40,7 +40,7 @@ from burnish.summary import (
     ratio,
     read_run,
 )
-from burnish.tracking import write_atomic, write_json, writing
+from burnish.tracking import write_atomic, write_json, write_rows
 from burnish.wording import nearest
 
 
@@ -86,10 +86,10 @@ def share_base(folder: Path, seeds: Sequence[int], seed: int) -> None:
         if is_complete(other, job) and not is_complete(here, job):
             for name in read_run(here).bases:
                 source, target = (run / "evaluation" / name for run in (other, here))
-                ignored = shutil.ignore_patterns("DONE")
+                ignored = shutil.ignore_patterns(DONE)
                 shutil.copytree(source, target, dirs_exist_ok=True, ignore=ignored)
             # Last: it says that the rest is whole.
-            write_atomic(here / "evaluation" / BASE / "DONE", "")
+            mark_complete(here, job)
 
 
 def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]:
@@ -131,11 +131,10 @@ def write_study(config: RunConfig, folder: Path, command: str) -> dict[str, Any]
         "budgets": budgets(config, folders),
         "course": mean_course(trained),
     }
-    with writing(folder / "study.json"):
-        write_json(folder / "study.json", found)
-        write_atomic(folder / "scores.jsonl", "".join(raw_rows(config, rows)))
-        write_atomic(folder / "course.jsonl", "".join(json.dumps(r) + "\n" for r in trained))
-        write_atomic(folder / "study.md", markdown(found))
+    write_json(folder / "study.json", found)
+    write_atomic(folder / "scores.jsonl", "".join(raw_rows(config, rows)))
+    write_rows(folder / "course.jsonl", trained)
+    write_atomic(folder / "study.md", markdown(found))
     write_study_page(config, found, folders, folder)
     return found
 
