@@ -83,7 +83,7 @@ def run_jobs(config: "RunConfig", folder: Path, *, force: bool = False) -> None:
         todo,
         command=lambda job: command(config.runtime, folder, job),
         log_file=lambda job: log_file(folder, job),
-        places=places(config.runtime, todo),
+        environments=environments(config.runtime, todo),
         num_complete=len(jobs) - len(todo),
     )
 
@@ -117,7 +117,7 @@ def log_file(folder: Path, job: str) -> Path:
     return folder / "logs" / f"{job.replace('/', '-')}.txt"
 
 
-def places(config: "RuntimeConfig", jobs: Collection[str]) -> list[dict[str, str]]:
+def environments(config: "RuntimeConfig", jobs: Collection[str]) -> list[dict[str, str]]:
     """The environment of each of the jobs that may run at once."""
     import torch
 
@@ -165,7 +165,7 @@ class _Child:
     job: str
     process: subprocess.Popen[bytes]
     log: Path
-    place: Mapping[str, str]
+    environment: Mapping[str, str]
     offset: int
     """How much of the log has been read; earlier attempts are before it."""
     progress: str = ""
@@ -228,24 +228,25 @@ def launch(
     *,
     command: Callable[[str], Sequence[str]],
     log_file: Callable[[str], Path],
-    places: Sequence[Mapping[str, str]],
+    environments: Sequence[Mapping[str, str]],
     num_complete: int = 0,
 ) -> None:
-    """Run jobs in processes; a job starts when those it waits for are done and a place is free.
+    """Run jobs in processes; a job starts when those it waits for are done and there is
+    an environment for it.
 
     Args:
         jobs: in the order in which they should start; a job that is waited for but not among them
             counts as done.
         command: the command line of a job; its process should call `follow_launcher`.
         log_file: where its output goes, after what is there.
-        places: the environment of each process that may run at once.
+        environments: one for each process that may run at once.
         num_complete: jobs that were done before, for the progress bar.
 
     Raises:
         JobError: a job failed; the others have been stopped.
         Stopped: SIGINT, SIGTERM or SIGHUP came, or a job was stopped by one.
     """
-    waiting, free = dict(jobs), list(places)
+    waiting, free = dict(jobs), list(environments)
     running: list[_Child] = []
     with _listening() as stops, _Screen(len(jobs) + num_complete) as screen:
         try:
@@ -255,7 +256,7 @@ def launch(
                     raise Stopped
                 for child in ended:
                     running.remove(child)
-                    free.append(child.place)
+                    free.append(child.environment)
                     child.read()
                     _check_end(child, screen)
                 for job in _ready(waiting, running)[: len(free)]:
@@ -277,7 +278,7 @@ def _ready(waiting: Jobs, running: Sequence[_Child]) -> list[str]:
     return ready
 
 
-def _start(job: str, command: Sequence[str], log: Path, place: Mapping[str, str]) -> _Child:
+def _start(job: str, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> _Child:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         output = log.open("ab")
@@ -293,10 +294,10 @@ def _start(job: str, command: Sequence[str], log: Path, place: Mapping[str, str]
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **place, _TIED: "1", "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, **environment, _TIED: "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=True,
         )
-    return _Child(job, process, log, place, offset)
+    return _Child(job, process, log, environment, offset)
 
 
 def _check_end(child: _Child, screen: "_Screen") -> None:

@@ -1,5 +1,6 @@
 """The model of a run: its family, its sizes and how it is kept on a device; and reading it so."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from burnish.buckets import MULTIPLE, SQUARE, Buckets
 from burnish.config import Config, ConfigError, located
 from burnish.policies.base import Policy
 from burnish.policies.parts.execution import (
+    Again,
     Attention,
     check_attention,
     checkpoint_blocks,
@@ -132,6 +134,19 @@ def check_kernels(config: PolicyConfig) -> None:
         )
 
 
+def set_up(policy: Policy[Any, Any], config: PolicyConfig, again: Again = nullcontext) -> None:
+    """Give a policy the settings that decide how it computes, whether it has weights or not.
+
+    Args:
+        policy: of the family; changed in place.
+        config: its settings.
+        again: opens what blocks are to be computed again in.
+    """
+    policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
+    policy.batch_guidance = config.batch_guidance
+    checkpoint_blocks(policy.transformer, policy.block_classes, config.checkpointing, again=again)
+
+
 def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, Any]:
     """A policy of the run's family from a pipeline folder, frozen until something trains it: of
     weights with gradient autocast keeps rounded copies. A transformer that will be spread over
@@ -150,10 +165,8 @@ def load_policy(config: PolicyConfig, folder: Path, rt: Runtime) -> Policy[Any, 
         for name, network in policy.networks().items():
             if name != "transformer":
                 network.to(rt.device)
-    policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
-    policy.batch_guidance = config.batch_guidance
     transformer: Any = policy.transformer.requires_grad_(False)
-    checkpoint_blocks(transformer, policy.block_classes, config.checkpointing)
+    set_up(policy, config)
     if config.attention != "native":
         set_attention(transformer, config.attention)
     if config.compile:

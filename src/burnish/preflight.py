@@ -125,7 +125,7 @@ def check_places(config: RunConfig, device: str) -> None:
         ConfigError: one wants to be on a GPU, and the run is on none.
     """
     for key, reward in config.scorers():
-        if reward.place == "cuda" and device != "cuda":
+        if reward.runs_on == "cuda" and device != "cuda":
             raise ConfigError(
                 f"{key}: need a run on a GPU for device=cuda, got one on a {device}; set "
                 f"{key}.device=cpu, or runtime.device=cuda where there is a GPU"

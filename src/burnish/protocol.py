@@ -206,7 +206,7 @@ class TokenLogProb(BaseModel):
     logprob: float
 
 
-class Place(TokenLogProb):
+class TokenPosition(TokenLogProb):
     """One written token, and what else was likely there."""
 
     top_logprobs: list[TokenLogProb] = []
@@ -215,7 +215,7 @@ class Place(TokenLogProb):
 class LogProbs(BaseModel):
     """The written tokens in order."""
 
-    content: list[Place] | None = None
+    content: list[TokenPosition] | None = None
 
 
 class ReplyMessage(BaseModel):
@@ -255,7 +255,7 @@ class ChatReply(BaseModel):
         return self.choices[0].finish_reason == "length"
 
     @property
-    def places(self) -> list[Place]:
+    def positions(self) -> list[TokenPosition]:
         """The written tokens with their log-probabilities; empty where the server tells none."""
         told = self.choices[0].logprobs
         return (told.content or []) if told else []
@@ -291,7 +291,7 @@ def read_reply(data: Any) -> ChatReply | Failed:
 
 def read_whole(reply: ChatReply, alphabet: Alphabet) -> Answer | Failed:
     """The answer out of the one call of the form `whole`."""
-    ids = [_id_of(place.token) for place in reply.places]
+    ids = [_id_of(place.token) for place in reply.positions]
     known = [number for number in ids if number is not None]
     if not ids or len(known) != len(ids):
         return Failed(reason="need token ids in the reply, got none")
@@ -301,7 +301,7 @@ def read_whole(reply: ChatReply, alphabet: Alphabet) -> Answer | Failed:
         return cut if reply.is_cut_off and reply.text.count(MARKER) == 0 else place
     reasoning, _, rest = reply.text.rpartition(MARKER)
     wrong = _not_one_digit(rest)
-    return wrong or _at(reply.places[place], reasoning, alphabet)
+    return wrong or _at(reply.positions[place], reasoning, alphabet)
 
 
 def read_reasoning(reply: ChatReply) -> str | Failed:
@@ -316,12 +316,12 @@ def read_reasoning(reply: ChatReply) -> str | Failed:
 
 def read_digit(reply: ChatReply, reasoning: str, alphabet: Alphabet | None) -> Answer | Failed:
     """The answer out of the call that continues by one token."""
-    if len(reply.places) != 1:
-        return Failed(reason=f"need one token in the reply, got {len(reply.places)}")
-    return _at(reply.places[0], reasoning, alphabet)
+    if len(reply.positions) != 1:
+        return Failed(reason=f"need one token in the reply, got {len(reply.positions)}")
+    return _at(reply.positions[0], reasoning, alphabet)
 
 
-def _at(place: Place, reasoning: str, alphabet: Alphabet | None) -> Answer | Failed:
+def _at(place: TokenPosition, reasoning: str, alphabet: Alphabet | None) -> Answer | Failed:
     """The digits' log-probabilities among those told of one place."""
     names = {str(number): number for number in SCALE}
     if alphabet is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from burnish.curation import KEPT
-from burnish.run_config import BASE, PLACE, RunConfig, drawn
+from burnish.run_config import BASE, FREE_RUNTIME, RunConfig, drawn
 from burnish.run_folder import (
     drop_result,
     is_complete,
@@ -62,7 +62,7 @@ def take_up(
     if not any(folder.glob("evaluation/*/DONE")):
         loose += _JUDGES
     same = {name: getattr(config, name) for name in loose}
-    own = {name: getattr(config.runtime, name) for name in PLACE}
+    own = {name: getattr(config.runtime, name) for name in FREE_RUNTIME}
     same["runtime"] = before.runtime.model_copy(update=own)
     if before == config or before.model_copy(update=same) != config:
         return []

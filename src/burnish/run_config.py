@@ -30,7 +30,7 @@ UNGUIDED = "base-unguided"
 BEST_OF = "base-best-of"
 BASES = (BASE, UNGUIDED, BEST_OF)
 """The ways in which a base may be measured."""
-PLACE = ("processes", "check_memory")
+FREE_RUNTIME = ("processes", "check_memory")
 """Settings of `runtime` that a run may be given at any time, as they decide no result."""
 _DEFAULTS = RuntimeConfig().model_dump()
 STAGE = "stage:"
@@ -265,7 +265,9 @@ class RunConfig(Config):
             seed=self.seed,
             policy=self.policy,
             # Those would make another profile of the same.
-            runtime=self.runtime.model_copy(update={name: _DEFAULTS[name] for name in PLACE}),
+            runtime=self.runtime.model_copy(
+                update={name: _DEFAULTS[name] for name in FREE_RUNTIME}
+            ),
             prompts=stage.prompts,
             rollout=stage.rollout,
             rewards=stage.rewards,

@@ -193,6 +193,6 @@ def check_ratio(metrics: Mapping[str, float], num_updates: int) -> None:
     """Old and new policy are the same before the first update."""
     # With several updates the old velocities come from batches of another shape.
     allowed = 0.0 if num_updates == 1 else 1e-3
-    ratio = metrics.get("policy/ratio_max", 1.0)
-    if abs(ratio - 1) > allowed:
-        raise SelfCheckError(f"need a ratio of 1 before the first update, got {ratio:.8g}")
+    for ratio in (metrics.get(f"policy/ratio_{end}", 1.0) for end in ("min", "max")):
+        if abs(ratio - 1) > allowed:
+            raise SelfCheckError(f"need a ratio of 1 before the first update, got {ratio:.8g}")

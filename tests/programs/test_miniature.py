@@ -116,7 +116,7 @@ def test_guidance_makes_the_base_better(base: QwenImage21Policy) -> None:
     ]
     means = {}
     for scale in (1.0, 3.0):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with runtime.quick().autocast():
             images = draw(
                 base, prompts[:48], num_steps=10, guidance=Guidance(scale), seeds=list(range(48))
             )

@@ -744,7 +744,7 @@ def test_held_out_pictures_ask_for_what_nobody_was_trained_on() -> None:
 
 def test_a_tower_learns_to_recognise_and_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
-    plan = EyesPlan(steps=12, batch_size=16, save_every=8)
+    plan = EyesPlan(steps=8, batch_size=16, save_every=5)
 
     def learn(stop: int = 0) -> tuple[list[dict[str, float]], torch.Tensor]:
         model, processor = new_judge(TEXTS)
@@ -763,9 +763,9 @@ def test_a_tower_learns_to_recognise_and_goes_on_where_it_was_cut_off(tmp_path: 
 
     whole, weights = learn()
     assert np.mean([f["loss"] for f in whole[-3:]]) < np.mean([f["loss"] for f in whole[:3]])
-    learn(stop=10)
+    learn(stop=7)
     rest, again = learn()
-    assert rest == whole[8:] and torch.equal(weights, again)
+    assert rest == whole[5:] and torch.equal(weights, again)
 
 
 def test_what_a_picture_does_not_show_is_left_out() -> None:
@@ -853,9 +853,9 @@ def test_what_raters_wrote_is_read_as_the_judge_will_be_asked() -> None:
 def test_a_model_learns_to_see_and_a_training_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     base = QwenImage21Policy.load(located("embedded:weights/base"), resolution=64)
     annotations = annotated_pictures(base, FEW)
-    plan = SightPlan(steps=6, batch_size=4, save_every=3)
+    plan = SightPlan(steps=4, batch_size=4, save_every=2)
 
-    def learn(folder: Path, stop: int = 6) -> tuple[list[dict[str, float]], Any]:
+    def learn(folder: Path, stop: int = 4) -> tuple[list[dict[str, float]], Any]:
         model, processor = new_judge(TEXTS)
         done = []
 
@@ -872,9 +872,9 @@ def test_a_model_learns_to_see_and_a_training_that_was_cut_off_goes_on(tmp_path:
 
     whole, model = learn(tmp_path / "whole", stop=0)
     assert all(value < 8 for found in whole for value in found.values())
-    learn(tmp_path / "cut", stop=4)
+    learn(tmp_path / "cut", stop=3)
     rest, again = learn(tmp_path / "cut", stop=0)
-    assert rest == whole[3:]
+    assert rest == whole[2:]
     theirs = again.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
 

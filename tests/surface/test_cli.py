@@ -789,22 +789,22 @@ def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = runtime.RuntimeConfig(device="cpu")
     monkeypatch.setattr(runtime, "usable_cores", lambda: 4)
     many = [f"train/{number}" for number in range(9)]
-    assert [p["OMP_NUM_THREADS"] for p in launcher.places(cpu, many)] == ["1"] * 4
-    assert len(launcher.places(cpu, many[:3])) == 3
-    two = launcher.places(runtime.RuntimeConfig(device="cpu", threads=2), many)
+    assert [p["OMP_NUM_THREADS"] for p in launcher.environments(cpu, many)] == ["1"] * 4
+    assert len(launcher.environments(cpu, many[:3])) == 3
+    two = launcher.environments(runtime.RuntimeConfig(device="cpu", threads=2), many)
     assert [p["OMP_NUM_THREADS"] for p in two] == ["2", "2"]
-    assert "OMP_NUM_THREADS" not in launcher.places(cpu, many[:1])[0]
+    assert "OMP_NUM_THREADS" not in launcher.environments(cpu, many[:1])[0]
     # Training has processes of its own, measuring has one.
     pairs = runtime.RuntimeConfig(device="cpu", processes=2)
-    assert len(launcher.places(pairs, many)) == 2
-    assert len(launcher.places(pairs, ["measure/base", "measure/a", "measure/b"])) == 3
+    assert len(launcher.environments(pairs, many)) == 2
+    assert len(launcher.environments(pairs, ["measure/base", "measure/a", "measure/b"])) == 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    gpus = launcher.places(runtime.RuntimeConfig(), many)
+    gpus = launcher.environments(runtime.RuntimeConfig(), many)
     assert gpus == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert launcher.places(runtime.RuntimeConfig(), many)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert launcher.environments(runtime.RuntimeConfig(), many)[1] == {"CUDA_VISIBLE_DEVICES": "5"}
 
 
 def test_what_depends_on_a_new_result_is_made_again(tmp_path: Path) -> None:
@@ -867,7 +867,7 @@ try:
         {"one": (), "two": ()},
         command=lambda job: [sys.executable, folder / "child.py", folder, job, sys.argv[2]],
         log_file=lambda job: folder / f"{job}.txt",
-        places=[{}, {}],
+        environments=[{}, {}],
     )
 except Stopped:
     sys.exit(75)
@@ -892,7 +892,7 @@ def launched(tmp_path: Path) -> Launch:
                 plans.get(job, ""),
             ],
             log_file=lambda job: tmp_path / "logs" / job,
-            places=[{"PLACE": str(place)} for place in range(count)],
+            environments=[{"PLACE": str(place)} for place in range(count)],
         )
 
     return run

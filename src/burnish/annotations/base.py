@@ -197,7 +197,7 @@ def is_parquet(path: Path) -> bool:
     return path.suffix == ".parquet"
 
 
-def check_place(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Refuse, before the work, a file that `write_annotations` could not write.
 
     Raises:

@@ -37,7 +37,7 @@ Which = Annotated[
 Base = Annotated[
     str | None, typer.Option(help="Model that the others are compared with; the first if left out.")
 ]
-Place = Annotated[
+OutFolder = Annotated[
     Path | None,
     typer.Option("--out", help="Folder for pictures, replies and the result.", metavar="DIR"),
 ]
@@ -66,7 +66,7 @@ def run(
         ),
     ],
     base: Base = None,
-    out: Place = None,
+    out: OutFolder = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Of the pictures; a run's own, or 0 for others, if left out."),
@@ -120,7 +120,7 @@ def read(
         typer.Argument(metavar="FILE | NAME=FILE", help="What the official program left."),
     ],
     base: Base = None,
-    out: Place = None,
+    out: OutFolder = None,
     as_json: Json = False,
 ) -> None:
     """Read the replies of an official program, and compare the models in them.

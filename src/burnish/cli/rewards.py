@@ -136,14 +136,14 @@ def reason(
     annotations='[{path: pictures.jsonl}, {path: FILE}]'`. Started by torchrun, the processes share
     the pictures; start the same command again to resume.
     """
-    from burnish.annotations.base import check_place, write_annotations
+    from burnish.annotations.base import check_writable, write_annotations
     from burnish.judges.rationales import RationalesConfig, seen, write_rationales
     from burnish.ledger import digest_of, pin
     from burnish.rewards.vlm import Judge, judge_facts
     from burnish.tracking import Run
 
     rows = out.with_name(f"{out.stem}-rows")
-    check_place(out)
+    check_writable(out)
     if out.exists() and not (rows / "run.json").is_file():
         raise ConfigError(
             f"need a new file for --out, got {out}, which this command did not write; choose "

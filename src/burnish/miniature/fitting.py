@@ -28,6 +28,8 @@ class FittingPlan:
     """AdamW's peak, for all that is not a matrix of a block."""
     matrix_learning_rate: float = 3e-3
     """Muon's peak, scaled to the size of an AdamW step."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations of Muon, which computes them in bfloat16 on every processor."""
     ema: float = 0.99
     """Decay of the average; it begins shorter."""
     save_every: int = 250
@@ -97,6 +99,7 @@ class _Fitting:
                 list(matrices.values()),
                 lr=plan.matrix_learning_rate,
                 weight_decay=0.01,
+                ns_steps=plan.ns_steps,
                 adjust_lr_fn="match_rms_adamw",
             ),
             "others": torch.optim.AdamW(

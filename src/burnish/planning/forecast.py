@@ -39,8 +39,7 @@ from burnish.planning.parts import (
 )
 from burnish.planning.plan import Part, Plan, Sharding, check, table
 from burnish.policies.base import Policy
-from burnish.policies.parts.execution import checkpoint_blocks
-from burnish.policy_config import PolicyConfig
+from burnish.policy_config import PolicyConfig, set_up
 from burnish.precision import DTYPES, choose_dtype
 from burnish.prompt_sets import PromptSet
 from burnish.prompts import read_prompts, spaced
@@ -208,10 +207,7 @@ def _hollow(config: PolicyConfig, rt: Runtime) -> Policy[Any, Any]:
         dtype=DTYPES[config.dtype],
         frozen_dtype=DTYPES[config.frozen_dtype or config.dtype],
     )
-    policy.buckets, policy.share_prefix = config.buckets, config.share_prefix
-    policy.batch_guidance = config.batch_guidance
-    again = GpuPrecision if rt.device.type == "cuda" else contextlib.nullcontext
-    checkpoint_blocks(policy.transformer, policy.block_classes, config.checkpointing, again=again)
+    set_up(policy, config, GpuPrecision if rt.device.type == "cuda" else contextlib.nullcontext)
     return policy
 
 

@@ -21,7 +21,7 @@ from burnish.planning.dry_run import Drawn, Measured
 from burnish.planning.plan import PHASES, PROCESS_BYTES, Part, Phase, Sharding
 from burnish.policies.base import Policy
 from burnish.policies.parts.reading import MEMORY_BYTES
-from burnish.rewards.base import Place, RewardConfig
+from burnish.rewards.base import DeviceKind, RewardConfig
 from burnish.run_config import RunConfig
 from burnish.sharded_checkpoint import FILE_BYTES
 from burnish.training import StageConfig
@@ -213,14 +213,14 @@ def offloaded_parts(config: RunConfig, policy: Policy[Any, Any]) -> Iterator[Par
 
 
 def judge_parts(
-    policy: Policy[Any, Any], rewards: Iterable[RewardConfig], place: Place
+    policy: Policy[Any, Any], rewards: Iterable[RewardConfig], device: DeviceKind
 ) -> Iterator[Part]:
-    """What answers at a place, `cpu` or `cuda`; rewards with one judge share it."""
+    """What answers on a device; rewards with one judge share it."""
     judges: dict[str, int] = {}
-    for reward in (reward for reward in rewards if reward.place == place):
+    for reward in (reward for reward in rewards if reward.runs_on == device):
         for key, size in reward.footprint(policy.resolution).items():
             judges[key] = max(size, judges.get(key, 0))
-    advice = "set its device=cpu, or have it answer from a server" if place == "cuda" else ""
+    advice = "set its device=cpu, or have it answer from a server" if device == "cuda" else ""
     for key, size in judges.items():
         yield Part(name=key, num_bytes=size, advice=advice)
 

@@ -25,7 +25,7 @@ from burnish.config import Config
 from burnish.runtime import Runtime
 from burnish.types import Failed, Group, NotApplicable, Prompt, Score, Scored, ScoreRequest, Task
 
-Place = Literal["cpu", "cuda"]
+DeviceKind = Literal["cpu", "cuda"]
 EVERY_CATEGORY = "default"
 """Key of the weights for categories that have none of their own."""
 MAX_ERROR = 2e-3
@@ -89,7 +89,7 @@ class RewardConfig(Config, ABC):
         return self.weights.get(category, self.weights.get(EVERY_CATEGORY, 0.0))
 
     @property
-    def place(self) -> Place:
+    def runs_on(self) -> DeviceKind:
         """Where its models are: in the memory of the machine or, a copy for each process, of the
         GPU that trains."""
         return "cpu"

@@ -34,7 +34,7 @@ from burnish.judging import (
     question,
     read_score,
 )
-from burnish.rewards.base import Place, Reward, RewardConfig
+from burnish.rewards.base import DeviceKind, Reward, RewardConfig
 from burnish.runtime import own_device
 from burnish.types import Failed, Prompt, Score, Scored, ScoreRequest
 from burnish.vision_build import ensure_torchvision
@@ -62,11 +62,11 @@ class VlmConfig(RewardConfig):
     reasoning: bool = True
     """Write the chain of thought first; False asks for the score at once."""
     batch_size: int = Field(default=32, ge=1)
-    device: Place = "cpu"
+    device: DeviceKind = "cpu"
     """Where it answers; on a GPU it stands beside what is trained there."""
 
     @property
-    def place(self) -> Place:
+    def runs_on(self) -> DeviceKind:
         return self.device
 
     def check(self) -> None:

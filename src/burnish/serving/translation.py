@@ -24,9 +24,9 @@ from burnish.protocol import (
     ImagePart,
     LogProbs,
     Message,
-    Place,
     ReplyMessage,
     TokenLogProb,
+    TokenPosition,
     name_of,
 )
 from burnish.types import MAX_SOURCES
@@ -218,14 +218,14 @@ class Translator:
             parts.append({"type": "image"})
         return parts
 
-    def _place(self, asked: ChatRequest, token: int, known: Mapping[int, float]) -> Place:
+    def _place(self, asked: ChatRequest, token: int, known: Mapping[int, float]) -> TokenPosition:
         def told(number: int) -> TokenLogProb:
             is_id = asked.return_tokens_as_token_ids
             name = name_of(number) if is_id else self.processor.tokenizer.decode([number])
             return TokenLogProb(token=name, logprob=max(known[number], LOWEST))
 
         written = told(token)
-        return Place(
+        return TokenPosition(
             token=written.token,
             logprob=written.logprob,
             top_logprobs=[told(number) for number in known],

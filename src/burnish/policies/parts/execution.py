@@ -27,6 +27,8 @@ Attention = Literal[
 ]
 """Kernels of attention by diffusers' names: those that have a backward pass and are installed, and
 not fetched from a hub when they are first asked for."""
+Again = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Opens what blocks are to be computed again in."""
 _COMPILED = 64
 """Pieces of code that a block may be compiled to."""
 _is_uncompiled: ContextVar[bool] = ContextVar("is_uncompiled", default=False)
@@ -90,7 +92,7 @@ def checkpoint_blocks(
     classes: Sequence[str],
     share: bool | float,
     *,
-    again: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    again: Again = contextlib.nullcontext,
 ) -> None:
     """Have a share of the repeated blocks, evenly spread, computed again in the backward pass, and
     what the others compute kept.
@@ -99,7 +101,7 @@ def checkpoint_blocks(
         transformer: of diffusers, changed in place.
         classes: names of its blocks' classes.
         share: 0 keeps everything, 1 nothing but what goes into a block.
-        again: opens what blocks are to be computed again in.
+        again: see `Again`.
     """
     if not share:
         transformer.disable_gradient_checkpointing()
