@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from burnish import launcher, revision
+from burnish.jobs import run_job
 from burnish.run_config import RunConfig
 from burnish.tracking import Run
 
@@ -25,7 +26,14 @@ def begin(config: RunConfig, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(config: RunConfig, folder: Path) -> Path:
-    assert begin(config, folder).wait(timeout=600) == 0
+    """The stage's folder, once it is trained: by processes of its own, or by this one if it needs
+    one alone, as starting it takes longer than its work."""
+    if config.runtime.processes == 1:
+        revision.take_up(config, folder)
+        Run.create(folder, config)
+        run_job(config, folder, JOB, config.runtime.build())
+    else:
+        assert begin(config, folder).wait(timeout=600) == 0
     return folder / "stages" / "stage"
 
 

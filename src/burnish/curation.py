@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import scipy
 from pydantic import Field, model_validator
-from scipy.stats import studentized_range
 
 from burnish import images
 from burnish.advantages import composite, group_range, normalised_weights
@@ -204,7 +204,7 @@ def profile(groups: Sequence[Group], configs: Mapping[str, AnyReward]) -> Iterat
 @lru_cache
 def noise_range(count: int, chance: float) -> float:
     """Range of `count` standard normal numbers that is exceeded with a probability of `chance`."""
-    return float(studentized_range.ppf(1 - chance, count, np.inf))
+    return float(scipy.stats.studentized_range.ppf(1 - chance, count, np.inf))
 
 
 def select(rows: Sequence[Profile], rule: SelectionConfig) -> list[str]:

@@ -7,9 +7,9 @@ import itertools
 from collections.abc import Sequence
 from typing import Literal
 
+import scipy
 import torch
 from pydantic import Field, model_validator
-from scipy.stats import beta
 from torch import Generator
 
 from burnish.config import Config
@@ -98,9 +98,8 @@ class RolloutConfig(Config):
                 for low, high in itertools.pairwise(bounds)
             )
         if self.keep == "late":
-            place = float(
-                beta.ppf(float(torch.rand((), generator=choice, dtype=torch.double)), 5, 2)
-            )
+            drawn = torch.rand((), generator=choice, dtype=torch.double)
+            place = float(scipy.stats.beta.ppf(float(drawn), 5, 2))
             return frozenset([min(int(place * self.num_steps), self.num_steps - 1)])
         return frozenset({"window": window, "all": range(self.num_steps), "none": ()}[self.keep])
 

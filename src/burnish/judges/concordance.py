@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import scipy
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 Scores = NDArray[np.float64]
 """One number per picture."""
@@ -46,7 +46,7 @@ def spearman(ours: Scores, theirs: Scores, groups: Groups) -> float:
     """Rank correlation over all pictures, ties at their mean rank."""
     if len(ours) < 2:
         return float("nan")
-    return pearson(rankdata(ours), rankdata(theirs), groups)
+    return pearson(scipy.stats.rankdata(ours), scipy.stats.rankdata(theirs), groups)
 
 
 def within_prompt(ours: Scores, theirs: Scores, groups: Groups) -> float:
