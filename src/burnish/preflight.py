@@ -47,7 +47,7 @@ def check_inputs(config: RunConfig, jobs: Collection[str] | None = None) -> None
             that cannot be used among those looked at, or too little memory.
     """
     trained = check_recipe(config)
-    check_places(config, runtime.choose_device(config.runtime.device).type)
+    check_devices(config, runtime.choose_device(config.runtime.device).type)
     _check_judges(config, config.jobs() if jobs is None else jobs)
     check_memory(config)
     # Last, as it takes longest.
@@ -114,7 +114,7 @@ def _under(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {error}") from None
 
 
-def check_places(config: RunConfig, device: str) -> None:
+def check_devices(config: RunConfig, device: str) -> None:
     """Look whether rewards want to be where the run is: they share its devices and its plan.
 
     Args:

@@ -49,7 +49,9 @@ def mark_complete(folder: Path, job: str) -> None:
 
 def mark_incomplete(folder: Path, job: str) -> None:
     """Take that back; what the job has left stays."""
-    (job_folder(folder, job) / DONE).unlink(missing_ok=True)
+    marker = job_folder(folder, job) / DONE
+    with writing(marker):
+        marker.unlink(missing_ok=True)
 
 
 def drop_result(folder: Path, job: str) -> None:

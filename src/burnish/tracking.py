@@ -237,6 +237,9 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         yield unfinished
         with writing(folder):
             unfinished.replace(folder)
+    except RunError as error:
+        # Who reads it knows the folder, and not where it was before it was whole.
+        raise RunError(str(error).replace(str(unfinished), str(folder))) from error.__cause__
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -66,7 +66,7 @@ def test_seeded_draws_leave_no_trace() -> None:
 
 def test_one_process_on_the_cpu() -> None:
     """The sums of one process are its values, and a description names the versions."""
-    here = RuntimeConfig(device="cpu", threads=1).build()
+    here = RuntimeConfig(device="cpu", threads=1, dtype="float32").build()
     value = torch.arange(3.0)
     assert here.is_main and here.dtype == torch.float32
     assert torch.equal(here.all_reduce_sum(value), value)

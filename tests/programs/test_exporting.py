@@ -66,7 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     Run.create(folder, config, command="test", environment={})
     for job in ("train/teacher", "train/student", "merge/soup", "train/after"):
-        run_job(config, folder, job, runtime.start())
+        run_job(config, folder, job, runtime.ALONE)
     return folder
 
 

@@ -367,7 +367,7 @@ def test_an_unfinished_student_is_missing(tmp_path: Path) -> None:
     assert "The stage student is not trained to its end (0 of 20 steps)." in summary["missing"]
     assert "missing" in printed(table(summary), cost_table(summary))
     page = write_report(folder).read_text(encoding="utf-8")
-    assert "Missing from this report" in page
+    assert "What these numbers do not say" in page
     assert "There are no scores of student on t2i." in page
 
 

@@ -780,7 +780,7 @@ def test_a_size_or_a_scale_that_a_folder_cannot_draw_is_refused(
     assert cli.main(["sample", "a cat", "--guidance-scale", "0.5"]) == 2
 
 
-def test_places_are_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_get_a_core_or_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """No more than there are jobs, and each told its share."""
     import torch
 

@@ -91,7 +91,7 @@ def _plan(
     config = load(RunConfig, recipe_path(recipe), overrides)
     preflight.check_recipe(config)
     device, available, beside = _planned_for(config.runtime.device, memory)
-    preflight.check_places(config, device)
+    preflight.check_devices(config, device)
     if fit:
         if available is None:
             raise ConfigError("need the memory of each device to fit, got none; add --memory GiB")

@@ -50,7 +50,7 @@ app = typer.Typer(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 our fault, 2 the user's, 75 stopped."""
+    """Run one command and return its exit code: 0 done, 2 the user's fault, 75 stopped, 1 else."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

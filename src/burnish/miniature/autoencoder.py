@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from burnish.miniature.linear_start import start_linear
-from burnish.runtime import Runtime
+from burnish.runtime import Runtime, quick
 from burnish.vision_build import ensure_torchvision
 
 # Before the import below: it fails where torch and torchvision are unequal builds.
@@ -137,7 +137,7 @@ def _fit(
     )
     for step in steps:
         batch = to_input(draw(plan.batch_size))
-        with runtime.autocast():
+        with quick().autocast():
             mean = vae.encode(batch, return_dict=False)[0].mean
             noisy = mean + plan.latent_noise * torch.randn_like(mean)
             output = vae.decode(noisy, return_dict=False)[0].float()

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from burnish.miniature.fitting import FittingPlan, fit
 from burnish.miniature.pictures import Example, to_bytes
@@ -156,7 +155,7 @@ def _loss(policy: QwenImage21Policy, pool: Pool, plan: BasePlan, step: int) -> T
     choice = pool.clean if step < plan.clean_steps else range(len(pool.examples))
     rows = [choice[n] for n in torch.randint(len(choice), (plan.batch_size,)).tolist()]
     dropped = (torch.rand(plan.batch_size) < plan.drop_prompt).tolist()
-    with quick().autocast(), sdpa_kernel(SDPBackend.MATH):
+    with quick().autocast():
         return flow_matching_loss(policy, pool, rows, dropped, plan.noise_levels)
 
 

@@ -161,7 +161,7 @@ class Translator:
         told = None
         if asked.logprobs:
             places = zip(written.tokens, written.log_probs, strict=True)
-            told = LogProbs(content=[self._place(asked, token, known) for token, known in places])
+            told = LogProbs(content=[self._at(asked, token, known) for token, known in places])
         choice = Choice(
             message=ReplyMessage(content=text),
             logprobs=told,
@@ -218,7 +218,7 @@ class Translator:
             parts.append({"type": "image"})
         return parts
 
-    def _place(self, asked: ChatRequest, token: int, known: Mapping[int, float]) -> TokenPosition:
+    def _at(self, asked: ChatRequest, token: int, known: Mapping[int, float]) -> TokenPosition:
         def told(number: int) -> TokenLogProb:
             is_id = asked.return_tokens_as_token_ids
             name = name_of(number) if is_id else self.processor.tokenizer.decode([number])
