@@ -42,8 +42,8 @@ def doctor(
 ) -> None:
     """Examine the machine, or plan the memory of a recipe.
 
-    A plan reads settings and headers only. Of a GPU that is not here, ask with --memory and
-    runtime.device=cuda.
+    A plan reads settings, prompts and headers, no weights. Of a GPU that is not here, ask with
+    --memory and runtime.device=cuda.
     """
     if recipe is not None:
         _plan(recipe, overrides or [], memory, devices, as_json, fit=fit)

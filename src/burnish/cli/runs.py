@@ -215,6 +215,9 @@ def job(folder: Path, name: str) -> None:
 
 
 @app.command(epilog="Example: burnish report runs/miniature")
-def report(folder: Path, as_json: Json = False) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="Of a run, complete or not.")],
+    as_json: Json = False,
+) -> None:
     """Write report.html and the table of a run again."""
     _finish(folder, as_json)
