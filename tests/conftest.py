@@ -21,7 +21,7 @@ def check_types(package: str) -> None:
     """Check the arguments and the result of every call in a package that is not imported yet.
 
     Shapes are checked where a module names any: that binds the arguments of each call, which costs
-    ten times what a plain check does. Modules that name types for type checkers alone are left out.
+    far more than a plain check. Modules that name types for type checkers alone are left out.
     """
     found = importlib.util.find_spec(package)
     assert found is not None and found.origin is not None

@@ -1,7 +1,8 @@
 """In which type the matrix products are computed.
 
 bfloat16 is worth it where the device has instructions for it. A processor without them computes
-each product by way of float32, and a training step takes five times as long as in float32.
+each product by way of float32, and a training step takes four to six times as long as in float32
+(docs/studies/whole-run.md).
 """
 
 import torch

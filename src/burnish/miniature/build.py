@@ -53,7 +53,7 @@ from burnish.runtime import Runtime
 from burnish.tracking import write_json
 
 SEED = 0
-_QUICK_BASE: dict[str, Any] = {"steps": 40, "clean_steps": 20, "batch_size": 8, "ns_steps": 1}
+_QUICK_BASE = BasePlan(steps=40, clean_steps=20, batch_size=8, ns_steps=1)
 
 
 def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def build(out: Path, *, quick: bool = False) -> dict[str, Any]:
     # Apart, or a whole build would take over what a reduced one left in the same place.
     folder = out / "checkpoints" / ("reduced" if quick else "whole")
     facts["autoencoder_loss"] = _train_autoencoder(policy, pixels, plan, rt, folder / "autoencoder")
-    base_plan = BasePlan(**_QUICK_BASE) if quick else BasePlan()
+    base_plan = _QUICK_BASE if quick else BasePlan()
     done = max(checkpoint.steps(folder / "base"), default=0)
     with _losses("base model", base_plan.steps, done) as shown:
         losses = train_base(
